@@ -1,0 +1,124 @@
+"""What is trained on: the corpus, its tokenizer, primitive actions and the format of latents."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ra3_megatron.config.base import Section
+
+HumanComments = Literal["keep", "strip", "as_thoughts"]
+
+
+class CorpusConfig(Section):
+    """Where the expert text comes from and which documents of it are used."""
+
+    source: Literal["installed", "folder", "jsonl", "parquet", "text", "hub"] = "installed"
+    """`installed`: functions of the Python code on this machine (the interpreter's standard library and
+    `packages`); `folder`: `*.py` files below `path`; `jsonl` / `parquet`: rows with a field `text_field`;
+    `text`: one document a file, separated by blank-line-delimited `document_separator` when that is set;
+    `hub`: a data set name or local folder that `datasets.load_dataset` understands."""
+
+    path: str | None = None
+    """File, folder or glob (`folder`, `jsonl`, `parquet`, `text`) or data set name (`hub`)."""
+
+    packages: list[str] = []
+    """Importable packages whose code is added to the standard library (`installed` only)."""
+
+    unit: Literal["function", "file"] = "function"
+    """Python sources are cut into top-level functions and methods, or taken as whole files."""
+
+    text_field: str = "text"
+    """Column that holds the text (`jsonl`, `parquet`, `hub`)."""
+
+    document_separator: str | None = None
+    """A line that separates documents inside one file (`text`); none: one document a file."""
+
+    hub_config: str | None = None
+    """Configuration name of a hub data set."""
+
+    hub_split: str = "train"
+    """Split of a hub data set."""
+
+    streaming: bool = False
+    """Read documents lazily in shards of `shard_documents` instead of holding the corpus in memory."""
+
+    shard_documents: int = Field(default=10_000, ge=1)
+    """Documents a shard when building the indexed data set; bounds the memory used."""
+
+    min_lines: int = Field(default=3, ge=1)
+    """Shortest document, in non-blank lines."""
+
+    max_lines: int = Field(default=30, ge=1)
+    """Longest document, in non-blank lines."""
+
+    max_documents: int | None = Field(default=None, ge=1)
+    """Keep at most this many documents (the first ones in the order of their content hash)."""
+
+    valid_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """Share of paths held out, by hash of the path, so that no file is in both splits."""
+
+    human_comments: HumanComments = "strip"
+    """Full-line comments in the mid-training text. They cannot be told from thoughts in the `comment` format,
+    so there they are stripped or taken `as_thoughts` (observed latents); `keep` is for the `tokens` format."""
+
+    warm_start_comments: Literal["keep", "strip"] = "keep"
+    """Full-line comments in the warm-start text (kept, so that a model from scratch knows what comments are)."""
+
+    too_long: Literal["cut", "drop"] = "cut"
+    """A document longer than the context is cut at a line boundary or dropped; both are counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CorpusConfig":
+        if self.source != "installed" and self.path is None:
+            raise ValueError(f"corpus.path is missing: corpus.source={self.source} needs one")
+        if self.max_lines < self.min_lines:
+            raise ValueError(f"corpus.max_lines={self.max_lines} is below corpus.min_lines={self.min_lines}")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: trained on the corpus, or read from disk."""
+
+    kind: Literal["sentencepiece", "hf"] = "sentencepiece"
+    """`sentencepiece`: a BPE model; `hf`: a `tokenizer.json` (any fast tokenizer)."""
+
+    path: str | None = None
+    """Existing model to use (`*.model`, `tokenizer.json` or its folder); none: train one on the corpus."""
+
+    vocab_size: int = Field(default=4096, ge=300)
+    """Pieces of the tokenizer to train."""
+
+    train_bytes: int = Field(default=20_000_000, ge=1000)
+    """Train on at most this many bytes of the training split."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerConfig":
+        if self.kind == "hf" and self.path is None:
+            raise ValueError("tokenizer.path is missing: tokenizer.kind=hf needs a tokenizer.json or its folder")
+        return self
+
+
+class TextConfig(Section):
+    """Primitive actions and the format in which latents are written between them."""
+
+    granularity: Literal["line", "statement", "token"] = "line"
+    """A primitive action is a line, a logical line (statement), or a fixed span of tokens."""
+
+    token_span: int = Field(default=8, ge=1)
+    """Tokens in a primitive action (`granularity=token` only)."""
+
+    latent_format: Literal["comment", "tokens"] = "comment"
+    """`comment`: a thought is a comment line above the line it governs, no new vocabulary;
+    `tokens`: reserved `<think>…</think>` and `<act>` markers."""
+
+    max_latent_tokens: int = Field(default=12, ge=1)
+    """A thought is at most this many sampled tokens; then its end is forced (and carries no gradient)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TextConfig":
+        if self.granularity == "token" and self.latent_format == "comment":
+            raise ValueError(
+                "text.granularity=token does not go with text.latent_format=comment "
+                "(a comment needs a line of its own): use text.latent_format=tokens"
+            )
+        return self

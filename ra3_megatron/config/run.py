@@ -1,0 +1,92 @@
+"""The whole configuration of a run, and the checks that need more than one section."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ra3_megatron.config.base import Section
+from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.config.runtime import CheckpointConfig, LoggingConfig, RolloutConfig
+from ra3_megatron.config.training import (
+    EMConfig,
+    EStepConfig,
+    EvaluationConfig,
+    MonitorConfig,
+    MStepConfig,
+    WarmStartConfig,
+)
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes and where it writes."""
+
+    method: Literal["ra3", "ntp"] = "ra3"
+    """`ra3`: EM with latent thoughts; `ntp`: plain next-token prediction with the same loop and data order."""
+
+    run_dir: str = "runs/ra3"
+    """Folder of the run: configuration, manifest, metrics, checkpoints, report."""
+
+    seed: int = Field(default=1234, ge=0, lt=2**31)
+    """Seed of weights, data order and sampling."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    """Expert text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
+    text: TextConfig = TextConfig()
+    """Primitive actions and latents."""
+    model: ModelConfig = ModelConfig()
+    """Architecture."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over processes."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """NTP before the first EM iteration."""
+    em: EMConfig = EMConfig()
+    """The EM loop."""
+    estep: EStepConfig = EStepConfig()
+    """Policy gradient on the latent policy q."""
+    mstep: MStepConfig = MStepConfig()
+    """NTP on infused documents."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out measurement."""
+    monitors: MonitorConfig = MonitorConfig()
+    """Signs of failure."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    logging: LoggingConfig = LoggingConfig()
+    """Metrics and progress."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.text.latent_format == "comment" and self.corpus.human_comments == "keep":
+            raise ValueError(
+                "corpus.human_comments=keep does not go with text.latent_format=comment "
+                "(a human comment cannot be told from a thought): use strip or as_thoughts"
+            )
+        tensor = self.parallel.tensor
+        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(self.model, key)
+            if value % tensor:
+                raise ValueError(f"parallel.tensor={tensor} does not divide model.{key}={value}")
+        if self.parallel.sequence and self.model.context_length % tensor:
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide model.context_length={self.model.context_length}, "
+                "which parallel.sequence needs"
+            )
+        for phase in ("warm_start", "mstep"):
+            section = getattr(self, phase)
+            share = section.micro_batch_size * self.parallel.data
+            if section.global_batch_size % share:
+                raise ValueError(
+                    f"{phase}.global_batch_size={section.global_batch_size} is not a multiple of "
+                    f"{phase}.micro_batch_size * parallel.data = {share}"
+                )
+        if 4 * self.text.max_latent_tokens > self.model.context_length:
+            raise ValueError(
+                f"text.max_latent_tokens={self.text.max_latent_tokens} leaves no room for code in "
+                f"model.context_length={self.model.context_length}"
+            )
+        return self

@@ -1,0 +1,189 @@
+"""How it is trained: optimizers, the warm start, E-step, M-step and the loop around them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ra3_megatron.config.base import Section
+
+
+class OptimizerConfig(Section):
+    """Adam and its learning-rate schedule within one phase."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, over the steps of the phase."""
+
+    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the phase's steps over which the learning rate rises linearly."""
+
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay (not on norms and biases)."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+        return self
+
+
+class PackedTraining(Section):
+    """Next-token prediction on packed sequences: what warm start, M-step and NTP share."""
+
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps of the phase."""
+
+    global_batch_size: int = Field(default=16, ge=1)
+    """Sequences of `model.context_length` tokens a step, over all processes."""
+
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Sequences a forward pass of one process."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer of the phase."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PackedTraining":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}"
+            )
+        return self
+
+
+class WarmStartConfig(PackedTraining):
+    """Next-token prediction from random weights, before the first EM iteration. 0 steps: start from scratch."""
+
+    checkpoint: str | None = None
+    """Start from this checkpoint folder instead (then `steps` may go on from it or be 0)."""
+
+
+class EStepConfig(Section):
+    """Policy gradient on q: method.md, E-step."""
+
+    steps: int = Field(default=20, ge=0)
+    """Updates of q an EM iteration."""
+
+    documents_per_step: int = Field(default=16, ge=1)
+    """Documents whose latents are sampled for one update."""
+
+    group_size: int = Field(default=8, ge=2)
+    """G, transcripts sampled of each document; their mean return is the baseline."""
+
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Packed sequences a forward pass of one process."""
+
+    latent_price: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.05
+    """c, nats charged for each new thought; `inf`: never think, which makes RA3 plain NTP."""
+
+    likelihood: Literal["mean", "sum"] = "mean"
+    """log pi(a_t | s_t, z_t) per token of the line, or summed over it."""
+
+    format_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward of a line whose thought is empty or was cut at `text.max_latent_tokens`."""
+
+    horizon: int = Field(default=4, ge=1)
+    """H, lines whose rewards make up a return (1: the next line only)."""
+
+    discount: float = Field(default=1.0, ge=0, le=1)
+    """gamma, weight of each further line in the return."""
+
+    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
+    """What is subtracted from a return: the mean over the G transcripts of the same document and line."""
+
+    normalize_advantages: bool = False
+    """Divide advantages by their standard deviation over the global batch."""
+
+    entropy_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of the entropy bonus of the exact KL; without any, decisions collapse to 0 or 1 in tens of steps."""
+
+    clip_ratio: float | None = Field(default=None, gt=0)
+    """PPO clip range of q / q_behaviour; none: plain on-policy gradient."""
+
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Truncated importance sampling: weights min(q_trainer / q_engine, cap), without gradient; none: off."""
+
+    updates_per_rollout: int = Field(default=1, ge=1)
+    """Passes over one batch of transcripts (more than 1 needs `clip_ratio`)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=2e-4, schedule="constant", warmup_fraction=0.0, weight_decay=0.0
+    )
+    """Optimizer of q."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EStepConfig":
+        if self.updates_per_rollout > 1 and self.clip_ratio is None:
+            raise ValueError(
+                f"estep.updates_per_rollout={self.updates_per_rollout} is off-policy: set estep.clip_ratio (0.2, say)"
+            )
+        return self
+
+
+class MStepConfig(PackedTraining):
+    """Next-token prediction on the infused documents: method.md, M-step."""
+
+    start: Literal["base", "pi", "q"] = "pi"
+    """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy."""
+
+    thought_weight: float = Field(default=1.0, ge=0)
+    """Weight of thought tokens in the loss (code tokens weigh 1)."""
+
+
+class EMConfig(Section):
+    """The loop of E-steps and M-steps."""
+
+    iterations: int = Field(default=2, ge=1)
+    """EM iterations at most."""
+
+    stop_without_gain: bool = False
+    """Stop after an iteration that did not raise the held-out ELBO."""
+
+    control: bool = True
+    """With `method=ra3`, also train NTP on the same number of tokens from the same start."""
+
+
+class EvaluationConfig(Section):
+    """Held-out measurement after the warm start and after every M-step."""
+
+    documents: int = Field(default=200, ge=1)
+    """Held-out documents, the same at every measurement."""
+
+    samples: int = Field(default=1, ge=1)
+    """Transcripts sampled of each held-out document."""
+
+    snippets: int = Field(default=3, ge=0)
+    """Infused snippets shown at the end."""
+
+
+class MonitorConfig(Section):
+    """Thresholds at which a sign of failure is reported by name."""
+
+    max_think_rate: float = Field(default=0.8, gt=0, le=1)
+    """Above this share of lines with a thought, the latent price is called too low."""
+
+    max_identical_thoughts: float = Field(default=0.5, gt=0, le=1)
+    """Above this share of one and the same thought, or of thoughts that copy their line, latents are degenerate."""
+
+    min_decision_entropy: float = Field(default=0.01, ge=0)
+    """Below this mean entropy of the decisions (nats), q has collapsed."""
+
+    max_log_prob_mismatch: float = Field(default=0.05, gt=0)
+    """Above this mean |ratio - 1| between rollout engine and trainer, the two disagree."""

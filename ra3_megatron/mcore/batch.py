@@ -1,0 +1,82 @@
+"""What a forward pass takes: packed token rows, and the events whose log-probability is wanted.
+
+Shapes: b rows, s tokens a row. Position j of a row *predicts* `targets[:, j]`, the next token of the same segment.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events over the next token (see vocab_parallel); only positions in `mask` are computed, the rest are 0."""
+
+    mask: Tensor
+    """bool [b, s]."""
+    numerator: Tensor | None = None
+    """Rows of the table of sets, long [b, s]; None: the target token everywhere."""
+    denominator: Tensor | None = None
+    """Rows of the table of sets, long [b, s]; None: every token everywhere."""
+    merged: Tensor | None = None
+    """Rows of the table of sets, long [b, s]; None: no merged outcome."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Packed sequences and the streams of per-token weights that a train step turns into one loss.
+
+    The cross-entropy stream is  sum ce_weight * -log p(target);
+    the policy-gradient stream is  sum -objective(ratio, advantage) - entropy_weight * H  over `choices`.
+    """
+
+    ids: Tensor
+    """Token ids, long [b, s]."""
+    positions: Tensor
+    """Position of each token within its segment, long [b, s]."""
+    segments: Tensor
+    """Which document of the row a token belongs to, long [b, s]; padding has a segment of its own."""
+    targets: Tensor
+    """Next token of the segment, long [b, s]; 0 where there is none (weights are 0 there)."""
+    ce_weight: Tensor | None = None
+    """Weights of the cross-entropy stream, fp32 [b, s]."""
+    choices: Events | None = None
+    """Events of the policy-gradient stream (or of a scoring pass)."""
+    advantage: Tensor | None = None
+    """Advantage of each choice, fp32 [b, s]."""
+    entropy_weight: Tensor | None = None
+    """Weight of each choice's entropy bonus, fp32 [b, s]."""
+    behaviour: Tensor | None = None
+    """Log-probability of each choice when it was made, fp32 [b, s] (ratios; None: on-policy)."""
+    decision: Tensor | None = None
+    """Choices that are decisions (one a line), bool [b, s]; their global number normalises the stream."""
+    is_thought: Tensor | None = None
+    """Targets that are not the expert's document, bool [b, s] (metrics are split by it)."""
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch on `device`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Events):
+                inner = {f.name: getattr(value, f.name) for f in fields(value)}
+                value = replace(value, **{k: v.to(device) for k, v in inner.items() if v is not None})
+            elif value is not None:
+                value = value.to(device)
+            moved[field.name] = value
+        return TokenBatch(**moved)
+
+    @property
+    def causal(self) -> bool:
+        """Whether plain causal attention is enough: each row is one segment from its start."""
+        return bool((self.segments == self.segments[:, :1]).all())
+
+    def hidden_mask(self) -> Tensor | None:
+        """Attention mask, bool [b, 1, s, s], True = hidden: other segments and later tokens; None: plain causal."""
+        if self.causal:
+            return None
+        s = self.ids.shape[1]
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        causal = torch.ones(s, s, dtype=torch.bool, device=self.ids.device).tril()
+        return ~(same & causal)[:, None]

@@ -1,0 +1,170 @@
+"""Distributed checkpoints that are whole or absent, and that hold everything the next step depends on.
+
+A checkpoint is written to `<name>.partial` beside its place and renamed when every process has finished, so a folder
+without that suffix is complete. It holds the weights, optional optimizer and schedule state, the generator states of
+every process, and a JSON record of the caller's state; `checkpoint.json` says what is in it. Megatron's distributed
+format lets it be loaded at another layout.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from ra3_megatron import __version__
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.mcore.model import language_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.trainer import Trainer
+
+RECORD = "checkpoint.json"
+PARTIAL = ".partial"
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+def save(
+    folder: Path, model: torch.nn.Module, runtime: Runtime, record: dict[str, Any], trainer: Trainer | None = None
+) -> None:
+    """Write a checkpoint to `folder` (replaced if it exists). Collective.
+
+    record: JSON-serialisable state of the caller. trainer: also save its optimizer and schedule.
+    Raises CheckpointWriteError on every process when any of them could not write.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    error = ""
+    if runtime.is_main:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as problem:
+            error = str(problem)
+    _raise_anywhere(error, folder, runtime)
+    try:
+        dist_checkpointing.save(
+            _state(model, runtime, trainer),
+            str(partial),
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            content_metadata=_METADATA,
+        )
+    except Exception as problem:  # a full disk shows as OSError, RuntimeError or CheckpointException
+        error = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    _raise_anywhere(error, folder, runtime)
+    if runtime.is_main:
+        try:
+            described = {
+                "version": __version__,
+                "layout": {"tensor": runtime.tensor_size, "data": runtime.data_size},
+                "optimizer": trainer is not None,
+                **record,
+            }
+            (partial / RECORD).write_text(json.dumps(described, indent=1) + "\n")
+            _sync(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            _sync(folder.parent, recursive=False)
+        except OSError as problem:
+            error = str(problem)
+    _raise_anywhere(error, folder, runtime)
+
+
+def load(folder: Path, model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None = None) -> dict[str, Any]:
+    """Load weights (and `trainer`'s optimizer and schedule) in place; returns the record. Collective.
+
+    Raises UserError when `folder` is no complete checkpoint or does not fit the model.
+    """
+    record = read_record(folder)
+    if trainer is not None and not record["optimizer"]:
+        raise UserError(f"{folder}: holds no optimizer state, so training cannot go on from it")
+    template = _state(model, runtime, trainer, loading=True)
+    try:
+        state = dist_checkpointing.load(template, str(folder))
+    except Exception as problem:
+        raise UserError(f"{folder}: cannot be loaded: {type(problem).__name__}: {problem}".splitlines()[0]) from problem
+    language_model(model).load_state_dict(state["model"], strict=True)
+    if trainer is not None:
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scheduler.load_state_dict(state["scheduler"])
+        _set_generators(state["generators"])
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The JSON record of a complete checkpoint. Raises UserError when there is none."""
+    path = folder / RECORD
+    if folder.name.endswith(PARTIAL) or not path.is_file():
+        raise UserError(f"{folder}: is no complete checkpoint (no {RECORD})")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path}: cannot be read: {problem}") from problem
+    return record
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copy the weights of one model to another of the same shape and layout."""
+    language_model(target).load_state_dict(language_model(source).state_dict(), strict=True)
+
+
+def _state(model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None, loading: bool = False) -> dict[str, Any]:
+    weights = language_model(model).sharded_state_dict(metadata=_METADATA)
+    state: dict[str, Any] = {"model": weights}
+    if trainer is not None:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
+        state["scheduler"] = trainer.scheduler.state_dict()
+        place = (parallel_state.get_pipeline_model_parallel_rank(), runtime.tensor_rank)
+        shape = (parallel_state.get_pipeline_model_parallel_world_size(), runtime.tensor_size)
+        # generators differ over model-parallel ranks only: each data-parallel replica has the same
+        state["generators"] = ShardedObject(
+            "generators", _generators(), shape, place, replica_id=runtime.data_rank
+        )
+    return state
+
+
+def _generators() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+
+
+def _raise_anywhere(error: str, folder: Path, runtime: Runtime) -> None:
+    errors = [e for e in _all_gather(error, runtime) if e]
+    if errors:
+        raise CheckpointWriteError(f"{folder}: cannot be written: {errors[0]} (earlier checkpoints are kept)")
+
+
+def _all_gather(item: str, runtime: Runtime) -> list[str]:
+    if runtime.world_size == 1:
+        return [item]
+    items: list[Any] = [None] * runtime.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def _sync(folder: Path, recursive: bool = True) -> None:
+    paths = [folder, *folder.rglob("*")] if recursive else [folder]
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

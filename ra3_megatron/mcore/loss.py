@@ -1,0 +1,95 @@
+"""The one loss: a cross-entropy stream and a policy-gradient stream of per-token weights.
+
+    loss = sum ce_weight * -log p(target) / N_ce
+         - sum [objective(choice) + entropy_weight * H(choice)] / N_decisions
+
+N_ce (the summed weights) and N_decisions are counts over the *global* batch, so the loss and its gradient are the same
+for any split into micro-batches and processes. The objective of a choice with advantage A and ratio
+r = q / q_behaviour is A log q (on-policy), or min(r A, clip(r, 1 - e, 1 + e) A) (PPO, arXiv 1707.06347), each
+optionally weighted by min(r, cap) without gradient (truncated importance sampling).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ra3_megatron.mcore.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Choices of the policy-gradient objective."""
+
+    clip_ratio: float | None = None
+    importance_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Normalisers of the two streams over the global batch."""
+
+    ce: float
+    decisions: float
+
+
+class Stat(IntEnum):
+    """Sums that one micro-batch contributes to the step's metrics."""
+
+    LOSS = 0
+    CODE_NLL = 1
+    CODE_TOKENS = 2
+    THOUGHT_NLL = 3
+    THOUGHT_TOKENS = 4
+    CHOICES = 5
+    MISMATCH = 6
+    DECISIONS = 7
+    DECISION_ENTROPY = 8
+    CHOICE_ENTROPY = 9
+    CLIPPED = 10
+
+
+def local_counts(batches: list[TokenBatch]) -> Tensor:
+    """This process's part of the normalisers, fp64 [2]."""
+    ce = sum(float(b.ce_weight.double().sum()) for b in batches if b.ce_weight is not None)
+    decisions = sum(float(b.decision.sum()) for b in batches if b.decision is not None)
+    return torch.tensor([ce, decisions], dtype=torch.float64)
+
+
+def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLoss) -> tuple[Tensor, Tensor]:
+    """Loss of one micro-batch and its `Stat` sums.
+
+    out: fp32 [3, b, s] of LanguageModel. Returns a scalar and fp32 [len(Stat)].
+    """
+    log_prob, choice_log_prob, entropy = out
+    loss = out.new_zeros(())
+    stats = out.new_zeros(len(Stat))
+    if batch.ce_weight is not None:
+        loss = loss - (batch.ce_weight * log_prob).sum() / max(counts.ce, 1e-30)
+        weighted = batch.ce_weight > 0
+        thought = weighted & batch.is_thought if batch.is_thought is not None else torch.zeros_like(weighted)
+        code = weighted & ~thought
+        stats[Stat.CODE_NLL], stats[Stat.CODE_TOKENS] = -log_prob.detach()[code].sum(), code.sum()
+        stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -log_prob.detach()[thought].sum(), thought.sum()
+    if batch.choices is not None and batch.advantage is not None and batch.decision is not None:
+        mask = batch.choices.mask
+        ratio = torch.ones_like(choice_log_prob)
+        if batch.behaviour is not None:
+            ratio = torch.where(mask, (choice_log_prob - batch.behaviour).exp(), ratio)
+            stats[Stat.MISMATCH] = (ratio.detach() - 1).abs()[mask].sum()
+        if policy.clip_ratio is None:
+            objective = batch.advantage * choice_log_prob
+        else:
+            clipped = ratio.clamp(1 - policy.clip_ratio, 1 + policy.clip_ratio)
+            objective = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+            stats[Stat.CLIPPED] = (clipped != ratio)[mask].sum()
+        if policy.importance_cap is not None:
+            objective = objective * ratio.detach().clamp(max=policy.importance_cap)
+        bonus = 0.0 if batch.entropy_weight is None else batch.entropy_weight * entropy
+        loss = loss - torch.where(mask, objective + bonus, 0.0).sum() / max(counts.decisions, 1e-30)
+        stats[Stat.CHOICES], stats[Stat.DECISIONS] = mask.sum(), batch.decision.sum()
+        stats[Stat.CHOICE_ENTROPY] = entropy.detach()[mask].sum()
+        stats[Stat.DECISION_ENTROPY] = entropy.detach()[batch.decision & mask].sum()
+    stats[Stat.LOSS] = loss.detach()
+    return loss, stats
