@@ -69,10 +69,19 @@ class CorpusConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "CorpusConfig":
-        if self.source != "installed" and self.path is None:
-            raise ValueError(f"corpus.path is missing: corpus.source={self.source} needs one")
+        problems = [
+            f"corpus.{key}={getattr(self, key)} is not read with corpus.source={self.source}: it goes with {source}"
+            for key, source in (("packages", "installed"), ("document_separator", "text"), ("hub_config", "hub"))
+            if getattr(self, key) and self.source != source
+        ]
+        if self.source == "installed" and self.path is not None:
+            problems.append(f"corpus.path={self.path} is not read with corpus.source=installed: use folder, say")
+        if self.source != "installed" and not self.path:
+            problems.append(f"corpus.path is missing: corpus.source={self.source} needs one")
         if self.max_lines < self.min_lines:
-            raise ValueError(f"corpus.max_lines={self.max_lines} is below corpus.min_lines={self.min_lines}")
+            problems.append(f"corpus.max_lines={self.max_lines} is below corpus.min_lines={self.min_lines}")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

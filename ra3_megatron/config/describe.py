@@ -129,8 +129,8 @@ def markdown() -> str:
         "    ra3 train examples/quickstart.yaml estep.latent_price=0.03 mstep.optimizer.learning_rate=5e-4",
         "",
         "A key that is left out has its default. Unknown keys, wrong types and impossible combinations are refused",
-        "before anything starts. `ra3 config FILE key=value …` prints the resolved configuration; the run folder keeps it.",
-        "Numbers may be written `1e-3`, `20_000_000` and `inf`; the empty value is `null`.",
+        "before anything starts. `ra3 config FILE key=value …` prints the resolved configuration; the run folder",
+        "keeps it. Numbers may be written `1e-3`, `20_000_000` and `inf`; the empty value is `null`.",
         "",
     ]
     for prefix, section in sections():

@@ -1,5 +1,6 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -24,7 +25,7 @@ class RunConfig(Section):
     method: Literal["ra3", "ntp"] = "ra3"
     """`ra3`: EM with latent thoughts; `ntp`: plain next-token prediction with the same loop and data order."""
 
-    run_dir: str = "runs/ra3"
+    run_dir: str = Field(default="runs/ra3", min_length=1)
     """Folder of the run: configuration, manifest, metrics, checkpoints, report."""
 
     seed: int = Field(default=1234, ge=0, lt=2**31)
@@ -61,18 +62,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """One line for each combination of sections that cannot run."""
         if self.text.latent_format == "comment" and self.corpus.human_comments == "keep":
-            raise ValueError(
+            yield (
                 "corpus.human_comments=keep does not go with text.latent_format=comment "
                 "(a human comment cannot be told from a thought): use strip or as_thoughts"
+            )
+        if self.text.granularity == "token" and self.corpus.human_comments == "as_thoughts":
+            yield (
+                "corpus.human_comments=as_thoughts does not go with text.granularity=token "
+                "(a span of tokens has no comment above it): use strip or keep"
             )
         tensor = self.parallel.tensor
         for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(self.model, key)
             if value % tensor:
-                raise ValueError(f"parallel.tensor={tensor} does not divide model.{key}={value}")
+                yield f"parallel.tensor={tensor} does not divide model.{key}={value}"
         if self.parallel.sequence and self.model.context_length % tensor:
-            raise ValueError(
+            yield (
                 f"parallel.tensor={tensor} does not divide model.context_length={self.model.context_length}, "
                 "which parallel.sequence needs"
             )
@@ -80,13 +93,12 @@ class RunConfig(Section):
             section = getattr(self, phase)
             share = section.micro_batch_size * self.parallel.data
             if section.global_batch_size % share:
-                raise ValueError(
+                yield (
                     f"{phase}.global_batch_size={section.global_batch_size} is not a multiple of "
                     f"{phase}.micro_batch_size * parallel.data = {share}"
                 )
         if 4 * self.text.max_latent_tokens > self.model.context_length:
-            raise ValueError(
+            yield (
                 f"text.max_latent_tokens={self.text.max_latent_tokens} leaves no room for code in "
-                f"model.context_length={self.model.context_length}"
+                f"model.context_length={self.model.context_length}: at most a quarter of it"
             )
-        return self

@@ -65,12 +65,17 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes the strings which YAML 1.1 or the scalars above would read as something else."""
 
+    def represent_string(self, text: str) -> yaml.ScalarNode:
+        # PyYAML folds exotic line breaks such as U+0085 away unless the string is in double quotes.
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
 
 for _tag, _pattern in _SCALARS:
     _Loader.add_implicit_resolver(_tag, _pattern, None)
     _Dumper.add_implicit_resolver(_tag, _pattern, None)
 for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
     _Loader.add_constructor(_tag, _Loader.construct_number)
+_Dumper.add_representer(str, _Dumper.represent_string)
 
 
 def parse(text: str, source: str) -> Any:

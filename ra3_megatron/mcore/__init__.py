@@ -4,6 +4,18 @@ Importing this package prepares Megatron-Core for machines without CUDA (`cpu.in
 `megatron.core` import; every other room reaches Megatron-Core through here.
 """
 
+import warnings
+
 from ra3_megatron.mcore import cpu
+
+# What Megatron-Core and torch say at every start on a machine without Transformer Engine; `ra3 --version` says it once.
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated and will be removed",
+    "Please use DTensor instead",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 cpu.install()

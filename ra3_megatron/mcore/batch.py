@@ -4,6 +4,7 @@ Shapes: b rows, s tokens a row. Position j of a row *predicts* `targets[:, j]`, 
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Events:
     """Rows of the table of sets, long [b, s]; None: every token everywhere."""
     merged: Tensor | None = None
     """Rows of the table of sets, long [b, s]; None: no merged outcome."""
+    temperature: float = 1.0
+    """Logits are divided by this."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,12 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on `device`."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        moved: dict[str, Any] = {}
+        for name, value in _fields(self).items():
             if isinstance(value, Events):
-                inner = {f.name: getattr(value, f.name) for f in fields(value)}
-                value = replace(value, **{k: v.to(device) for k, v in inner.items() if v is not None})
-            elif value is not None:
-                value = value.to(device)
-            moved[field.name] = value
+                inner: dict[str, Any] = {k: v.to(device) for k, v in _fields(value).items() if isinstance(v, Tensor)}
+                value = replace(value, **inner)
+            moved[name] = value.to(device) if isinstance(value, Tensor) else value
         return TokenBatch(**moved)
 
     @property
@@ -80,3 +80,7 @@ class TokenBatch:
         same = self.segments[:, :, None] == self.segments[:, None, :]
         causal = torch.ones(s, s, dtype=torch.bool, device=self.ids.device).tril()
         return ~(same & causal)[:, None]
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    return {field.name: getattr(item, field.name) for field in fields(item)}

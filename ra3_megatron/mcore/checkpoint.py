@@ -128,9 +128,7 @@ def _state(model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None, lo
         place = (parallel_state.get_pipeline_model_parallel_rank(), runtime.tensor_rank)
         shape = (parallel_state.get_pipeline_model_parallel_world_size(), runtime.tensor_size)
         # generators differ over model-parallel ranks only: each data-parallel replica has the same
-        state["generators"] = ShardedObject(
-            "generators", _generators(), shape, place, replica_id=runtime.data_rank
-        )
+        state["generators"] = ShardedObject("generators", _generators(), shape, place, replica_id=runtime.data_rank)
     return state
 
 

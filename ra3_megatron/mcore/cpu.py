@@ -2,22 +2,23 @@
 
 Active only where CUDA is not available, and before `megatron.core` is imported (`install` refuses to come later).
 
-| what changes | why |
-|---|---|
-| `torch.cuda` calls (current_device, synchronize, streams, memory counters, RNG state) | they raise on a CPU build; stand-ins answer for the CPU |
-| `Tensor.cuda()` | identity (tied embeddings under pipeline parallelism) |
-| `"cuda"` and `"torch.cuda.*Tensor"` literals in schedules, optimizers, gradient clipping, masks | rewritten to CPU in the modules' code objects at import: no cost at run time |
-| `@jit_fuser` (torch.compile) | a no-op during the import, else each process compiles for 10 s |
-| CUDA RNG tracker | keeps the states of the CPU default generator |
-| `WrappedTorchNorm` | marks its parameters `sequence_parallel`, so that their gradients are reduced |
-| rotary positions under context parallelism | without `pin_memory=True`, which CPU builds refuse |
+What changes, and why:
 
-Two groups of fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
+- `torch.cuda` calls (current_device, synchronize, streams, memory counters, RNG state) raise on a CPU build:
+  stand-ins answer for the CPU.
+- `Tensor.cuda()` is the identity (tied embeddings under pipeline parallelism call it).
+- `"cuda"` and `"torch.cuda.*Tensor"` literals in schedules, optimizers, gradient clipping and masks are rewritten to
+  CPU in the modules' code objects at import: no cost at run time.
+- `@jit_fuser` (torch.compile) is a no-op during the import, else each process compiles for 10 s.
+- The CUDA RNG tracker keeps the states of the CPU default generator.
+- `WrappedTorchNorm` marks its parameters `sequence_parallel`, so that their gradients are reduced.
+- Rotary positions under context parallelism do without `pin_memory=True`, which CPU builds refuse.
 
-| what changes | why |
-|---|---|
-| MoE: `te_general_gemm`, numpy splits | a name left undefined without Transformer Engine |
-| DistributedOptimizer checkpoints with torch's Adam | asserts a missing `step`, raises KeyError on loading, and then lets all parameters share ONE step tensor, which counts up once per parameter |
+Two fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
+
+- MoE: `te_general_gemm` is a name left undefined without Transformer Engine.
+- DistributedOptimizer checkpoints with torch's Adam assert a missing `step`, raise KeyError on loading, and then let
+  all parameters share ONE step tensor, which counts up once per parameter.
 """
 
 import contextlib
@@ -207,6 +208,8 @@ def _fix_random(module: Any) -> None:
 
     class CpuRNGStatesTracker(module.CudaRNGStatesTracker):
         """States of the CPU default generator, switched in and out of it."""
+
+        _current_state_name: str
 
         def add(self, name: str, seed: int) -> None:
             self._is_initialized = True

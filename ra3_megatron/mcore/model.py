@@ -86,7 +86,7 @@ class LanguageModel(GPTModel):
 
     vocabulary: VocabularyShard
 
-    def forward(self, batch: TokenBatch, hidden_only: bool = False) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: TokenBatch, hidden_only: bool = False) -> Tensor:
         if hidden_only:
             self._batch: TokenBatch | None = None
             mask = None
@@ -104,7 +104,7 @@ class LanguageModel(GPTModel):
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight  # type: ignore[no-any-return]
+        return self.output_layer.weight
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
         decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -150,10 +150,13 @@ class LanguageModel(GPTModel):
         denominator = rows(events.denominator) if events else None
         merged = rows(events.merged) if events else None
 
+        temperature = events.temperature if events else 1.0
+
         def chunk(piece: Tensor, matrix: Tensor, start: int) -> tuple[Tensor, Tensor]:
             part = slice(start, start + piece.shape[0])
+            logits = F.linear(piece, matrix)
             return event_log_probs(
-                F.linear(piece, matrix),
+                logits if temperature == 1.0 else logits.float() / temperature,
                 target[part],
                 self.vocabulary,
                 None if numerator is None else numerator[part],
@@ -163,9 +166,7 @@ class LanguageModel(GPTModel):
 
         starts = range(0, len(where), CHUNK_POSITIONS)
         if torch.is_grad_enabled() and len(starts) > 1:
-            parts = [
-                checkpoint(chunk, hidden[i : i + CHUNK_POSITIONS], weight, i, use_reentrant=False) for i in starts
-            ]
+            parts = [checkpoint(chunk, hidden[i : i + CHUNK_POSITIONS], weight, i, use_reentrant=False) for i in starts]
         else:
             parts = [chunk(hidden[i : i + CHUNK_POSITIONS], weight, i) for i in starts]
         if not parts:

@@ -161,9 +161,7 @@ def _run(model: torch.nn.Module, batches: Sequence[TokenBatch], loss: Any) -> li
     return results
 
 
-def _training_loss(
-    out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLoss
-) -> tuple[Tensor, Tensor, Tensor]:
+def _training_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLoss) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats = stream_loss(out, batch, counts, policy)
     return loss, torch.zeros((), dtype=torch.int, device=out.device), stats
 

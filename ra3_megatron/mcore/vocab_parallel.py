@@ -66,7 +66,7 @@ def event_log_probs(
     logits: [n, V_local]; targets: [n] token ids; numerator, denominator, merged: [n] rows of `shard.sets`
     (TARGET / ALL / TARGET everywhere when None). Returns two fp32 tensors [n]; both are differentiable.
     """
-    return _EventLogProbs.apply(logits, targets, shard, numerator, denominator, merged)  # type: ignore[no-any-return]
+    return _EventLogProbs.apply(logits, targets, shard, numerator, denominator, merged)
 
 
 class _EventLogProbs(torch.autograd.Function):
@@ -141,9 +141,7 @@ class _EventLogProbs(torch.autograd.Function):
         ctx.dtype = logits.dtype
         probability = weight.div_(total[:, None])
         share = None if event_weight is None else event_weight.div_(pieces[-1][:, None])
-        ctx.save_for_backward(
-            probability, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask
-        )
+        ctx.save_for_backward(probability, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask)
         return log_prob, entropy
 
     @staticmethod

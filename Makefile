@@ -1,0 +1,61 @@
+# Two commands matter to a newcomer: `make quickstart` and `make test`. `make help` lists the rest.
+# PYTHON picks the interpreter, VENV the environment's folder, TORCH_INDEX where PyTorch comes from.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Without an NVIDIA GPU the CPU build of PyTorch saves gigabytes. TORCH_INDEX= (empty) takes your package index's build.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The threads of the tokenizers package do not go together with forked processes.
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test lint format bench docs-config clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: install ## Install, then train a small model with RA3 and NTP on this machine's Python code
+	$(BIN)/ra3 train examples/quickstart.yaml
+
+install: $(STAMP) ## Create the environment in .venv and install the tested set of packages
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; ok = (3, 11) <= v < (3, 13); ok or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}: 3.11 or 3.12 is needed (tested: 3.11). Choose one with make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@if [ -n "$(TORCH_INDEX)" ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		echo "Installing $(TORCH) for CPU from $(TORCH_INDEX)"; \
+		$(PIP) install -q --retries 0 --timeout 30 --no-deps --index-url $(TORCH_INDEX) $(TORCH) \
+		|| echo "$(TORCH_INDEX) did not answer: PyTorch comes from your package index (it may be the CUDA build)"; \
+	fi
+	@echo "Installing ra3-megatron with the versions in constraints.txt"
+	@$(PIP) install -q -c constraints.txt -e '.[data,dev]'
+	@touch $@
+
+test: install ## Run the tests; ARGS=… goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: install ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ra3_megatron
+
+format: install ## Format the code and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## Measure throughput; writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+docs-config: install ## Write docs/configuration.md from the configuration classes
+	@mkdir -p docs
+	$(BIN)/ra3 config --describe --markdown > docs/configuration.md
+
+clean: ## Remove the environment, caches and build products (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,238 @@
+"""The `ra3` command: each verb parses, builds, calls, closes.
+
+Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user (one line on stderr for each problem),
+130 interrupted. Invariant: this module imports neither torch nor a room of the package at the top, so that `--help`
+and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ra3_megatron import __version__
+from ra3_megatron.config.errors import UserError
+
+if TYPE_CHECKING:
+    from ra3_megatron.config.run import RunConfig
+
+_OVERRIDE = re.compile(r"^\s*\w+(\.\w+)*\s*=")
+_PACKAGES = (("torch", "torch"), ("megatron-core", "megatron-core"), ("transformer-engine", "transformer-engine"))
+
+
+class _Verbs(TyperGroup):
+    """Turns a user's mistake and an interruption into an exit code, for every verb at one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            for line in str(error).splitlines():
+                typer.echo(f"ra3: {line}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("ra3: interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    name="ra3",
+    help="RA3 mid-training on Megatron-Core: EM with latent thoughts between the lines of expert code.",
+    epilog="A first run: ra3 train examples/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Config = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+_RequiredConfig = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides such as estep.latent_price=0.03, which win over the file.",
+        show_default=False,
+    ),
+]
+_RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.", show_default=False)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo("\n".join(f"{name:20}{version}" for name, version in versions().items()))
+        raise typer.Exit()
+
+
+def versions() -> dict[str, str]:
+    """What a report of a problem should hold: the versions of ra3, Python and the packages that compute."""
+    found = {"ra3": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name, distribution in _PACKAGES:
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@app.callback()
+def _ra3(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: _RequiredConfig,
+    overrides: _Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir", metavar="DIR", help="Folder of the run; the same as run_dir=DIR.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train: warm start, EM iterations, control, evaluation and report, as the configuration says.
+
+    On one machine it starts the processes that the layout asks for; under torchrun or srun it uses those it finds.
+    """
+    path, settings = _split(config, overrides)
+    if path is None:
+        raise UserError("train needs a configuration file before the overrides, such as examples/quickstart.yaml")
+    if run_dir is not None:
+        settings.append(f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}")
+    resolved = _load(path, settings)
+    from ra3_megatron.launch import train as run_training
+
+    raise typer.Exit(run_training(resolved, resume=resume))
+
+
+@app.command()
+def report(run_dir: _RunFolder) -> None:
+    """Rebuild the report of a run from its folder."""
+    _require_folder(run_dir, "run folder")
+    from ra3_megatron.report.build import build_report
+
+    typer.echo(build_report(run_dir))
+
+
+@app.command()
+def infuse(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", metavar="DIR", help="Checkpoint whose model samples the latents.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the infused corpus.")],
+    config: _Config = None,
+    overrides: _Overrides = None,
+) -> None:
+    """Sample latents for a corpus and write the infused documents.
+
+    Without CONFIG, the corpus and all else are those of the run that the checkpoint belongs to; overrides such as
+    corpus.path=… change them.
+    """
+    path, settings = _split(config, overrides)
+    _require_folder(checkpoint, "checkpoint folder")
+    resolved = _load(path, settings) if path is not None else None
+    from ra3_megatron.em.infuse_cli import infuse as infuse_corpus
+
+    infuse_corpus(checkpoint, out, resolved, settings)
+
+
+@app.command()
+def show(
+    run_dir: _RunFolder,
+    phase: Annotated[
+        str | None,
+        typer.Option("--phase", metavar="NAME", help="Phase to read; the last one otherwise.", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="Transcripts to print.")] = 3,
+    document: Annotated[
+        str | None,
+        typer.Option("--document", metavar="NAME", help="Only transcripts of this document.", show_default=False),
+    ] = None,
+) -> None:
+    """Print transcripts line by line: decision, thought, reward and advantage."""
+    _require_folder(run_dir, "run folder")
+    from rich.console import Console
+
+    from ra3_megatron.report.show import show as show_transcripts
+
+    show_transcripts(run_dir, phase, count, document, Console())
+
+
+@app.command("config")
+def config_(
+    config: _Config = None,
+    overrides: _Overrides = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="List every key with its type, default and meaning instead.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --describe: as docs/configuration.md.")] = False,
+) -> None:
+    """Check a configuration and print it with every default filled in."""
+    path, settings = _split(config, overrides)
+    if markdown and not describe:
+        raise UserError("--markdown goes with --describe")
+    if describe and (path or settings):
+        raise UserError("--describe lists all keys and takes no configuration")
+    if describe:
+        _describe(markdown)
+        return
+    resolved = _load(path, settings)
+    from ra3_megatron.config.load import dump_config
+
+    typer.echo(dump_config(resolved), nl=False)
+
+
+def _describe(markdown: bool) -> None:
+    from ra3_megatron.config import describe
+
+    if markdown:
+        typer.echo(describe.markdown(), nl=False)
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for row in describe.describe():
+        console.print(Text.assemble((row.key, "bold cyan"), " = ", (row.default, "bold"), (f"  ({row.type})", "dim")))
+        console.print(Padding(Text(row.doc), (0, 0, 0, 4)))
+
+
+def _split(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+    """CONFIG, which may be left out or stand behind overrides, and the overrides."""
+    arguments = ([config] if config is not None else []) + (overrides or [])
+    files = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one configuration file is enough; an override is written section.key=value")
+    return (Path(files[0]) if files else None), [argument for argument in arguments if argument not in files]
+
+
+def _load(path: Path | None, overrides: list[str]) -> RunConfig:
+    from ra3_megatron.config.load import load_config
+
+    return load_config(path, overrides)
+
+
+def _require_folder(path: Path, what: str) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such {what}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="ra3")

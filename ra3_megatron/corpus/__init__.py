@@ -1,0 +1,1 @@
+"""From sources of expert text to packed batches: sources, cleaning, splits, indexed data sets, sampling order."""

@@ -1,0 +1,194 @@
+"""From source texts to the documents of a corpus: cleaning, filters, de-duplication, limit, split.
+
+Invariants: two documents of one file are never in different splits; no two documents have the same text, whichever
+split they are in; a document's split and its place in the limit depend on its own path and text alone; every text that
+is left out is counted with the reason. Memory holds one digest a document, never the texts.
+"""
+
+import hashlib
+import heapq
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ra3_megatron.config.data import CorpusConfig
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.corpus.sources import Source, iter_texts
+from ra3_megatron.text.segment import WHITESPACE, drop_leading_blank_lines, strip_comment_lines
+
+Split = Literal["train", "valid"]
+SPLITS: tuple[Split, ...] = ("train", "valid")
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """A cleaned document."""
+
+    name: str
+    """`Source.path`."""
+    code: str
+    """The text: no blank line at either end, one line break at the end."""
+
+
+@dataclass
+class SourceFile:
+    """What one file (or data set) contributed."""
+
+    file: str
+    texts: int
+    """Texts that it held, before any filter."""
+    sha256: str
+    """Over the digests of these texts, in order."""
+
+
+@dataclass
+class Counts:
+    """What became of the texts of the source."""
+
+    texts: int = 0
+    """Texts that the source gave."""
+    too_few_lines: int = 0
+    """Left out: fewer than `corpus.min_lines` non-blank lines (see `count_lines`)."""
+    too_many_lines: int = 0
+    """Left out: more than `corpus.max_lines` non-blank lines."""
+    duplicates: int = 0
+    """Left out: the same text as an earlier one."""
+    over_limit: int = 0
+    """Left out: beyond `corpus.max_documents`."""
+    train: int = 0
+    """Documents of the training split."""
+    valid: int = 0
+    """Documents of the held-out split."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Files and functions that the source itself left out, by reason."""
+
+    @property
+    def documents(self) -> int:
+        """Documents of both splits."""
+        return self.train + self.valid
+
+    def summary(self) -> str:
+        """All counts that are not zero, in one line."""
+        counts: dict[str, Any] = {key: value for key, value in asdict(self).items() if isinstance(value, int)}
+        return ", ".join(f"{key} {value}" for key, value in {**counts, **self.skipped}.items() if value) or "texts 0"
+
+
+def clean(text: str) -> str:
+    """`text` without blank lines at its ends and with one line break at its end; trailing spaces of lines are kept."""
+    code = drop_leading_blank_lines(text)
+    visible = len(code.rstrip(WHITESPACE))
+    line_end = code.find("\n", visible)
+    return (code if line_end < 0 else code[:line_end]) + "\n" if visible else ""
+
+
+def count_lines(code: str, config: CorpusConfig) -> int:
+    """Non-blank lines of `code`, full-line comments left out unless both training texts keep them."""
+    keep = config.human_comments == config.warm_start_comments == "keep"
+    kept = code if keep or "#" not in code else strip_comment_lines(code)
+    return sum(1 for line in kept.split("\n") if line.strip(WHITESPACE))
+
+
+def split_of(split_key: str, valid_fraction: float) -> Split:
+    """The split of all texts that share `split_key` (a file, or a row), by its sha256."""
+    digest = hashlib.sha256(split_key.encode("utf-8")).digest()
+    return "valid" if int.from_bytes(digest[:8], "big") < valid_fraction * 2**64 else "train"
+
+
+def prepare(
+    config: CorpusConfig, folder: Path, on_text: Callable[[], None] = lambda: None
+) -> tuple[Counts, list[SourceFile]]:
+    """Write the documents of both splits to `folder`/{train,valid}.jsonl, in the order of the source.
+
+    `on_text` is called for each text read. Returns the counts and one entry for each source file. UserError when a
+    split ends up empty.
+    """
+    counts = Counts()
+    files: list[SourceFile] = []
+    spool = folder / "all.jsonl"
+    limit = _spool(config, spool, counts, files, on_text)
+    outputs = {split: (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") for split in SPLITS}
+    try:
+        with spool.open(encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                row = json.loads(line)
+                if limit is not None and row["digest"] > limit:
+                    counts.over_limit += 1
+                    continue
+                split: Split = row["split"]
+                setattr(counts, split, getattr(counts, split) + 1)
+                outputs[split].write(json.dumps({"name": row["name"], "code": row["code"]}, ensure_ascii=False) + "\n")
+    finally:
+        for output in outputs.values():
+            output.close()
+    spool.unlink()
+    _check_not_empty(config, counts)
+    return counts, files
+
+
+def read_texts(file: Path) -> Iterator[Text]:
+    """Documents of one split, as `prepare` wrote them."""
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        for line in stream:
+            yield Text(**json.loads(line))
+
+
+def _spool(
+    config: CorpusConfig, spool: Path, counts: Counts, files: list[SourceFile], on_text: Callable[[], None]
+) -> str | None:
+    """Write all documents that pass the filters; return the largest digest within `max_documents` (None: no limit)."""
+    skipped: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    with spool.open("w", encoding="utf-8", newline="\n") as stream:
+        for source in _with_file_entries(iter_texts(config, skipped), files):
+            counts.texts += 1
+            on_text()
+            code = clean(source.text)
+            lines = count_lines(code, config)
+            digest = hashlib.sha256(code.encode("utf-8")).digest()[:_DIGEST_BYTES]
+            if lines < config.min_lines:
+                counts.too_few_lines += 1
+            elif lines > config.max_lines:
+                counts.too_many_lines += 1
+            elif digest in seen:
+                counts.duplicates += 1
+            else:
+                seen.add(digest)
+                split = split_of(source.split_key, config.valid_fraction)
+                row = {"name": source.path, "code": code, "split": split, "digest": digest.hex()}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    counts.skipped = dict(sorted(skipped.items()))
+    if config.max_documents is None or len(seen) <= config.max_documents:
+        return None
+    return heapq.nsmallest(config.max_documents, seen)[-1].hex()
+
+
+def _with_file_entries(sources: Iterable[Source], files: list[SourceFile]) -> Iterator[Source]:
+    """The same sources; an entry is appended to `files` for each run of sources of one file."""
+    running = hashlib.sha256()
+    for source in sources:
+        if not files or files[-1].file != source.file:
+            running = hashlib.sha256()
+            files.append(SourceFile(file=source.file, texts=0, sha256=""))
+        running.update(bytes.fromhex(source.digest))
+        files[-1].texts += 1
+        files[-1].sha256 = running.hexdigest()
+        yield source
+
+
+def _check_not_empty(config: CorpusConfig, counts: Counts) -> None:
+    if not counts.documents:
+        raise UserError(
+            f"the corpus is empty after filtering ({counts.summary()}): check corpus.path, "
+            f"corpus.min_lines={config.min_lines} and corpus.max_lines={config.max_lines}"
+        )
+    for split in SPLITS:
+        if not getattr(counts, split):
+            raise UserError(
+                f"the {split} split is empty ({counts.summary()}): it is drawn by hash of the path with "
+                f"corpus.valid_fraction={config.valid_fraction}; use more files or another fraction"
+            )

@@ -1,0 +1,83 @@
+"""What every phase of a run shares: configuration, data, processes, and the run folder's writers."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.corpus.build import Corpus
+from ra3_megatron.em.latent_stats import BlankTokens
+from ra3_megatron.em.monitors import Alarm
+from ra3_megatron.mcore.model import build_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.report.metrics import MetricsWriter
+from ra3_megatron.report.progress import Progress
+from ra3_megatron.report.run_folder import RunFolder, write_json
+
+
+@dataclass
+class RunContext:
+    """One run in one process. Only the main process holds a metrics writer."""
+
+    config: RunConfig
+    folder: RunFolder
+    runtime: Runtime
+    corpus: Corpus
+    blank: BlankTokens
+    progress: Progress
+    metrics: MetricsWriter | None
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint says of the model and the tokenizer."""
+
+    def new_model(self) -> torch.nn.Module:
+        """A model with the run's initial weights."""
+        return build_model(
+            self.config.model,
+            self.config.parallel,
+            self.runtime,
+            self.corpus.tokenizer.vocab_size,
+            self.corpus.format.sets,
+            self.config.seed,
+        )
+
+    def log(self, phase: str, iteration: int, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics."""
+        if self.metrics is not None:
+            self.metrics.write(phase, iteration, step, values)
+
+    def rewind(self, phase: str, iteration: int, step: int, **same: Any) -> None:
+        """Forget metrics of this phase behind `step` (of those that have the values `same`)."""
+
+        def keep(record: dict[str, Any]) -> bool:
+            here = record["phase"] == phase and record["iteration"] == iteration
+            here = here and all(record.get(key) == value for key, value in same.items())
+            return not (here and record["step"] > step)
+
+        if self.metrics is not None:
+            self.metrics.rewind(keep)
+
+    def alarm(self, phase: str, iteration: int, step: int, alarms: Iterable[Alarm]) -> None:
+        """Report signs of failure: on the display and in the metrics."""
+        for alarm in alarms:
+            self.progress.message(f"warning: {alarm.name}: {alarm.message}; {alarm.advice}", style="yellow")
+            self.log(
+                phase,
+                iteration,
+                step,
+                {"monitor": alarm.name, "message": alarm.message, "advice": alarm.advice},
+            )
+
+    def sync(self) -> None:
+        """Put metrics on disk before a checkpoint stands behind them."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def dump(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write what went wrong."""
+        if self.runtime.is_main:
+            write_json(path, json.loads(json.dumps(content)))
+        self.runtime.barrier()

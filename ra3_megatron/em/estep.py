@@ -1,0 +1,123 @@
+"""The E-step: train the latent policy q by policy gradient against the frozen model pi.
+
+One update (method.md, E-step):
+ 1. q samples G transcripts of each document: at every line boundary the decision, and the thought when it thinks;
+    then the expert's line is teacher-forced.
+ 2. One forward pass of pi over the finished transcripts gives r_t = log pi(a_t | s_t, z_t) - c * 1[new thought].
+ 3. R_t = sum_{k<H} gamma^k r_{t+k}, and A_t = R_t minus the mean over the G transcripts of the same document and line.
+ 4. One step on - sum_t A_t log q(z_t | s_t), decisions and thoughts only: expert tokens carry no gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.em import objective
+from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
+from ra3_megatron.em.packing import plan_rows, policy_batches
+from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
+from ra3_megatron.mcore.loss import PolicyLoss, Stat
+from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.text.transcript import Transcript
+
+Lines = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The transcripts of one update, document by document, and what they earned: [lines] of each transcript."""
+
+    transcripts: list[Transcript]
+    log_likelihoods: list[Lines]
+    rewards: list[Lines]
+    advantages: list[Lines]
+
+
+class EStep:
+    """Updates q (in `trainer`) with rewards from the frozen `scorer`."""
+
+    def __init__(
+        self, config: RunConfig, policy: LatentPolicy, trainer: Trainer, scorer: torch.nn.Module, blank: BlankTokens
+    ) -> None:
+        self.config = config.estep
+        self.row_length = config.model.context_length
+        self.temperature = config.rollout.temperature
+        self.policy = policy
+        self.trainer = trainer
+        self.scorer = scorer
+        self.blank = blank
+        self.runtime = trainer.runtime
+        self.loss = PolicyLoss(self.config.clip_ratio, self.config.importance_cap)
+
+    def step(self, documents: Sequence[Transcript], keys: Sequence[Sequence[int]]) -> tuple[dict[str, float], Rollouts]:
+        """One update on these documents; metrics of it and the rollouts behind them."""
+        transcripts = self.policy.sample(documents, keys, self.config.group_size)
+        rollouts = self.reward(transcripts)
+        plan = plan_rows(
+            [t.num_tokens for t in transcripts], self.row_length, self.config.micro_batch_size, self.runtime
+        )
+        batches = policy_batches(
+            transcripts,
+            rollouts.advantages,
+            plan,
+            self.runtime,
+            self.policy.latents,
+            self.config.entropy_coefficient,
+            self.temperature,
+        )
+        results = [self.trainer.step(batches, self.loss) for _ in range(self.config.updates_per_rollout)]
+        first, result = results[0], results[-1]
+        metrics = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "decision_entropy": first.mean(Stat.DECISION_ENTROPY, Stat.DECISIONS) or 0.0,
+            "log_prob_mismatch": first.mean(Stat.MISMATCH, Stat.CHOICES) or 0.0,
+            "clip_fraction": result.mean(Stat.CLIPPED, Stat.CHOICES) or 0.0,
+            "tokens": sum(t.num_tokens for t in transcripts),
+        }
+        return metrics | self._describe(rollouts), rollouts
+
+    def reward(self, transcripts: list[Transcript]) -> Rollouts:
+        """Rewards and advantages of transcripts that come in groups of G."""
+        plan = plan_rows(
+            [t.num_tokens for t in transcripts], self.row_length, self.config.micro_batch_size, self.runtime
+        )
+        scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.policy.latents)
+        likelihoods, rewards, advantages = [], [], []
+        for start in range(0, len(transcripts), self.config.group_size):
+            group = transcripts[start : start + self.config.group_size]
+            values = [
+                line_log_likelihoods(t, s, self.config.likelihood)
+                for t, s in zip(group, scores[start : start + self.config.group_size], strict=True)
+            ]
+            log_likelihood = torch.from_numpy(np.stack(values))
+            think = torch.from_numpy(np.stack([t.think for t in group]))
+            malformed = torch.from_numpy(np.stack([malformed_thoughts(t, self.blank.empty) for t in group]))
+            reward = objective.line_rewards(
+                log_likelihood, think, malformed, self.config.latent_price, self.config.format_penalty
+            )
+            returns = objective.truncated_returns(reward, self.config.horizon, self.config.discount)
+            likelihoods += list(log_likelihood.numpy())
+            rewards += list(reward.numpy())
+            advantages += list(objective.group_advantages(returns, self.config.baseline))
+        if self.config.normalize_advantages:
+            offered = torch.from_numpy(np.concatenate([t.offered for t in transcripts]))
+            flat = objective.normalized(torch.cat(advantages), offered)
+            advantages = list(flat.split([len(a) for a in advantages]))
+        return Rollouts(transcripts, likelihoods, rewards, [a.numpy().astype(np.float32) for a in advantages])
+
+    def _describe(self, rollouts: Rollouts) -> dict[str, float]:
+        offered = np.concatenate([t.offered for t in rollouts.transcripts])
+        advantages = np.concatenate(rollouts.advantages)[offered]
+        return {
+            "reward": float(np.concatenate(rollouts.rewards).mean()),
+            "log_likelihood": float(np.concatenate(rollouts.log_likelihoods).mean()),
+            "advantage_std": float(advantages.std()) if len(advantages) else 0.0,
+            **latent_stats(rollouts.transcripts, self.blank).metrics(),
+        }

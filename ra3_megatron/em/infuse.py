@@ -1,0 +1,116 @@
+"""Infusion: sample a latent path for every document that the M-step will read, and store the infused documents.
+
+Documents are infused in chunks; a chunk is whole or absent, so a killed infusion goes on behind its last chunk. The
+latents of a document depend on the seed, the iteration and its place in the order alone.
+"""
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ra3_megatron.corpus.indexed import TranscriptStore, TranscriptWriter
+from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
+from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.report.run_folder import read_json, write_json
+from ra3_megatron.text.transcript import Transcript
+
+CHUNK = 512
+"""Documents a chunk at least."""
+MAX_CHUNKS = 200
+"""Chunks of one infusion at most: each is an open data set."""
+RECORD = "infused.json"
+
+
+class InfusedCorpus:
+    """The infused documents of a folder, in order; `lengths` in tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.record: dict[str, Any] = read_json(folder / RECORD)
+        self._stores = [TranscriptStore(folder / name) for name in self.record["chunks"]]
+        self._ends = list(accumulate(len(store) for store in self._stores))
+        self.lengths: npt.NDArray[np.int32] = np.concatenate([store.lengths for store in self._stores])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Transcript:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        chunk = bisect_right(self._ends, index)
+        return self._stores[chunk][index - (self._ends[chunk - 1] if chunk else 0)]
+
+
+def infuse(
+    policy: LatentPolicy,
+    documents: Any,
+    key: Sequence[int],
+    folder: Path,
+    runtime: Runtime,
+    blank: BlankTokens,
+    weight_version: int,
+    advance: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> InfusedCorpus:
+    """Sample one transcript of each of `documents` into `folder`. Collective; skips what is there already.
+
+    key: names the random streams (document number k uses `(*key, k)`). advance: told documents and tokens done.
+    """
+    if (folder / RECORD).is_file():
+        return InfusedCorpus(folder)
+    size = max(CHUNK, -(-len(documents) // MAX_CHUNKS))
+    starts = range(0, len(documents), size)
+    names = [f"chunk_{number:05d}" for number in range(len(starts))]
+    for start, name in zip(starts, names, strict=True):
+        numbers = range(start, min(start + size, len(documents)))
+        stats_file = folder / f"{name}.stats.json"  # written behind the chunk: it is whole
+        if not runtime.broadcast(stats_file.is_file()):
+            begin = time.perf_counter()
+            originals = [documents[k] for k in numbers]
+            transcripts = policy.sample(originals, [(*key, k) for k in numbers], group=1)
+            if runtime.is_main:
+                _write(folder / name, transcripts, weight_version)
+                stats = latent_stats(transcripts, blank)
+                timing = {
+                    "seconds": time.perf_counter() - begin,
+                    "tokens": sum(t.num_tokens for t in transcripts),
+                    "lines": stats.lines,
+                    "thoughts": stats.thoughts,
+                    "thought_tokens": stats.thought_tokens,
+                }
+                write_json(stats_file, timing)
+            runtime.barrier()
+        advance(len(numbers), int(read_json(stats_file)["tokens"]))
+    if runtime.is_main:
+        parts = [read_json(folder / f"{name}.stats.json") for name in names]
+        total = {field: sum(part[field] for part in parts) for field in parts[0]}
+        record = {"chunks": names, "documents": len(documents), "weight_version": weight_version, **total}
+        write_json(folder / RECORD, record)
+    runtime.barrier()
+    return InfusedCorpus(folder)
+
+
+def _write(prefix: Path, transcripts: Sequence[Transcript], weight_version: int) -> None:
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with TranscriptWriter(prefix) as writer:
+        for transcript in transcripts:
+            writer.add(transcript)
+
+
+def export_jsonl(corpus: InfusedCorpus, path: Path, text_of: Callable[[Transcript], tuple[str, str]]) -> None:
+    """Write the infused documents as text: {"name", "code", "infused"} a line. text_of: (code, infused text)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for index in range(len(corpus)):
+            transcript = corpus[index]
+            code, infused = text_of(transcript)
+            row = {"name": transcript.document, "code": code, "infused": infused}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.rename(path)

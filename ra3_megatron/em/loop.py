@@ -1,0 +1,212 @@
+"""The EM loop: warm start, then E-step, infusion and M-step in turn, and NTP beside it as the control.
+
+    pi_0   = warm start (next-token prediction)
+    q_i    = E-step(start pi_{i-1}, scored by pi_{i-1})
+    D_i    = documents infused with latents sampled by q_i
+    pi_i   = M-step(start pi_{i-1}, on D_i)
+
+NTP is the same loop with nothing between the lines: its M-steps read the same documents in the same order from the
+same start. Every step is a function of (seed, phase, step) and the checkpoint before it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ra3_megatron.corpus.sampler import DocumentSampler
+from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.estep import EStep
+from ra3_megatron.em.evaluation import evaluate
+from ra3_megatron.em.infuse import InfusedCorpus, infuse
+from ra3_megatron.em.monitors import check_mstep
+from ra3_megatron.em.mstep import MStep
+from ra3_megatron.em.order import DocumentOrder, Ordered, Stream, order_seed
+from ra3_megatron.em.phases import Phase, final_of, is_done, train_phase
+from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
+from ra3_megatron.em.steps import EStepSteps, PackedSteps
+from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.report.run_folder import read_json, write_json
+from ra3_megatron.report.transcripts import write_transcripts
+from ra3_megatron.text.latents import full_text
+
+
+class EM:
+    """One run of the loop; `run()` does, or resumes, all of it."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run_context = run
+        self.config = run.config
+        self.train = run.corpus.store("mid", "train")
+        self.valid = run.corpus.store("mid", "valid")
+        length = self.config.model.context_length
+        seed = self.config.seed
+        self.order = DocumentOrder(self.train, self.config.mstep, length, order_seed(seed, Stream.MID_ORDER))
+
+    def run(self) -> None:
+        """Everything that the configuration asks for."""
+        base = self.warm_start()
+        self.evaluate("base", 0, base)
+        methods = [self.config.method]
+        if self.config.method == "ra3" and self.config.em.control:
+            methods.append("ntp")
+        for method in reversed(methods):  # the control first, so that monitors can compare with it
+            self._loop(method, base)
+
+    def _loop(self, method: str, base: Path) -> None:
+        pi = base
+        best = self.evaluate("base", 0, base)["elbo"]
+        for iteration in range(1, self.config.em.iterations + 1):
+            if method == "ra3":
+                q = self.estep(iteration, pi)
+                start = {"base": base, "pi": pi, "q": q}[self.config.mstep.start]
+                documents: Any = self.infuse(iteration, q)
+                pi = self.mstep(Phase("mstep", iteration), start, documents)
+            else:
+                pi = self.mstep(Phase("ntp", iteration), pi, Ordered(self.train, self.order.of(iteration)))
+            figures = self.evaluate(method, iteration, pi)
+            if self.config.em.stop_without_gain and method == "ra3" and figures["elbo"] <= best:
+                self.run_context.progress.message(f"iteration {iteration} did not raise the held-out ELBO: stopping")
+                break
+            best = max(best, figures["elbo"])
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def warm_start(self) -> Path:
+        """pi_0: next-token prediction on documents with their human comments."""
+        run, settings = self.run_context, self.config.warm_start
+        phase = Phase("warm_start", 0)
+        if is_done(run, phase):
+            return final_of(run, phase)
+        store = run.corpus.store("warm", "train")
+        length = self.config.model.context_length
+        order = DocumentOrder(store, settings, length, order_seed(self.config.seed, Stream.WARM_ORDER))
+        start = None if settings.checkpoint is None else Path(settings.checkpoint)
+
+        def steps(trainer: Trainer) -> PackedSteps:
+            return PackedSteps(MStep(settings, trainer, Ordered(store, order.of(1)), length))
+
+        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
+
+    def estep(self, iteration: int, pi: Path) -> Path:
+        """q_i: policy gradient from pi_{i-1}, rewarded by pi_{i-1}."""
+        run, settings = self.run_context, self.config.estep
+        phase = Phase("estep", iteration)
+        if is_done(run, phase):
+            return final_of(run, phase)
+        scorer = run.new_model()
+        checkpoint.load(pi, scorer, run.runtime)
+        scorer.requires_grad_(False)
+
+        sampler = DocumentSampler(len(self.train), order_seed(self.config.seed, Stream.ESTEP_ORDER, iteration))
+        key = (self.config.seed, Stream.ESTEP, iteration)
+
+        def steps(trainer: Trainer) -> EStepSteps:
+            policy = self._policy(trainer.model)
+            return EStepSteps(
+                run, iteration, EStep(self.config, policy, trainer, scorer, run.blank), self.train, sampler, key
+            )
+
+        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), pi, steps)
+
+    def infuse(self, iteration: int, q: Path) -> InfusedCorpus:
+        """D_i: the documents of the next M-step with latents sampled by q_i."""
+        run = self.run_context
+        folder = run.folder.path / "infused" / f"iteration_{iteration}"
+        documents = Ordered(self.train, self.order.of(iteration))
+        phase = Phase("infuse", iteration)
+        model = run.new_model()
+        record = checkpoint.load(q, model, run.runtime)
+        task = run.progress.task(phase.key, total=len(documents), unit="tokens")
+        corpus = infuse(
+            self._policy(model),
+            documents,
+            (self.config.seed, Stream.INFUSE, iteration),
+            folder,
+            run.runtime,
+            run.blank,
+            record["weight_version"],
+            lambda done, tokens: task.advance(done, units=tokens),
+        )
+        task.close()
+        run.rewind("infuse", iteration, 0)
+        stats = corpus.record
+        values = {"documents": len(corpus), "tokens": stats["tokens"], "think_rate": stats["thoughts"] / stats["lines"]}
+        if stats["thoughts"]:
+            values["mean_thought_tokens"] = stats["thought_tokens"] / stats["thoughts"]
+        values |= {"seconds": stats["seconds"], "tokens_per_second": stats["tokens"] / stats["seconds"]}
+        run.log("infuse", iteration, 1, values)
+        return corpus
+
+    def mstep(self, phase: Phase, start: Path, documents: Any) -> Path:
+        """pi_i: next-token prediction on these documents."""
+        run, settings = self.run_context, self.config.mstep
+        if is_done(run, phase):
+            return final_of(run, phase)
+
+        def steps(trainer: Trainer) -> PackedSteps:
+            length = self.config.model.context_length
+            return PackedSteps(MStep(settings, trainer, documents, length, settings.thought_weight))
+
+        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
+
+    def evaluate(self, arm: str, iteration: int, model_of: Path) -> dict[str, Any]:
+        """Held-out figures of a checkpoint, once; later calls read them."""
+        run = self.run_context
+        path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
+        if run.runtime.broadcast(path.is_file()):
+            return dict(read_json(path))
+        model = run.new_model()
+        checkpoint.load(model_of, model, run.runtime)
+        count = min(self.config.evaluation.documents, len(self.valid))
+        documents = [self.valid[index] for index in range(count)]
+        keys = [(self.config.seed, Stream.EVALUATION, index) for index in range(count)]
+        task = run.progress.task(f"evaluating {arm} {iteration}" if iteration else f"evaluating {arm}", total=1)
+        result = evaluate(model, self._policy(model), documents, keys, self.config, run.blank)
+        task.advance(1)
+        figures = dict(result.figures)
+        run.rewind("evaluation", iteration, -1, arm=arm)
+        run.log("evaluation", iteration, 0, {"arm": arm, **figures})
+        if arm == "ra3":
+            self._check(iteration, figures)
+        if run.runtime.is_main:
+            texts = [full_text(t, run.corpus.tokenizer) for t in result.transcripts]
+            thinking = sorted(range(len(texts)), key=lambda i: (not result.transcripts[i].think.any(), i))
+            snippets = [texts[i] for i in thinking[: self.config.evaluation.snippets]]
+            records = transcript_records(
+                result.transcripts[: 4 * SHOWN_DOCUMENTS],
+                run.corpus,
+                iteration,
+                0,
+                self.config.evaluation.samples,
+                result.log_likelihoods,
+                result.rewards,
+                None,
+            )
+            write_transcripts(run.folder.path, f"evaluation-{arm}-{iteration}", records)
+            write_json(path, {"arm": arm, "iteration": iteration, **figures, "snippets": snippets})
+        run.runtime.barrier()
+        return dict(read_json(path))
+
+    def _check(self, iteration: int, figures: dict[str, Any]) -> None:
+        before = self._figures("ra3", iteration - 1) if iteration > 1 else self._figures("base", 0)
+        control = self._figures("ntp", iteration)
+        assert before is not None
+        alarms = check_mstep(
+            figures["code_ce"],
+            before["code_ce"],
+            figures["raw_code_ce"],
+            before["raw_code_ce"],
+            None if control is None else control["raw_code_ce"],
+        )
+        self.run_context.alarm("evaluation", iteration, 0, alarms)
+
+    def _figures(self, arm: str, iteration: int) -> dict[str, Any] | None:
+        path = self.run_context.folder.path / "evaluations" / f"{arm}-{iteration}.json"
+        return dict(read_json(path)) if path.is_file() else None
+
+    def _policy(self, model: torch.nn.Module) -> LatentPolicy:
+        run = self.run_context
+        return LatentPolicy(model, self.config, run.runtime, run.corpus.format, run.corpus.tokenizer)

@@ -1,0 +1,228 @@
+"""Transcripts -> packed TokenBatches, for training on them, scoring them, and the policy gradient.
+
+A value of token j of a transcript belongs to the position that *predicts* it: row position `offset + j - 1`. All
+processes build the same plan from the same transcripts and take their share of its micro-batches, so every
+data-parallel rank has the same number of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ra3_megatron.corpus.packing import pack
+from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.transcript import Role, Transcript
+
+ROW_MULTIPLE = 64
+"""Rows are as long as the fullest one, rounded up to this."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which transcript stands where. `rows[r]` holds (transcript, offset) pairs; empty rows fill the last batches."""
+
+    rows: list[list[tuple[int, int]]]
+    length: int
+    micro_batch_size: int
+
+    def mine(self, runtime: Runtime) -> list[list[int]]:
+        """Rows of each of this process's micro-batches; micro-batch k goes to data-parallel rank k mod data."""
+        size = self.micro_batch_size
+        batches = [list(range(start, start + size)) for start in range(0, len(self.rows), size)]
+        return batches[runtime.data_rank :: runtime.data_size]
+
+
+def plan_rows(
+    lengths: Sequence[int],
+    row_length: int,
+    micro_batch_size: int,
+    runtime: Runtime,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Plan:
+    """Pack transcripts of these lengths first-fit (or use the given `rows` of indices), padded to whole batches."""
+    packed = [list(row) for row in rows] if rows is not None else pack(lengths, row_length)
+    placed = []
+    for row in packed:
+        offsets = np.cumsum([0] + [lengths[i] for i in row])[:-1]
+        placed.append([(i, int(offset)) for i, offset in zip(row, offsets, strict=True)])
+    share = micro_batch_size * runtime.data_size
+    placed += [[] for _ in range(-len(placed) % share)]
+    longest = max((sum(lengths[i] for i in row) for row in packed), default=1)
+    return Plan(placed, min(row_length, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE), micro_batch_size)
+
+
+class RowWriter:
+    """Fills the tensors of one micro-batch from per-token arrays of transcripts."""
+
+    def __init__(self, plan: Plan, rows: Sequence[int], transcripts: Sequence[Transcript]) -> None:
+        self.plan = plan
+        self.places = [(b, i, offset) for b, r in enumerate(rows) for i, offset in plan.rows[r]]
+        self.transcripts = transcripts
+        self.shape = (len(rows), plan.length)
+
+    def base(self) -> TokenBatch:
+        """The tokens alone: ids, positions, segments and targets."""
+        ids, positions, targets = (np.zeros(self.shape, dtype=np.int64) for _ in range(3))
+        segments = np.full(self.shape, -1, dtype=np.int64)
+        for number, (b, i, offset) in enumerate(self.places):
+            tokens = self.transcripts[i].ids
+            here = slice(offset, offset + len(tokens))
+            ids[b, here] = tokens
+            positions[b, here] = np.arange(len(tokens))
+            segments[b, here] = number
+            targets[b, offset : offset + len(tokens) - 1] = tokens[1:]
+        return TokenBatch(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            segments=torch.from_numpy(segments),
+            targets=torch.from_numpy(targets),
+        )
+
+    def spread(self, values: Sequence[npt.NDArray[np.generic]], fill: float = 0) -> Tensor:
+        """[b, s] of per-token values (`values[i]`: [tokens] of transcript i), each at the position that predicts it."""
+        dtype = values[0].dtype if len(values) else np.dtype(np.float32)
+        out = np.full(self.shape, fill, dtype=dtype)
+        for b, i, offset in self.places:
+            out[b, offset : offset + len(values[i]) - 1] = values[i][1:]
+        return torch.from_numpy(out)
+
+    def collect(self, out: Tensor) -> dict[int, npt.NDArray[np.float32]]:
+        """The inverse of `spread`: transcript index -> [tokens] (0 for the first token, which nothing predicts)."""
+        rows = out.float().cpu().numpy()
+        found = {}
+        for b, i, offset in self.places:
+            values = np.zeros(len(self.transcripts[i].ids), dtype=np.float32)
+            values[1:] = rows[b, offset : offset + len(values) - 1]
+            found[i] = values
+        return found
+
+
+def training_batches(
+    transcripts: Sequence[Transcript], plan: Plan, runtime: Runtime, thought_weight: float = 1.0
+) -> list[TokenBatch]:
+    """Next-token prediction on every token: code tokens weigh 1, tokens of latents `thought_weight`."""
+    thought = [~t.is_code for t in transcripts]
+    weight = [np.where(is_thought, np.float32(thought_weight), np.float32(1)) for is_thought in thought]
+    batches = []
+    for rows in plan.mine(runtime):
+        writer = RowWriter(plan, rows, transcripts)
+        batches.append(replace(writer.base(), ce_weight=writer.spread(weight), is_thought=writer.spread(thought)))
+    return batches
+
+
+def scoring_batches(
+    transcripts: Sequence[Transcript], plan: Plan, runtime: Runtime, latents: LatentFormat, everything: bool = False
+) -> list[TokenBatch]:
+    """log pi of the scored tokens (role EXPERT; with `everything`, of all tokens).
+
+    A line's first visible token is renormalised over the tokens that start no thought, where it carries the decision.
+    """
+    masks, denominators = [], []
+    for transcript in transcripts:
+        mask = np.ones(transcript.num_tokens, dtype=bool) if everything else transcript.roles == Role.EXPERT
+        masks.append(mask)
+        denominators.append(scoring_denominators(transcript, latents))
+    batches = []
+    for rows in plan.mine(runtime):
+        writer = RowWriter(plan, rows, transcripts)
+        events = Events(mask=writer.spread(masks), denominator=writer.spread(denominators))
+        batches.append(replace(writer.base(), choices=events))
+    return batches
+
+
+def scoring_denominators(transcript: Transcript, latents: LatentFormat) -> npt.NDArray[np.int64]:
+    """Row of the token sets over which each token's log-probability is normalised when it is scored, [tokens]."""
+    rows = np.full(transcript.num_tokens, ALL, dtype=np.int64)
+    if latents.implicit_decision:
+        first = transcript.first_expert
+        tokens = transcript.ids[first]
+        sets = latents.think_set_of_token[tokens]
+        sets = np.where(latents.sets[sets, tokens], ALL, sets)  # the line is a comment itself: no decision there
+        rows[first] = [latents.act_set(int(row)) for row in sets]
+    return rows
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The events that q chose in one transcript, at the tokens that show them, [tokens] each."""
+
+    mask: npt.NDArray[np.bool_]
+    numerator: npt.NDArray[np.int64]
+    denominator: npt.NDArray[np.int64]
+    merged: npt.NDArray[np.int64]
+    decision: npt.NDArray[np.bool_]
+
+
+def choices_of(transcript: Transcript, latents: LatentFormat) -> Choices:
+    """Events whose log-probabilities add up to log q(z | s) of a sampled transcript (method.md, E-step).
+
+    <act>: log q(no thought starts here), one event. <think>: the thought's first token among all, then each further
+    token among those that a thought may hold. Expert and forced tokens, and lines without a choice, are no events.
+    """
+    tokens = transcript.num_tokens
+    mask = np.zeros(tokens, dtype=bool)
+    numerator = np.full(tokens, TARGET, dtype=np.int64)
+    denominator = np.full(tokens, ALL, dtype=np.int64)
+    merged = np.full(tokens, TARGET, dtype=np.int64)
+    lines = np.flatnonzero(transcript.offered)
+    decisions = transcript.decision_positions[lines]
+    sets = latents.think_set_of_token[transcript.ids[transcript.first_expert[lines]]]
+    act = np.array([latents.act_set(int(row)) for row in sets], dtype=np.int64)
+    mask[decisions] = True
+    denominator[decisions] = latents.universe
+    merged[decisions] = act
+    acting = ~transcript.think[lines]
+    numerator[decisions[acting]] = act[acting]
+    decision = mask.copy()
+    inner = (transcript.roles == Role.THOUGHT) & ~decision
+    inner &= transcript.offered[np.maximum(transcript.lines, 0)]
+    mask |= inner
+    denominator[inner] = latents.thought_set
+    return Choices(mask, numerator, denominator, merged, decision)
+
+
+def policy_batches(
+    transcripts: Sequence[Transcript],
+    advantages: Sequence[npt.NDArray[np.float32]],
+    plan: Plan,
+    runtime: Runtime,
+    latents: LatentFormat,
+    entropy_coefficient: float,
+    temperature: float,
+) -> list[TokenBatch]:
+    """The policy-gradient stream: advantages[i] is A_t of transcript i, [lines]."""
+    chosen = [choices_of(t, latents) for t in transcripts]
+    weights = [
+        np.where(c.mask, a[np.maximum(t.lines, 0)], 0).astype(np.float32)
+        for t, c, a in zip(transcripts, chosen, advantages, strict=True)
+    ]
+    behaviour = [t.log_probs for t in transcripts if t.log_probs is not None]
+    bonus = [c.mask.astype(np.float32) * np.float32(entropy_coefficient) for c in chosen]
+    batches = []
+    for rows in plan.mine(runtime):
+        writer = RowWriter(plan, rows, transcripts)
+        events = Events(
+            mask=writer.spread([c.mask for c in chosen]),
+            numerator=writer.spread([c.numerator for c in chosen], TARGET),
+            denominator=writer.spread([c.denominator for c in chosen], ALL),
+            merged=writer.spread([c.merged for c in chosen], TARGET),
+            temperature=temperature,
+        )
+        batches.append(
+            replace(
+                writer.base(),
+                choices=events,
+                advantage=writer.spread(weights),
+                entropy_weight=writer.spread(bonus),
+                behaviour=writer.spread(behaviour) if len(behaviour) == len(transcripts) else None,
+                decision=writer.spread([c.decision for c in chosen]),
+            )
+        )
+    return batches

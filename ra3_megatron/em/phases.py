@@ -1,0 +1,180 @@
+"""Phases that can be killed at any moment and resumed to the same numbers.
+
+A phase trains one model from given weights for a fixed number of steps. Its folder below `checkpoints/` holds the last
+checkpoints of the way and, at the end, `final`; a phase with a `final` is done. Everything a step depends on is either
+a function of (seed, phase, step) or in the checkpoint, so a resumed phase repeats nothing and skips nothing: metrics
+logged behind the checkpoint are rewound before it goes on.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.training import OptimizerConfig
+from ra3_megatron.em.context import RunContext
+from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.trainer import NonFiniteLoss, Trainer
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A name, and where it stands in the run."""
+
+    name: str
+    """Name in the metrics: warm_start, estep, mstep, ntp."""
+    iteration: int
+    """EM iteration, from 1; 0 before the first."""
+
+    @property
+    def key(self) -> str:
+        """Name of its folders and files."""
+        return self.name if self.iteration == 0 else f"{self.name}-{self.iteration}"
+
+
+class Steps(Protocol):
+    """What a phase does at each step."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Take step number `step` (from 0); metrics of it, with the key `tokens`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable position in the data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from that position."""
+
+    def describe_batch(self) -> Sequence[str]:
+        """Names of the documents of the last step."""
+
+
+def folder_of(run: RunContext, phase: Phase) -> Path:
+    """Where the checkpoints of a phase stand."""
+    return run.folder.checkpoints / phase.key
+
+
+def final_of(run: RunContext, phase: Phase) -> Path:
+    """The checkpoint that a finished phase leaves."""
+    return folder_of(run, phase) / FINAL
+
+
+def is_done(run: RunContext, phase: Phase) -> bool:
+    """Whether the phase has left its final checkpoint."""
+    return (final_of(run, phase) / checkpoint.RECORD).is_file()
+
+
+def train_phase(
+    run: RunContext,
+    phase: Phase,
+    steps: int,
+    optimizer: OptimizerConfig,
+    model: torch.nn.Module,
+    start: Path | None,
+    make_steps: Callable[[Trainer], Steps],
+    after_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> Path:
+    """Train `model` from the checkpoint `start` (None: as it is) and return the final checkpoint of the phase.
+
+    Skips what is done, resumes what was begun. Raises UserError when the loss is not finite (the batch is dumped) or a
+    checkpoint cannot be written; the last good checkpoint is kept in both cases.
+    """
+    final = final_of(run, phase)
+    if is_done(run, phase):
+        return final
+    folder = folder_of(run, phase)
+    latest = latest_checkpoint(folder)
+    if latest is None and start is not None:
+        checkpoint.load(start, model, run.runtime)
+    trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps)
+    work = make_steps(trainer)
+    first, seconds, tokens = 0, 0.0, 0
+    if latest is not None:
+        record = checkpoint.load(latest, model, run.runtime, trainer)
+        first, seconds, tokens = record["step"], record["seconds"], record["tokens"]
+        work.load_state_dict(record["data"])
+    run.rewind(phase.name, phase.iteration, first)
+    task = run.progress.task(phase.key, total=steps, unit="tokens", done=first)
+    clock = time.perf_counter()
+
+    def record_at(step: int) -> dict[str, Any]:
+        return {
+            **run.identity,
+            "phase": phase.name,
+            "iteration": phase.iteration,
+            "step": step,
+            "weight_version": step,
+            "tokens": tokens,
+            "seconds": seconds + time.perf_counter() - clock,
+            "data": work.state_dict(),
+        }
+
+    for step in range(first, steps):
+        begin = time.perf_counter()
+        try:
+            metrics = work.step(step)
+        except NonFiniteLoss as problem:
+            _stop(run, phase, step, problem, work, folder)
+        elapsed = time.perf_counter() - begin
+        tokens += int(metrics["tokens"])
+        task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
+        after_step(step, metrics)
+        if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
+            run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
+        if (step + 1) % run.config.checkpoint.interval == 0 and step + 1 < steps:
+            run.sync()
+            _save(folder / f"step_{step + 1:06d}", model, run, record_at(step + 1), trainer)
+            _prune(folder, run)
+    task.close()
+    run.sync()
+    _save(final, model, run, record_at(steps))
+    _prune(folder, run, keep=0)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint inside a phase; None when there is none."""
+    found = [path for path in folder.glob("step_*") if (path / checkpoint.RECORD).is_file()]
+    return max((path for path in found if not path.name.endswith(checkpoint.PARTIAL)), default=None)
+
+
+def _save(
+    path: Path, model: torch.nn.Module, run: RunContext, record: dict[str, Any], trainer: Trainer | None = None
+) -> None:
+    try:
+        checkpoint.save(path, model, run.runtime, record, trainer)
+    except checkpoint.CheckpointWriteError as problem:
+        raise UserError(str(problem)) from problem
+
+
+def _prune(folder: Path, run: RunContext, keep: int | None = None) -> None:
+    """Delete all but the newest checkpoints inside a phase, and what a kill left half-written."""
+    keep = run.config.checkpoint.keep if keep is None else keep
+    if run.runtime.is_main:
+        complete = sorted(p for p in folder.glob("step_*") if (p / checkpoint.RECORD).is_file())
+        for path in complete[: len(complete) - keep]:
+            # the record goes first: a half-deleted checkpoint is no checkpoint
+            (path / checkpoint.RECORD).unlink()
+            shutil.rmtree(path)
+    run.runtime.barrier()
+
+
+def _rates(metrics: dict[str, float], elapsed: float) -> dict[str, float]:
+    return {"seconds": elapsed, "tokens_per_second": metrics["tokens"] / elapsed}
+
+
+def _stop(run: RunContext, phase: Phase, step: int, problem: Exception, work: Steps, folder: Path) -> None:
+    names = list(work.describe_batch())
+    dump = run.folder.path / "failed" / f"{phase.key}-{step + 1:06d}.json"
+    run.dump(dump, {"phase": phase.name, "iteration": phase.iteration, "step": step + 1, "documents": names})
+    last = latest_checkpoint(folder)
+    raise UserError(
+        f"{phase.key} step {step + 1}: {problem}; the batch ({len(names)} documents, first {names[0]}) is in {dump}; "
+        f"last good checkpoint: {last or 'the start of the phase'}; lower the learning rate or look at the batch"
+    ) from problem

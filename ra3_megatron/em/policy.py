@@ -1,0 +1,53 @@
+"""Sampling latents of stored documents with a model, over all data-parallel ranks."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.corpus.indexed import to_document
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.text.transcript import Transcript
+
+
+class LatentPolicy:
+    """q: a model, and the engine that samples from it."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: RunConfig,
+        runtime: Runtime,
+        latents: LatentFormat,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.runtime = runtime
+        self.latents = latents
+        self.tokenizer = tokenizer
+        rollout = config.rollout
+        self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, rollout.temperature)
+        self._sampler = LatentSampler(
+            self.engine, latents, tokenizer, config.model.context_length, rollout.batch_size, rollout.sampler
+        )
+
+    def sample(self, documents: Sequence[Transcript], keys: Sequence[Sequence[int]], group: int) -> list[Transcript]:
+        """`group` transcripts of each document, document by document, the same on every process.
+
+        keys: one random stream a document (its transcripts are numbered behind it). Documents are dealt out to the
+        data-parallel ranks; the outcome does not depend on how.
+        """
+        size, rank = self.runtime.data_size, self.runtime.data_rank
+        jobs = []
+        for index in range(rank, len(documents), size):
+            document = to_document(documents[index], self.latents, self.tokenizer)
+            jobs += [Job(document, (*keys[index], g)) for g in range(group)]
+        shares = self.runtime.gather_data(self._sampler.sample(jobs))
+        transcripts: list[Transcript] = []
+        for index in range(len(documents)):
+            start = index // size * group
+            transcripts += shares[index % size][start : start + group]
+        return transcripts

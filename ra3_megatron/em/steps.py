@@ -1,0 +1,83 @@
+"""What the phases do at each step, with the position in the data that a checkpoint keeps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ra3_megatron.corpus.sampler import DocumentSampler
+from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.estep import EStep, Rollouts
+from ra3_megatron.em.monitors import check_estep
+from ra3_megatron.em.mstep import MStep
+from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
+from ra3_megatron.report.transcripts import write_transcripts
+
+
+class PackedSteps:
+    """Steps of warm start, M-step and NTP for `train_phase`."""
+
+    def __init__(self, mstep: MStep) -> None:
+        self.mstep = mstep
+
+    def step(self, step: int) -> dict[str, float]:
+        return self.mstep.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.mstep.batcher.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mstep.batcher.load_state_dict(state)  # type: ignore[arg-type]
+
+    def describe_batch(self) -> Sequence[str]:
+        return self.mstep.last_documents
+
+
+class EStepSteps:
+    """Steps of the E-step for `train_phase`."""
+
+    def __init__(
+        self,
+        run: RunContext,
+        iteration: int,
+        estep: EStep,
+        documents: Any,
+        sampler: DocumentSampler,
+        key: tuple[int, ...],
+    ) -> None:
+        self.run, self.iteration, self.estep = run, iteration, estep
+        self.documents, self.sampler, self.key = documents, sampler, key
+        self.last: list[str] = []
+
+    def step(self, step: int) -> dict[str, float]:
+        settings = self.run.config.estep
+        documents = [self.documents[index] for index in self.sampler.next(settings.documents_per_step)]
+        self.last = [d.document for d in documents]
+        self.estep.policy.engine.weight_version = step
+        metrics, rollouts = self.estep.step(documents, [(*self.key, step, place) for place in range(len(documents))])
+        if step + 1 == settings.steps:
+            self._finish(step + 1, metrics, rollouts)
+        return metrics
+
+    def _finish(self, step: int, metrics: dict[str, float], rollouts: Rollouts) -> None:
+        run, group = self.run, self.run.config.estep.group_size
+        run.alarm("estep", self.iteration, step, check_estep(metrics, run.config.monitors))
+        if run.runtime.is_main:
+            records = transcript_records(
+                rollouts.transcripts[: SHOWN_DOCUMENTS * group],
+                run.corpus,
+                self.iteration,
+                step,
+                group,
+                rollouts.log_likelihoods,
+                rollouts.rewards,
+                rollouts.advantages,
+            )
+            write_transcripts(run.folder.path, f"estep-{self.iteration}-{step:04d}", records)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.sampler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)  # type: ignore[arg-type]
+
+    def describe_batch(self) -> Sequence[str]:
+        return self.last

@@ -1,0 +1,197 @@
+"""Sampling the latents of documents: rounds of `RolloutEngine.advance` until every line is decided.
+
+`jump_ahead` asks for all remaining lines at once: one teacher-forced pass decides every line up to the next thought,
+and all of these decisions are exact, because up to there the text is the expert's. The number of rounds is the number
+of thoughts, not of lines. `naive` asks for one line at a time. Both draw line t of a transcript from the same
+uniforms, so they sample the same transcript; the law is that of q in method.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from ra3_megatron.rollout.protocol import LatentCompletion, LatentRequest, PlannedLine, RolloutEngine, Uniforms
+from ra3_megatron.rollout.randomness import uniforms
+from ra3_megatron.text.latents import Document, LatentFormat, Line, compose
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.text.transcript import Role, Transcript
+
+LOOK_AHEAD = 2.0
+"""Lines asked for at once, in units of the mean distance between thoughts (the first round asks for all of them: the
+transcripts of one document share that pass). It changes the cost, never the outcome."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One transcript to sample: a document, and the key of the random stream that decides it."""
+
+    document: Document
+    key: tuple[int, ...]
+
+
+@dataclass
+class _Row:
+    """A transcript in the making."""
+
+    number: int
+    job: Job
+    draws: Uniforms
+    context: list[int]
+    total: int
+    """Tokens of the finished transcript if no further thought is taken."""
+    line: int = 0
+    thoughts: dict[int, list[int]] = field(default_factory=dict)
+    offered: list[bool] = field(default_factory=list)
+    decision_log_probs: dict[int, float] = field(default_factory=dict)
+    thought_log_probs: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return self.line >= len(self.job.document.lines)
+
+
+class LatentSampler:
+    """Samples transcripts with at most `max_tokens` tokens, `batch_size` of them at once."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        latents: LatentFormat,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        batch_size: int,
+        method: Literal["jump_ahead", "naive"] = "jump_ahead",
+        naive_cache: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.latents = latents
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.method = method
+        self.naive_cache = naive_cache
+
+    def sample(self, jobs: Sequence[Job]) -> list[Transcript]:
+        """One transcript of each job, in order. Documents of like length are sampled together."""
+        order = sorted(range(len(jobs)), key=lambda i: (_length(jobs[i].document, self.latents), i))
+        transcripts: list[Transcript | None] = [None] * len(jobs)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, transcript in zip(batch, self._sample_batch([jobs[i] for i in batch]), strict=True):
+                transcripts[i] = transcript
+        return [t for t in transcripts if t is not None]
+
+    def _sample_batch(self, jobs: Sequence[Job]) -> list[Transcript]:
+        rows = [self._open(number, job) for number, job in enumerate(jobs)]
+        active = [row for row in rows if not row.done]
+        window = 1 if self.method == "naive" else max(len(row.job.document.lines) for row in rows)
+        decided = thoughts = 0
+        self.engine.forget()
+        while active:
+            if self.method == "naive" and not self.naive_cache:
+                self.engine.forget()
+            requests = [self._request(row, window) for row in active]
+            for row, request, completion in zip(active, requests, self.engine.advance(requests), strict=True):
+                before = row.line
+                self._apply(row, request, completion)
+                decided += row.line - before
+                thoughts += completion.thought_line is not None
+            active = [row for row in active if not row.done]
+            if self.method == "jump_ahead" and thoughts:
+                window = max(1, round(LOOK_AHEAD * decided / thoughts))
+        self.engine.forget()
+        return [self._transcript(row) for row in rows]
+
+    def _open(self, number: int, job: Job) -> _Row:
+        lines = job.document.lines
+        draws = uniforms(job.key, len(lines), self.latents.max_thought_ids)
+        return _Row(number, job, draws, [self.tokenizer.bos], _length(job.document, self.latents))
+
+    def _request(self, row: _Row, window: int) -> LatentRequest:
+        ahead = row.job.document.lines[row.line : row.line + window]
+        return LatentRequest(
+            key=row.number,
+            context=row.context,
+            lines=[
+                self._plan(row, line, row.job.document.observed.get(row.line + offset))
+                for offset, line in enumerate(ahead)
+            ],
+            uniforms=row.draws[row.line : row.line + len(ahead)],
+        )
+
+    def _plan(self, row: _Row, line: Line, observed: Sequence[int] | None) -> PlannedLine:
+        growth = self.latents.max_thought_ids + len(self.latents.forced_end) + len(line.indent)
+        before = self.latents.before_decision(line)[0]
+        if observed is not None:  # a human's thought stands there already: nothing to decide
+            before += self._latent(observed, line)
+            return PlannedLine(before, self.latents.action(line)[0], line.think_set, offered=False)
+        return PlannedLine(
+            before=before,
+            act=self.latents.act(line)[0] + self.latents.action(line)[0],
+            think_set=line.think_set,
+            offered=line.may_think and row.total + growth <= self.max_tokens,
+        )
+
+    def _apply(self, row: _Row, request: LatentRequest, completion: LatentCompletion) -> None:
+        decided = completion.decision_log_probs
+        for planned, log_prob in zip(request.lines, decided, strict=False):
+            row.context += [*planned.before, *planned.act]
+            row.offered.append(planned.offered)
+            if planned.offered:
+                row.decision_log_probs[row.line] = log_prob
+            row.line += 1
+        if completion.thought_line is None:
+            return
+        line = row.job.document.lines[row.line]
+        thought = completion.thought
+        latent = self._latent(thought, line)
+        row.context += [*self.latents.before_decision(line)[0], *latent, *self.latents.action(line)[0]]
+        row.total += len(latent) - len(self.latents.act(line)[0])
+        row.offered.append(True)
+        row.thoughts[row.line] = thought
+        row.thought_log_probs[row.line] = completion.thought_log_probs
+        row.line += 1
+
+    def _latent(self, thought: Sequence[int], line: Line) -> tuple[int, ...]:
+        """A thought with all that the format writes between the decision and the action."""
+        end = () if self.latents.ends[thought[-1]] else self.latents.forced_end
+        return (*thought, *end, *self.latents.after_thought(line)[0])
+
+    def _transcript(self, row: _Row) -> Transcript:
+        thoughts = {**row.job.document.observed, **row.thoughts}
+        transcript = compose(row.job.document, thoughts, self.latents, self.tokenizer)
+        log_probs = np.zeros(transcript.num_tokens, dtype=np.float32)
+        for line, value in row.decision_log_probs.items():
+            log_probs[transcript.decision_positions[line]] = value
+        for line, values in row.thought_log_probs.items():
+            start = transcript.decision_positions[line]
+            log_probs[start : start + len(values)] = values
+        return replace(
+            transcript,
+            offered=np.array(row.offered, dtype=bool),
+            log_probs=log_probs,
+            weight_version=self.engine.weight_version,
+        )
+
+
+def choice_positions(transcript: Transcript) -> np.ndarray:
+    """Indices into `ids` of the tokens that show a sampled choice: offered decisions and THOUGHT tokens."""
+    decisions = transcript.decision_positions[transcript.offered]
+    thoughts = np.flatnonzero((transcript.roles == Role.THOUGHT) & transcript.offered[transcript.lines])
+    return np.union1d(decisions, thoughts)
+
+
+def _length(document: Document, latents: LatentFormat) -> int:
+    """Tokens of the document with its observed thoughts only."""
+    total = 1 + int(document.complete)
+    for index, line in enumerate(document.lines):
+        total += len(line.ids)
+        thought = document.observed.get(index)
+        if thought is None:
+            total += len(latents.act(line)[0])
+        else:
+            end = 0 if latents.ends[thought[-1]] else len(latents.forced_end)
+            total += len(thought) + end + len(latents.after_thought(line)[0])
+    return total

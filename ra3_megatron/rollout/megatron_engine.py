@@ -1,0 +1,264 @@
+"""The first rollout engine: key/value-cached sampling on the live Megatron model.
+
+It holds no copy of the weights: what the trainer changes is what it samples from, and `weight_version` is the
+trainer's count. Under tensor parallelism every rank of the group runs the same calls; single positions' logits are
+gathered to sample from (probabilities of events are not: they stay vocabulary-parallel), and rank 0's choice counts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ra3_megatron.mcore.model import LanguageModel, language_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.vocab_parallel import event_log_probs
+from ra3_megatron.rollout.kv_session import KVSession
+from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
+from ra3_megatron.text.latents import LatentFormat
+
+
+class MegatronEngine:
+    """Samples from `model` (any wrapper of LanguageModel) at `temperature`."""
+
+    def __init__(
+        self, model: torch.nn.Module, runtime: Runtime, latents: LatentFormat, vocab_size: int, temperature: float = 1.0
+    ) -> None:
+        self.model: LanguageModel = language_model(model)
+        self.runtime = runtime
+        self.latents = latents
+        self.temperature = temperature
+        self.weight_version = 0
+        self._vocab_size = vocab_size
+        self._sets = torch.as_tensor(latents.sets, device=runtime.device)
+        self._session = KVSession(self.model, runtime.device)
+        self._keys: list[int] = []
+        self._cached: list[list[int]] = []
+
+    def forget(self) -> None:
+        self._keys, self._cached = [], []
+        self._session.open(0)
+
+    # -- free continuation ----------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        self.forget()
+        ids: list[list[int]] = [[] for _ in requests]
+        log_probs: list[list[float]] = [[] for _ in requests]
+        finish = [Finish.LENGTH] * len(requests)
+        active = [i for i, r in enumerate(requests) if len(r.uniforms)]
+        self._session.open(len(requests))
+        self._session.select(active)
+        feed: list[list[int]] = [list(requests[i].prompt) for i in active]
+        while active:
+            hidden = self._last(self._session.feed(feed), feed)
+            rows = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
+            draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
+            greedy = [requests[i].greedy for i in active]
+            tokens, values = self._sample(self._logits(hidden), rows, rows, draws, greedy)
+            keep = []
+            for place, i in enumerate(active):
+                ids[i].append(tokens[place])
+                log_probs[i].append(values[place])
+                if tokens[place] in requests[i].stop:
+                    finish[i] = Finish.END
+                elif len(ids[i]) < len(requests[i].uniforms):
+                    keep.append(place)
+            self._session.select(keep)
+            active = [active[place] for place in keep]
+            feed = [[ids[i][-1]] for i in active]
+        self.forget()
+        return [Completion(a, b, c, self.weight_version) for a, b, c in zip(ids, log_probs, finish, strict=True)]
+
+    # -- jump-ahead -----------------------------------------------------------------------------------------------
+
+    def advance(self, requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
+        sequences, decision_places = _layout(requests)
+        hidden, starts = self._teacher_force([r.key for r in requests], sequences)
+        act_log_probs, at_decision = self._decide(requests, hidden, starts, decision_places)
+        thinking = self._first_thoughts(requests, act_log_probs)
+        thoughts = self._think(requests, thinking, sequences, decision_places, at_decision)
+        completions = []
+        for i in range(len(requests)):
+            line = thinking[i]
+            ids, values, finish = thoughts.get(i, ([], [], Finish.ACT))
+            decided = act_log_probs[i] if line is None else act_log_probs[i][:line]
+            completions.append(LatentCompletion(decided, line, ids, values, finish, self.weight_version))
+        return completions
+
+    def _teacher_force(self, keys: list[int], sequences: list[list[int]]) -> tuple[Tensor, list[int]]:
+        """Feed what the caches do not hold yet; hidden states [rows, longest, hidden] and where each row starts."""
+        known = {key: row for row, key in enumerate(self._keys)}
+        session = self._session
+        if all(key in known for key in keys):
+            rows = [known[key] for key in keys]
+            session.select(rows)
+            shared = [_common(self._cached[r], s) for r, s in zip(rows, sequences, strict=True)]
+            session.cut(shared)
+            hidden = session.feed([s[n:] for s, n in zip(sequences, shared, strict=True)])
+        else:  # new transcripts: equal sequences (the group of one document) are computed once
+            first: dict[tuple[int, ...], int] = {}
+            place = [first.setdefault(tuple(s), len(first)) for s in sequences]
+            session.open(len(first))
+            hidden = session.feed([list(s) for s in first])
+            session.select(place)
+            hidden = hidden[torch.tensor(place, device=hidden.device)]
+            shared = [0] * len(sequences)
+        self._keys, self._cached = list(keys), [list(s) for s in sequences]
+        return hidden, shared
+
+    def _decide(
+        self, requests: Sequence[LatentRequest], hidden: Tensor, starts: list[int], places: list[list[int]]
+    ) -> tuple[list[list[float]], dict[tuple[int, int], Tensor]]:
+        """log q(<act>) of every line of every request, and the hidden state behind each choice."""
+        wanted = [(i, t) for i, r in enumerate(requests) for t, line in enumerate(r.lines) if line.offered]
+        values = [[0.0] * len(r.lines) for r in requests]
+        states: dict[tuple[int, int], Tensor] = {}
+        if not wanted:
+            return values, states
+        device = self.runtime.device
+        rows = torch.tensor([i for i, _ in wanted], device=device)
+        # the token before the decision predicts it
+        columns = torch.tensor([places[i][t] - 1 - starts[i] for i, t in wanted], device=device)
+        chosen = hidden[rows, columns]
+        act = [self.latents.act_set(requests[i].lines[t].think_set) for i, t in wanted]
+        numerator = torch.tensor(act, device=device)
+        log_act, _ = event_log_probs(
+            self.model.logits(chosen).float() / self.temperature,
+            torch.zeros_like(numerator),
+            self.model.vocabulary,
+            numerator,
+            torch.full_like(numerator, self.latents.universe),
+        )
+        for (i, t), value, state in zip(wanted, self._agree(log_act).tolist(), chosen, strict=True):
+            values[i][t] = value
+            states[i, t] = state
+        return values, states
+
+    @staticmethod
+    def _first_thoughts(requests: Sequence[LatentRequest], log_act: list[list[float]]) -> list[int | None]:
+        """The first line of each request at which the decision is to think."""
+        found: list[int | None] = []
+        for request, values in zip(requests, log_act, strict=True):
+            think = -np.expm1(np.array(values, dtype=np.float64))
+            chosen = np.flatnonzero(request.uniforms[: len(values), 0] < think)
+            found.append(int(chosen[0]) if len(chosen) else None)
+        return found
+
+    def _think(
+        self,
+        requests: Sequence[LatentRequest],
+        thinking: list[int | None],
+        sequences: list[list[int]],
+        places: list[list[int]],
+        at_decision: dict[tuple[int, int], Tensor],
+    ) -> dict[int, tuple[list[int], list[float], Finish]]:
+        """Sample the thought of each request that takes one; leaves the caches just behind it."""
+        active = [(i, t) for i, t in enumerate(thinking) if t is not None]
+        if not active:
+            return {}
+        session = self._session
+        session.select([i for i, _ in active])
+        self._keys = [requests[i].key for i, _ in active]
+        self._cached = [sequences[i][: places[i][t]] for i, t in active]
+        session.cut([len(ids) for ids in self._cached])
+        device = self.runtime.device
+        universe = torch.full((len(active),), self.latents.universe, device=device)
+        start = torch.tensor([requests[i].lines[t].think_set for i, t in active], device=device)
+        logits = self._logits(torch.stack([at_decision[i, t] for i, t in active]))
+        draws = np.array([requests[i].uniforms[t, 1] for i, t in active])
+        tokens, values = self._sample(logits, start, universe, draws)
+        ids = [[token] for token in tokens]
+        log_probs = [[value] for value in values]
+        limits = [requests[i].uniforms.shape[1] - 1 for i, _ in active]
+        inner = torch.full_like(universe, self.latents.thought_set)
+        live = [k for k in range(len(active)) if not self.latents.ends[ids[k][-1]] and limits[k] > 1]
+        while live:
+            growing = set(live)
+            feed = [ids[k][-1:] if k in growing else [] for k in range(len(active))]
+            hidden = session.feed(feed)[:, 0]
+            for k in live:
+                self._cached[k].append(ids[k][-1])
+            logits = self._logits(hidden[torch.tensor(live, device=device)])
+            draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
+            tokens, values = self._sample(logits, inner[: len(live)], inner[: len(live)], draws)
+            for k, token, value in zip(live, tokens, values, strict=True):
+                ids[k].append(token)
+                log_probs[k].append(value)
+            live = [k for k in live if not self.latents.ends[ids[k][-1]] and len(ids[k]) < limits[k]]
+        finish = [Finish.END if self.latents.ends[row[-1]] else Finish.LENGTH for row in ids]
+        return {i: (ids[k], log_probs[k], finish[k]) for k, (i, _) in enumerate(active)}
+
+    # -- sampling -------------------------------------------------------------------------------------------------
+
+    def _last(self, hidden: Tensor, feed: list[list[int]]) -> Tensor:
+        last = torch.tensor([len(tokens) - 1 for tokens in feed], device=hidden.device)
+        return hidden[torch.arange(len(feed), device=hidden.device), last]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the whole vocabulary of single positions, [n, vocab], gathered over the tensor-parallel group."""
+        local = self.model.logits(hidden).float() / self.temperature
+        if self.runtime.tensor_size > 1:
+            shards = [torch.empty_like(local) for _ in range(self.runtime.tensor_size)]
+            dist.all_gather(shards, local.contiguous(), group=self.runtime.tensor_group)
+            local = torch.cat(shards, dim=-1)
+        return local[:, : self._vocab_size]
+
+    def _sample(
+        self,
+        logits: Tensor,
+        allowed: Tensor,
+        universe: Tensor,
+        draws: np.ndarray,
+        greedy: Sequence[bool] | None = None,
+    ) -> tuple[list[int], list[float]]:
+        """Tokens sampled within rows `allowed` of the token sets, and their log-probabilities within rows `universe`.
+
+        logits [n, vocab]; allowed, universe [n]; draws [n] uniforms.
+        """
+        inside = logits.masked_fill(~self._sets[allowed], -torch.inf)
+        cumulative = inside.double().softmax(-1).cumsum(-1)
+        point = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+        # a uniform next to 1 can round past the last token that has any probability
+        last = self._vocab_size - 1 - inside.isfinite().flip(-1).float().argmax(-1)
+        tokens = torch.minimum(tokens, last)
+        if greedy is not None and any(greedy):
+            tokens = torch.where(torch.tensor(greedy, device=tokens.device), inside.argmax(-1), tokens)
+        tokens = self._agree(tokens)
+        within = logits.masked_fill(~self._sets[universe], -torch.inf).log_softmax(-1)
+        values = within.gather(1, tokens[:, None])[:, 0]
+        return tokens.tolist(), values.tolist()
+
+    def _agree(self, values: Tensor) -> Tensor:
+        """Rank 0's values on every tensor-parallel rank, so that no rounding can make ranks choose differently."""
+        if self.runtime.tensor_size > 1:
+            source = dist.get_global_rank(self.runtime.tensor_group, 0)
+            dist.broadcast(values, src=source, group=self.runtime.tensor_group)
+        return values
+
+
+def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[list[int]]]:
+    """Teacher-forced ids of each request, and the position at which each line's decision is read."""
+    sequences, places = [], []
+    for request in requests:
+        ids = list(request.context)
+        where = []
+        for line in request.lines:
+            ids += line.before
+            where.append(len(ids))
+            ids += line.act
+        sequences.append(ids)
+        places.append(where)
+    return sequences, places
+
+
+def _common(cached: list[int], wanted: list[int]) -> int:
+    """Length of the common prefix; at least one token of `wanted` is left to feed."""
+    limit = min(len(cached), len(wanted) - 1)
+    for n in range(limit):
+        if cached[n] != wanted[n]:
+            return n
+    return limit

@@ -1,0 +1,114 @@
+"""What every rollout engine offers: token ids in; token ids, behaviour log-probabilities, finish reason, version out.
+
+Two calls. `generate` continues prompts freely. `advance` is the unit of the jump-ahead sampler: given the ids so far
+and the expert's next lines, it finds the first line at which the policy decides to think, and samples that thought.
+
+Sampling is by inverse cumulative distribution from uniforms that the *request* carries, so a result depends on the
+request and the weights alone: not on the batch, the engine's state or the number of processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Uniforms = npt.NDArray[np.float64]
+
+
+class Finish(StrEnum):
+    """Why sampling ended."""
+
+    END = "end"
+    """A token that ends the thought (or the continuation) was sampled."""
+    LENGTH = "length"
+    """The largest number of tokens was reached."""
+    ACT = "act"
+    """No thought was taken up to the last line."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Continue `prompt` with at most `len(uniforms)` tokens of the set `allowed`, until one of the set `stop`."""
+
+    prompt: Sequence[int]
+    uniforms: Uniforms
+    allowed: int = 0
+    """Row of the table of token sets."""
+    stop: frozenset[int] = frozenset()
+    greedy: bool = False
+    """Take the most probable allowed token instead of sampling."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled continuation."""
+
+    ids: list[int]
+    log_probs: list[float]
+    """log q(token | allowed tokens) of each id."""
+    finish: Finish
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class PlannedLine:
+    """One of the expert's next lines as the engine sees it."""
+
+    before: tuple[int, ...]
+    """Ids before the position at which the decision is read."""
+    act: tuple[int, ...]
+    """Ids from there on when no thought is taken: the marker, if the format has one, and the line."""
+    think_set: int
+    """Row of the token set that starts a thought here."""
+    offered: bool
+    """Whether there is a choice."""
+
+
+@dataclass(frozen=True)
+class LatentRequest:
+    """Decide the next lines of one transcript in order, up to and including the first thought."""
+
+    key: int
+    """Identifies the transcript, so that an engine may keep its key/value cache between calls."""
+    context: Sequence[int]
+    """Ids so far."""
+    lines: Sequence[PlannedLine]
+    """The expert's next lines."""
+    uniforms: Uniforms
+    """[lines, 1 + largest thought]: column 0 takes the decision, the others the thought's tokens."""
+
+
+@dataclass(frozen=True)
+class LatentCompletion:
+    """The decisions taken."""
+
+    decision_log_probs: list[float]
+    """log q(<act>) of each line before the thought (0 where there was no choice)."""
+    thought_line: int | None
+    """Index into the request's lines of the line that got a thought; None: no line did."""
+    thought: list[int]
+    """Sampled ids of the thought; the first one takes the decision."""
+    thought_log_probs: list[float]
+    finish: Finish
+    weight_version: int
+
+
+class RolloutEngine(Protocol):
+    """An engine that samples with one version of the weights at a time."""
+
+    weight_version: int
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """Sample a continuation of each prompt."""
+        ...
+
+    def advance(self, requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
+        """Decide each transcript's next lines up to its first thought."""
+        ...
+
+    def forget(self) -> None:
+        """Drop every cache (after the weights changed, or when a batch of transcripts is done)."""
+        ...

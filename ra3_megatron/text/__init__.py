@@ -1,0 +1,1 @@
+"""Pure Python, no torch: primitive actions, latent formats, transcripts, tokenizers."""

@@ -1,0 +1,207 @@
+"""Documents: text ⇄ tokenized lines ⇄ transcripts.
+
+A transcript of a document is: bos (CONTEXT); for every line its latent and its action, as the format writes them;
+eos (LAYOUT, of the last line), unless the document was cut. Every primitive action is encoded by itself, so a token
+boundary stands at every line boundary. Invariant: `code_text(compose(document, any thoughts))` is the document's text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ra3_megatron.config.data import HumanComments, TextConfig
+from ra3_megatron.text.formats import SPACE_BYTES, LatentFormat, Line, Written
+from ra3_megatron.text.segment import (
+    WHITESPACE,
+    comment_rows,
+    drop_comment_lines,
+    drop_leading_blank_lines,
+    segment,
+    split_rows,
+    strip_comment_lines,
+)
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
+
+_MARKUP = re.compile(f"{re.escape(THINK)}.*?(?:{re.escape(END_THINK)}|$)|{re.escape(ACT)}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenized document, without latents of its own."""
+
+    name: str
+    """Identifier."""
+    lines: tuple[Line, ...]
+    """Its primitive actions; at least one."""
+    observed: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Thoughts that a human wrote (`human_comments=as_thoughts`): line index -> ids, as `compose` takes them."""
+    complete: bool = True
+    """Ends with eos; False when it was cut."""
+
+
+def encode_document(
+    code: str,
+    name: str,
+    tokenizer: Tokenizer,
+    format: LatentFormat,
+    config: TextConfig,
+    human_comments: HumanComments = "strip",
+) -> Document:
+    """Cut `code` into primitive actions and tokenize each.
+
+    Full-line comments are kept as lines, stripped, or, `as_thoughts`, made the observed thought of the line below them
+    (several are joined; one that no line follows is dropped). Raises ValueError when no visible text is left.
+    """
+    thoughts: dict[int, str] = {}
+    if human_comments == "as_thoughts":
+        thoughts = _comments_above(code)
+    text = code if human_comments == "keep" else strip_comment_lines(code)
+    if not text.strip(WHITESPACE):
+        raise ValueError(f"document {name}: no visible text")
+    if config.granularity == "token":
+        return Document(name, _spans(tokenizer.encode(text), config.token_span, format))
+    actions = segment(text, config.granularity)
+    lines = tuple(_line(tokenizer.encode(action), format, tokenizer) for action in actions)
+    observed: dict[int, tuple[int, ...]] = {}
+    row = 0
+    for index, (action, line) in enumerate(zip(actions, lines, strict=True)):
+        first = row + _leading_blanks(action)
+        row += len(split_rows(action))
+        if first in thoughts:
+            indentation = re.match(rf"[{WHITESPACE}]*", action)[0]  # type: ignore[index]
+            ids = format.thought(thoughts[first], line, indentation.rpartition("\n")[2], tokenizer)
+            if ids:
+                observed[index] = ids
+    return Document(name, lines, observed)
+
+
+def raw(document: Document, format: LatentFormat, tokenizer: Tokenizer) -> Transcript:
+    """The transcript without thoughts."""
+    return compose(document, {}, format, tokenizer)
+
+
+def compose(
+    document: Document, thoughts: Mapping[int, Sequence[int]], format: LatentFormat, tokenizer: Tokenizer
+) -> Transcript:
+    """The transcript in which line t has the thought `thoughts[t]`.
+
+    `thoughts`: line index -> ids as sampled, the deciding first one included (`comment`: a token of the line's
+    `think_set`; `tokens`: `<think>`). A thought that did not reach its end gets `forced_end`, role FORCED. The end of
+    the document follows the last line. Raises ValueError when a thought could not have been sampled there.
+    """
+    unknown = [index for index in thoughts if not 0 <= index < len(document.lines)]
+    if unknown:
+        raise ValueError(f"document {document.name}: there is no line {unknown[0]} to think about")
+    ids: list[int] = [tokenizer.bos]
+    roles: list[int] = [Role.CONTEXT]
+    counts: list[int] = []
+    for index, line in enumerate(document.lines):
+        before = len(ids)
+        for part_ids, part_roles in _parts(line, thoughts.get(index), format):
+            ids.extend(part_ids)
+            roles.extend(part_roles)
+        counts.append(len(ids) - before)
+    if document.complete:
+        ids.append(tokenizer.eos)
+        roles.append(Role.LAYOUT)
+        counts[-1] += 1
+    return Transcript(
+        ids=np.array(ids, dtype=np.int32),
+        roles=np.array(roles, dtype=np.uint8),
+        lines=np.repeat(np.arange(-1, len(counts), dtype=np.int32), [1, *counts]),
+        offered=np.array([line.may_think for line in document.lines], dtype=bool),
+        document=document.name,
+    )
+
+
+def cut(document: Document, max_tokens: int, format: LatentFormat) -> Document | None:
+    """The longest start of `document`, in whole lines, whose raw transcript has at most `max_tokens` tokens.
+
+    None when not even its first line fits. A document that had to be cut has no eos, so that a model does not learn
+    to stop there.
+    """
+    used = 1
+    for index, line in enumerate(document.lines):
+        used += sum(len(part_ids) for part_ids, _ in _parts(line, None, format))
+        last = index == len(document.lines) - 1
+        if used + (last and document.complete) > max_tokens:
+            if index == 0:
+                return None
+            observed = {row: ids for row, ids in document.observed.items() if row < index}
+            return replace(document, lines=document.lines[:index], observed=observed, complete=False)
+    return document
+
+
+def code_text(transcript: Transcript, tokenizer: Tokenizer) -> str:
+    """Text of the expert's tokens only: the document as it was."""
+    return tokenizer.decode(transcript.ids[transcript.is_code].tolist())
+
+
+def full_text(transcript: Transcript, tokenizer: Tokenizer) -> str:
+    """Text of all tokens, thoughts included; the markers of the `tokens` format by their names."""
+    names = {index: name.encode() for name, index in tokenizer.special.items()}
+    table = tokenizer.token_bytes
+    return b"".join(names.get(index, table[index]) for index in transcript.ids.tolist()).decode("utf-8", "replace")
+
+
+def drop_latents(text: str, format: LatentFormat) -> str:
+    """Text that a model wrote freely, without its thoughts: comment lines, or think blocks (also an open one)."""
+    return drop_comment_lines(text) if format.name == "comment" else _MARKUP.sub("", text)
+
+
+def _parts(line: Line, thought: Sequence[int] | None, format: LatentFormat) -> list[Written]:
+    if thought is None:
+        return [format.before_decision(line), format.act(line), format.action(line)]
+    format.check_thought(thought, line)
+    end = () if format.ends_thought(thought[-1]) else format.forced_end
+    return [
+        format.before_decision(line),
+        (tuple(thought), (format.first_role,) + (Role.THOUGHT,) * (len(thought) - 1)),
+        (end, (Role.FORCED,) * len(end)),
+        format.after_thought(line),
+        format.action(line),
+    ]
+
+
+def _line(ids: Sequence[int], format: LatentFormat, tokenizer: Tokenizer) -> Line:
+    table = tokenizer.token_bytes
+    visible = [position for position, index in enumerate(ids) if table[index].strip(SPACE_BYTES)]
+    first, end = visible[0], visible[-1] + 1
+    body = tuple(ids[first:end])
+    think_set = format.think_set_of(body)
+    return Line(tuple(ids[:first]), body, tuple(ids[end:]), think_set, think_set != format.ALL)
+
+
+def _spans(ids: Sequence[int], length: int, format: LatentFormat) -> tuple[Line, ...]:
+    bodies = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
+    sets = [format.think_set_of(body) for body in bodies]
+    return tuple(Line((), body, (), row, row != format.ALL) for body, row in zip(bodies, sets, strict=True))
+
+
+def _comments_above(code: str) -> dict[int, str]:
+    """Comments directly above a line, joined by a space: row of that line in the text without comments -> text."""
+    comments = set(comment_rows(code))
+    above: dict[int, str] = {}
+    pending: list[str] = []
+    kept: list[str] = []
+    for row, text in enumerate(split_rows(code)):
+        if row in comments:
+            pending.append(text.strip(WHITESPACE).lstrip("#").strip())
+            continue
+        joined = " ".join(part for part in pending if part)
+        if joined and text.strip(WHITESPACE):
+            above[len(kept)] = joined
+        pending = []
+        kept.append(text)
+    stripped = "".join(kept)
+    dropped = len(kept) - len(split_rows(drop_leading_blank_lines(stripped))) if comments else 0
+    return {row - dropped: text for row, text in above.items()}
+
+
+def _leading_blanks(action: str) -> int:
+    """Blank lines at the start of an action (only a document's first one can have any)."""
+    return action[: len(action) - len(action.lstrip(WHITESPACE))].count("\n")

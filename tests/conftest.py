@@ -1,0 +1,69 @@
+"""What all tests share: one thread, reproducible hypothesis, and a summary that counts and explains every skip."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+# Before anything imports torch: the tests are small, and threads of several processes would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("local", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+ACCEPTED_SKIP = re.compile(
+    r"\b(gpus?|cuda|nccl|cores?|memory|disk|sandbox)\b|transformer[_-]engine|vllm|modelopt|apex", re.IGNORECASE
+)
+"""Reasons for a skip that `make install` cannot remove: hardware, the system, packages outside core, data and dev."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("RA3_STRICT_SKIPS") and reporter is not None and unexplained_skips(skip_reasons(reporter)):
+        session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reasons = skip_reasons(terminalreporter)
+    ran = sum(len(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "failed", "xfailed", "xpassed"))
+    terminalreporter.write_line("")
+    terminalreporter.write_line(f"{ran} tests ran, {reasons.total()} skipped{':' if reasons else '.'}")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"  {count:4} {reason}")
+    if os.environ.get("RA3_STRICT_SKIPS"):
+        for reason in unexplained_skips(reasons):
+            message = f"ERROR: skipped although `make install` should have brought what it needs: {reason}"
+            terminalreporter.write_line(message, red=True)
+
+
+def skip_reasons(reporter: Any) -> Counter[str]:
+    """How often each reason was given for a skip."""
+    reports = reporter.stats.get("skipped", ())
+    return Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+
+
+def unexplained_skips(reasons: Counter[str]) -> list[str]:
+    """Reasons that name neither hardware nor an optional package."""
+    return sorted(reason for reason in reasons if not ACCEPTED_SKIP.search(reason))
