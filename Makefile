@@ -21,7 +21,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 quickstart: install ## Install, then train a small model with RA3 and NTP on this machine's Python code
-	$(BIN)/ra3 train examples/quickstart.yaml
+	$(BIN)/ra3 train examples/quickstart.yaml --resume
 
 install: $(STAMP) ## Create the environment in .venv and install the tested set of packages
 

@@ -8,6 +8,7 @@ and `--version` answer at once.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from importlib import metadata
@@ -34,8 +35,9 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            for line in str(error).splitlines():
-                typer.echo(f"ra3: {line}", err=True)
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # one process of many says it
+                for line in str(error).splitlines():
+                    typer.echo(f"ra3: {line}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("ra3: interrupted", err=True)
@@ -235,4 +237,6 @@ def _require_folder(path: Path, what: str) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # read when torch loads OpenMP: threads that wait do not spin, or a busy machine slows down tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="ra3")

@@ -3,11 +3,15 @@
 `train` starts the processes that the layout needs through torchrun, unless torchrun or srun started this one already.
 """
 
-import json
+import errno
+import fcntl
+import logging
 import os
-import subprocess
 import sys
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,14 @@ from rich.console import Console
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.yaml_io import scalar_text
 from ra3_megatron.report.run_folder import RunFolder, write_json, write_text
 
 RESULT_FREE = ("logging", "parallel", "checkpoint", "run_dir")
 """Sections that may change when a run is resumed: they do not decide what it computes."""
+LOCK = ".lock"
+"""File in the run folder that the process writing there holds locked."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(config: RunConfig, resume: bool) -> int:
@@ -27,42 +35,93 @@ def train(config: RunConfig, resume: bool) -> int:
     from ra3_megatron.mcore.startup import launched
 
     if launched() or config.parallel.world_size == 1:
-        return _train_here(config, resume)
-    return _start_processes(config, resume)
+        _train_here(config, resume)
+        return 0
+    check_folder(config, resume)  # a mistake is reported before any process starts
+    return start_processes(config, "train", *(["--resume"] if resume else []))
 
 
-def _start_processes(config: RunConfig, resume: bool) -> int:
-    check_folder(config, resume)  # a mistake is reported once, before any process starts
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        write_text(file, dump_config(config))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={config.parallel.world_size}", "-m", "ra3_megatron.launch", str(file)]
-        environment = dict(os.environ)
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        error_file = Path(folder) / "error"
-        environment["RA3_ERROR_FILE"] = str(error_file)
-        code = subprocess.run([*command, *(["--resume"] if resume else [])], env=environment, check=False).returncode
-        if error_file.is_file():
-            raise UserError(error_file.read_text())
-        return code
+def start_processes(config: RunConfig, verb: str, *arguments: str) -> int:
+    """Run `main([verb, CONFIG, ERRORS, *arguments])` in the processes that the layout needs; returns the exit code.
+
+    Raises UserError when one of them did.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # processes speak for themselves
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "config.yaml", dump_config(config))
+        layout = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=config.parallel.world_size,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        command = ["-m", "ra3_megatron.launch", verb, str(folder / "config.yaml"), str(folder), *arguments]
+        try:
+            elastic_launch(layout, sys.executable)(*command)
+        except ChildFailedError as failure:
+            errors = sorted(folder.glob("error.*"))
+            if errors:
+                raise UserError(errors[0].read_text(encoding="utf-8")) from failure
+            return 1
+        return 0
 
 
-def _train_here(config: RunConfig, resume: bool) -> int:
+def main(arguments: list[str]) -> int:
+    """Entry point of the processes that `start_processes` starts: VERB CONFIG ERRORS [ARGUMENT …]."""
+    verb, file, errors, *rest = arguments
+    config = load_config(Path(file), [])
+    try:
+        if verb == "train":
+            _train_here(config, resume="--resume" in rest)
+        else:
+            from ra3_megatron.em.infuse_cli import infuse_here
+
+            infuse_here(Path(rest[0]), Path(rest[1]), config)
+    except UserError as error:
+        write_text(Path(errors) / f"error.{int(os.environ['RANK']):06d}", str(error))
+        return 2
+    return 0
+
+
+def _train_here(config: RunConfig, resume: bool) -> None:
     # imported here: they load torch and Megatron-Core
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.mcore import startup
 
     runtime = startup.initialize(config.parallel, config.seed)
     try:
-        _run(config, resume, runtime)
+        with disk_full(config.run_dir):
+            _run(config, resume, runtime)
     finally:
         startup.shutdown()
-    return 0
+
+
+@contextmanager
+def disk_full(folder: str) -> Iterator[None]:
+    """A disk without room is the user's to mend: UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}): make room and go on "
+            "(what was complete is kept)"
+        ) from error
 
 
 def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.em.context import RunContext
+    from ra3_megatron.em.identity import identity_of
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.loop import EM
     from ra3_megatron.em.outcome import summarize
@@ -74,28 +133,25 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
 
     console = Console()
     folder = RunFolder(Path(config.run_dir))
-    on_main(runtime, lambda: prepare_folder(config, folder, resume))
-    with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
-        corpus = open_run_corpus(config, folder, runtime, progress)
-        writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
-        identity = {
-            "model": config.model.model_dump(mode="json"),
-            "vocab_size": corpus.tokenizer.vocab_size,
-            "tokenizer": corpus.tokenizer.fingerprint,
-        }
-        run = RunContext(config, folder, runtime, corpus, blank_tokens(corpus.tokenizer), progress, writer, identity)
-        try:
-            EM(run).run()
-        finally:
-            if writer is not None:
-                writer.close()
-    if runtime.is_main:
-        summary = summarize(run)
-        write_summary(folder.path, summary)
-        report = build_report(folder.path)
-        print_summary(summary, console, folder.path)
-        console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
-    runtime.barrier()
+    with run_folder(config, folder, resume, runtime):
+        with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
+            corpus = open_run_corpus(config, folder, runtime, progress)
+            identity = identity_of(config, corpus.tokenizer)
+            blank = blank_tokens(corpus.tokenizer)
+            writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
+            run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity)
+            try:
+                EM(run).run()
+            finally:
+                if writer is not None:
+                    writer.close()
+        if runtime.is_main:
+            summary = summarize(run)
+            write_summary(folder.path, summary)
+            report = build_report(folder.path)
+            print_summary(summary, console, folder.path)
+            console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
+        runtime.barrier()
 
 
 def on_main(runtime: Any, action: Any) -> None:
@@ -124,36 +180,80 @@ def open_run_corpus(config: RunConfig, folder: RunFolder, runtime: Any, progress
 
 
 def check_folder(config: RunConfig, resume: bool) -> None:
-    """Refuse a run folder that belongs to another configuration, or to this one unless it is to be resumed."""
+    """Refuse a run folder that belongs to another configuration, or to this one unless it is to be resumed.
+
+    A run that has not left any checkpoint has nothing to lose: it may begin anew, with any configuration.
+    """
     folder = RunFolder(Path(config.run_dir))
-    if folder.config.is_file():
-        changed = _differences(load_config(folder.config, []), config)
-        if changed:
-            raise UserError(
-                f"run_dir={config.run_dir}: holds a run with another configuration ({'; '.join(changed[:3])}"
-                f"{'; …' if len(changed) > 3 else ''}): choose another run_dir, or the same settings"
-            )
-        if not resume:
-            raise UserError(
-                f"run_dir={config.run_dir}: holds this run already: go on with --resume, or choose another run_dir"
-            )
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
-        raise UserError(f"run_dir={config.run_dir}: exists and is no run folder: choose another run_dir")
-    elif folder.path.exists() and not folder.path.is_dir():
+    if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"run_dir={config.run_dir}: is a file: choose another run_dir")
+    if not folder.config.is_file():
+        if folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir()):
+            raise UserError(f"run_dir={config.run_dir}: exists and is no run folder: choose another run_dir")
+        return
+    if not folder.checkpoints.is_dir():
+        return
+    changed = _differences(load_config(folder.config, []), config)
+    if changed:
+        raise UserError(
+            f"run_dir={config.run_dir}: holds a run with another configuration ({'; '.join(changed[:3])}"
+            f"{'; …' if len(changed) > 3 else ''}): choose another run_dir, or the same settings"
+        )
+    if not resume:
+        raise UserError(
+            f"run_dir={config.run_dir}: holds this run already: go on with --resume, or choose another run_dir"
+        )
 
 
-def prepare_folder(config: RunConfig, folder: RunFolder, resume: bool) -> None:
-    """Check the run folder and write what it says of itself."""
+@contextmanager
+def run_folder(config: RunConfig, folder: RunFolder, resume: bool, runtime: Any) -> Iterator[None]:
+    """Hold the run folder: checked, described by its configuration and versions, and locked against other processes.
+
+    A run that fails before it has a corpus leaves no folder behind.
+    """
+    held: list[Any] = []
+    begun = folder.config.is_file()
+    on_main(runtime, lambda: held.append(_prepare_folder(config, folder, resume)))
+    try:
+        yield
+    except UserError:
+        if runtime.is_main and not begun and not (folder.path / "corpus").exists():
+            for path in (folder.config, folder.versions, folder.path / LOCK):
+                path.unlink(missing_ok=True)
+            if not any(folder.path.iterdir()):
+                folder.path.rmdir()
+        raise
+    finally:
+        for lock in held:
+            lock.close()
+
+
+def _prepare_folder(config: RunConfig, folder: RunFolder, resume: bool) -> Any:
+    """Check and lock the run folder, and write what it says of itself; returns the lock."""
     from ra3_megatron.report.versions import collect_versions
 
     check_folder(config, resume)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
         write_text(folder.config, dump_config(config))
         write_json(folder.versions, collect_versions())
     except OSError as error:
         raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror})") from error
+    return lock
+
+
+def _lock(folder: RunFolder) -> Any:
+    file = (folder.path / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"run_dir={folder.path}: another process is writing there: wait for it, or stop it"
+            ) from error
+        # a file system without locks: go on without one
+    return file
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -165,24 +265,12 @@ def _differences(old: RunConfig, new: RunConfig) -> list[str]:
             found |= flat(item, f"{prefix}.{key}" if prefix else key)
         return found
 
-    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump()), flat(new.model_dump())
     return [
-        f"{key}={json.dumps(before.get(key))} there, {json.dumps(after.get(key))} here"
+        f"{key}={scalar_text(before.get(key))} there, {scalar_text(after.get(key))} here"
         for key in before
         if before[key] != after.get(key) and key.split(".")[0] not in RESULT_FREE
     ]
-
-
-def main(arguments: list[str]) -> int:
-    """Entry point of the processes that `train` starts."""
-    from ra3_megatron.report.run_folder import write_text as write
-
-    try:
-        return _train_here(load_config(Path(arguments[0]), []), resume="--resume" in arguments)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" and "RA3_ERROR_FILE" in os.environ:
-            write(Path(os.environ["RA3_ERROR_FILE"]), str(error))
-        return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -78,6 +79,11 @@ class RunConfig(Section):
             yield (
                 "corpus.human_comments=as_thoughts does not go with text.granularity=token "
                 "(a span of tokens has no comment above it): use strip or keep"
+            )
+        if math.isinf(self.estep.latent_price) and self.corpus.human_comments == "as_thoughts":
+            yield (
+                "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
+                "use strip or keep, or a finite price"
             )
         tensor = self.parallel.tensor
         for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):

@@ -1,6 +1,5 @@
 """What every phase of a run shares: configuration, data, processes, and the run folder's writers."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from ra3_megatron.em.latent_stats import BlankTokens
 from ra3_megatron.em.monitors import Alarm
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
-from ra3_megatron.report.metrics import MetricsWriter
+from ra3_megatron.report.metrics import MetricsWriter, read_metrics
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, write_json
 
@@ -60,6 +59,12 @@ class RunContext:
         if self.metrics is not None:
             self.metrics.rewind(keep)
 
+    def has_logged(self, phase: str, iteration: int) -> bool:
+        """Whether this phase has left a line of metrics. Collective."""
+        records = read_metrics(self.folder.path) if self.runtime.is_main else []
+        found = any(r["phase"] == phase and r["iteration"] == iteration for r in records)
+        return bool(self.runtime.broadcast(found))
+
     def alarm(self, phase: str, iteration: int, step: int, alarms: Iterable[Alarm]) -> None:
         """Report signs of failure: on the display and in the metrics."""
         for alarm in alarms:
@@ -79,5 +84,5 @@ class RunContext:
     def dump(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write what went wrong."""
         if self.runtime.is_main:
-            write_json(path, json.loads(json.dumps(content)))
+            write_json(path, content)
         self.runtime.barrier()

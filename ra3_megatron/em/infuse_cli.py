@@ -1,7 +1,8 @@
 """`ra3 infuse`: sample latents for a corpus with a checkpoint and write the infused corpus.
 
-The output folder holds the corpus as it was built (`corpus/`), the infused documents as indexed data sets, and
-`infused.jsonl` with {"name", "code", "infused"} a line to read or to train on elsewhere.
+The output folder holds the corpus as it was built (`corpus/`, unless it is that of the checkpoint's run), the infused
+documents as indexed data sets (`infused/`), and `infused.jsonl` with {"name", "code", "infused"} a line to read or to
+train on elsewhere. An interrupted infusion goes on where it was; an output folder belongs to one checkpoint.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
-from ra3_megatron.report.run_folder import RunFolder, write_text
+from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
+
+SOURCE = "source.json"
+"""Names the checkpoint that an output folder belongs to."""
 
 
 def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Sequence[str]) -> None:
@@ -22,61 +26,67 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
 
     Raises UserError when the checkpoint is none, does not fit the configuration, or `out` holds something else.
     """
+    from ra3_megatron.launch import start_processes
+    from ra3_megatron.mcore.checkpoint import read_record
+    from ra3_megatron.mcore.startup import launched
+
+    read_record(checkpoint)
+    if config is None:
+        own = _run_of(checkpoint)
+        if own is None:
+            raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
+        config = load_config(own.config, overrides)
+    _check_out(checkpoint, out, config)
+    if launched() or config.parallel.world_size == 1:
+        infuse_here(checkpoint, out, config)
+    elif start_processes(config, "infuse", str(checkpoint), str(out)):
+        raise RuntimeError("a process failed: see its message above")
+
+
+def infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
+    """`infuse` in this process, one of those that the layout needs."""
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.em import infuse as infusion
+    from ra3_megatron.em.identity import check_fit
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.order import Stream
     from ra3_megatron.em.policy import LatentPolicy
-    from ra3_megatron.launch import check_folder, on_main
+    from ra3_megatron.launch import disk_full, on_main
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
     from ra3_megatron.text.latents import code_text, full_text
 
-    record = checkpoints.read_record(checkpoint)
-    own = _run_of(checkpoint)
-    if config is None:
-        if own is None:
-            raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
-        config = load_config(own.config, overrides)
-    config = config.model_copy(update={"run_dir": str(out)})
     console = Console()
     runtime = startup.initialize(config.parallel, config.seed)
     try:
-        folder = RunFolder(out)
-        on_main(runtime, lambda: check_folder(config, resume=True))
-        if runtime.is_main:
-            write_text(folder.config, dump_config(config))
-        with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
-            corpus = _corpus(config, folder, own, runtime, progress)
-            _check_fit(checkpoint, record, config, corpus)
+        with disk_full(str(out)), Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
+            corpus = _corpus(checkpoint, out, config, runtime, progress)
+            tokenizer = corpus.tokenizer
+            record = check_fit(checkpoint, "--checkpoint", config, tokenizer)
+            on_main(runtime, lambda: _describe(checkpoint, out, config))
             model = build_model(
-                config.model,
-                config.parallel,
-                runtime,
-                corpus.tokenizer.vocab_size,
-                corpus.format.sets,
-                config.seed,
+                config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, config.seed
             )
             checkpoints.load(checkpoint, model, runtime)
-            policy = LatentPolicy(model, config, runtime, corpus.format, corpus.tokenizer)
             documents = corpus.store("mid", "train")
             with progress.task("infusing", total=len(documents), unit="tokens") as task:
                 infused = infusion.infuse(
-                    policy,
+                    LatentPolicy(model, config, runtime, corpus.format, tokenizer),
                     documents,
                     (config.seed, Stream.INFUSE, 0),
                     out / "infused",
                     runtime,
-                    blank_tokens(corpus.tokenizer),
+                    blank_tokens(tokenizer),
                     record["weight_version"],
                     lambda done, tokens: task.advance(done, units=tokens),
                 )
+            if runtime.is_main:
+                infusion.export_jsonl(
+                    infused, out / "infused.jsonl", lambda t: (code_text(t, tokenizer), full_text(t, tokenizer))
+                )
+            runtime.barrier()
         if runtime.is_main:
-            tokenizer = corpus.tokenizer
-            infusion.export_jsonl(
-                infused, out / "infused.jsonl", lambda t: (code_text(t, tokenizer), full_text(t, tokenizer))
-            )
             stats = infused.record
             console.print(
                 f"{len(infused)} documents, {stats['tokens']} tokens, "
@@ -95,32 +105,50 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
     return None
 
 
-def _corpus(config: RunConfig, folder: RunFolder, own: RunFolder | None, runtime: Any, progress: Progress) -> Any:
-    """The corpus of `config`: with the tokenizer of the checkpoint's run unless `config` names another one."""
-    from ra3_megatron.corpus.manifest import config_hash, read_manifest
-    from ra3_megatron.launch import open_run_corpus
+def _source(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
+    """What decides the infused documents, apart from the layout."""
+    decisive = config.model_dump(include={"seed", "corpus", "tokenizer", "text", "model", "rollout"})
+    decisive["latent_price"] = str(config.estep.latent_price)
+    return {"checkpoint": str(checkpoint.resolve()), **decisive}
 
+
+def _check_out(checkpoint: Path, out: Path, config: RunConfig) -> None:
+    """Refuse an output folder that holds anything but a (begun) infusion with this checkpoint and configuration."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is a file: choose another folder")
+    if not (out / SOURCE).is_file():
+        left = [path.name for path in out.iterdir()] if out.is_dir() else []
+        if set(left) - {"corpus", ".corpus.partial"}:
+            raise UserError(f"--out={out}: exists and holds no infused corpus: choose another folder")
+        return
+    there, here = read_json(out / SOURCE), _source(checkpoint, config)
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise UserError(f"--out={out}: holds a corpus infused with another {key}: choose another folder")
+
+
+def _describe(checkpoint: Path, out: Path, config: RunConfig) -> None:
+    try:
+        write_text(out / "config.yaml", dump_config(config))
+        write_json(out / SOURCE, _source(checkpoint, config))
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror})") from error
+
+
+def _corpus(checkpoint: Path, out: Path, config: RunConfig, runtime: Any, progress: Progress) -> Any:
+    """The corpus of `config`: with the tokenizer of the checkpoint's run unless `config` names another one."""
+    from ra3_megatron.corpus.build import build_corpus, open_corpus
+    from ra3_megatron.corpus.manifest import config_hash, read_manifest
+    from ra3_megatron.launch import on_main
+
+    own = _run_of(checkpoint)
     if own is not None:
         place = own.path / "corpus"
         manifest = read_manifest(place)
         if manifest is not None and manifest.config_hash == config_hash(config):
-            from ra3_megatron.corpus.build import open_corpus
-
             return open_corpus(config, place)
         if config.tokenizer.path is None:
             tokenizer = config.tokenizer.model_copy(update={"path": str(place / "tokenizer")})
             config = config.model_copy(update={"tokenizer": tokenizer})
-    return open_run_corpus(config, folder, runtime, progress)
-
-
-def _check_fit(checkpoint: Path, record: dict[str, Any], config: RunConfig, corpus: Any) -> None:
-    found = record["tokenizer"]
-    if found != corpus.tokenizer.fingerprint:
-        raise UserError(
-            f"{checkpoint}: was trained with another tokenizer ({found[:12]}, not "
-            f"{corpus.tokenizer.fingerprint[:12]}): set tokenizer.path to the tokenizer folder of its run"
-        )
-    here = config.model.model_dump(mode="json")
-    for key, value in record["model"].items():
-        if here[key] != value and key not in ("precision", "init_std"):
-            raise UserError(f"model.{key}={here[key]}: the checkpoint {checkpoint} has {value}")
+    on_main(runtime, lambda: build_corpus(config, out / "corpus", progress))
+    return open_corpus(config, out / "corpus")

@@ -9,15 +9,18 @@ NTP is the same loop with nothing between the lines: its M-steps read the same d
 same start. Every step is a function of (seed, phase, step) and the checkpoint before it.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
+from ra3_megatron.em.identity import check_fit
 from ra3_megatron.em.infuse import InfusedCorpus, infuse
 from ra3_megatron.em.monitors import check_mstep
 from ra3_megatron.em.mstep import MStep
@@ -46,31 +49,33 @@ class EM:
         self.order = DocumentOrder(self.train, self.config.mstep, length, order_seed(seed, Stream.MID_ORDER))
 
     def run(self) -> None:
-        """Everything that the configuration asks for."""
+        """Everything that the configuration asks for. NTP goes first, so that RA3's monitors can compare with it."""
         base = self.warm_start()
         self.evaluate("base", 0, base)
-        methods = [self.config.method]
-        if self.config.method == "ra3" and self.config.em.control:
-            methods.append("ntp")
-        for method in reversed(methods):  # the control first, so that monitors can compare with it
-            self._loop(method, base)
+        if self.config.method == "ntp" or self.config.em.control:
+            self.ntp(base)
+        if self.config.method == "ra3":
+            self.ra3(base)
 
-    def _loop(self, method: str, base: Path) -> None:
-        pi = base
-        best = self.evaluate("base", 0, base)["elbo"]
+    def ra3(self, base: Path) -> None:
+        """Alternate E-step and M-step from the warm start."""
+        pi, elbo = base, self.evaluate("base", 0, base)["elbo"]
         for iteration in range(1, self.config.em.iterations + 1):
-            if method == "ra3":
-                q = self.estep(iteration, pi)
-                start = {"base": base, "pi": pi, "q": q}[self.config.mstep.start]
-                documents: Any = self.infuse(iteration, q)
-                pi = self.mstep(Phase("mstep", iteration), start, documents)
-            else:
-                pi = self.mstep(Phase("ntp", iteration), pi, Ordered(self.train, self.order.of(iteration)))
-            figures = self.evaluate(method, iteration, pi)
-            if self.config.em.stop_without_gain and method == "ra3" and figures["elbo"] <= best:
-                self.run_context.progress.message(f"iteration {iteration} did not raise the held-out ELBO: stopping")
+            q = self.estep(iteration, pi)
+            infused = self.infuse(iteration, q)
+            start = {"base": base, "pi": pi, "q": q}[self.config.mstep.start]
+            pi = self.mstep(Phase("mstep", iteration), start, infused)
+            before, elbo = elbo, self.evaluate("ra3", iteration, pi)["elbo"]
+            if self.config.em.stop_without_gain and elbo <= before:
+                self._say(f"iteration {iteration} did not raise the held-out ELBO: stopping (em.stop_without_gain)")
                 break
-            best = max(best, figures["elbo"])
+
+    def ntp(self, base: Path) -> None:
+        """The same M-steps on the same documents without latents."""
+        pi = base
+        for iteration in range(1, self.config.em.iterations + 1):
+            pi = self.mstep(Phase("ntp", iteration), pi, self._documents(iteration))
+            self.evaluate("ntp", iteration, pi)
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -84,6 +89,8 @@ class EM:
         length = self.config.model.context_length
         order = DocumentOrder(store, settings, length, order_seed(self.config.seed, Stream.WARM_ORDER))
         start = None if settings.checkpoint is None else Path(settings.checkpoint)
+        if start is not None:
+            check_fit(start, "warm_start.checkpoint", self.config, run.corpus.tokenizer)
 
         def steps(trainer: Trainer) -> PackedSteps:
             return PackedSteps(MStep(settings, trainer, Ordered(store, order.of(1)), length))
@@ -94,6 +101,9 @@ class EM:
         """q_i: policy gradient from pi_{i-1}, rewarded by pi_{i-1}."""
         run, settings = self.run_context, self.config.estep
         phase = Phase("estep", iteration)
+        if math.isinf(settings.latent_price):
+            self._say(f"{phase.key}: skipped, because with estep.latent_price=inf no thought is ever worth its price")
+            return pi
         if is_done(run, phase):
             return final_of(run, phase)
         scorer = run.new_model()
@@ -109,35 +119,43 @@ class EM:
                 run, iteration, EStep(self.config, policy, trainer, scorer, run.blank), self.train, sampler, key
             )
 
-        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), pi, steps)
+        return train_phase(
+            run,
+            phase,
+            settings.steps,
+            settings.optimizer,
+            run.new_model(),
+            pi,
+            steps,
+            updates_per_step=settings.updates_per_rollout,
+        )
 
     def infuse(self, iteration: int, q: Path) -> InfusedCorpus:
         """D_i: the documents of the next M-step with latents sampled by q_i."""
-        run = self.run_context
+        run, phase = self.run_context, Phase("infuse", iteration)
         folder = run.folder.path / "infused" / f"iteration_{iteration}"
-        documents = Ordered(self.train, self.order.of(iteration))
-        phase = Phase("infuse", iteration)
+        if run.has_logged(phase.name, iteration):  # the last thing that an infusion does
+            return InfusedCorpus(folder)
+        documents = self._documents(iteration)
         model = run.new_model()
         record = checkpoint.load(q, model, run.runtime)
-        task = run.progress.task(phase.key, total=len(documents), unit="tokens")
-        corpus = infuse(
-            self._policy(model),
-            documents,
-            (self.config.seed, Stream.INFUSE, iteration),
-            folder,
-            run.runtime,
-            run.blank,
-            record["weight_version"],
-            lambda done, tokens: task.advance(done, units=tokens),
-        )
-        task.close()
-        run.rewind("infuse", iteration, 0)
+        with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
+            corpus = infuse(
+                self._policy(model),
+                documents,
+                (self.config.seed, Stream.INFUSE, iteration),
+                folder,
+                run.runtime,
+                run.blank,
+                record["weight_version"],
+                lambda done, tokens: task.advance(done, units=tokens),
+            )
         stats = corpus.record
         values = {"documents": len(corpus), "tokens": stats["tokens"], "think_rate": stats["thoughts"] / stats["lines"]}
         if stats["thoughts"]:
             values["mean_thought_tokens"] = stats["thought_tokens"] / stats["thoughts"]
         values |= {"seconds": stats["seconds"], "tokens_per_second": stats["tokens"] / stats["seconds"]}
-        run.log("infuse", iteration, 1, values)
+        run.log(phase.name, iteration, 1, values)
         return corpus
 
     def mstep(self, phase: Phase, start: Path, documents: Any) -> Path:
@@ -167,6 +185,7 @@ class EM:
         result = evaluate(model, self._policy(model), documents, keys, self.config, run.blank)
         task.advance(1)
         figures = dict(result.figures)
+        require_finite(figures, model_of)
         run.rewind("evaluation", iteration, -1, arm=arm)
         run.log("evaluation", iteration, 0, {"arm": arm, **figures})
         if arm == "ra3":
@@ -191,7 +210,7 @@ class EM:
         return dict(read_json(path))
 
     def _check(self, iteration: int, figures: dict[str, Any]) -> None:
-        before = self._figures("ra3", iteration - 1) if iteration > 1 else self._figures("base", 0)
+        before = self._figures("ra3", iteration - 1) or self._figures("base", 0)
         control = self._figures("ntp", iteration)
         assert before is not None
         alarms = check_mstep(
@@ -207,6 +226,22 @@ class EM:
         path = self.run_context.folder.path / "evaluations" / f"{arm}-{iteration}.json"
         return dict(read_json(path)) if path.is_file() else None
 
+    def _documents(self, iteration: int) -> Ordered:
+        """The documents that iteration's M-step reads, in order, without latents."""
+        return Ordered(self.train, self.order.of(iteration))
+
+    def _say(self, text: str) -> None:
+        self.run_context.progress.message(text)
+
     def _policy(self, model: torch.nn.Module) -> LatentPolicy:
         run = self.run_context
         return LatentPolicy(model, self.config, run.runtime, run.corpus.format, run.corpus.tokenizer)
+
+
+def require_finite(figures: dict[str, float | None], model_of: Path) -> None:
+    """UserError when a held-out figure of this checkpoint is NaN or infinite."""
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"held-out {name} of {model_of} is {value}: training has diverged; lower the learning rate of its phase"
+            )

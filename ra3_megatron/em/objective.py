@@ -82,7 +82,9 @@ def prior_kl(switch: Tensor, choice: Tensor, alpha: float) -> Tensor:
     latents = choice.shape[-1] + 1
     abar = alpha + (1 - alpha) / latents
     entropy = _entropy(torch.stack([1 - switch, switch], dim=-1)) + switch * _entropy(choice)
-    return switch * prior_price(alpha, latents) - entropy - torch.log(torch.tensor(abar, dtype=switch.dtype))
+    # where, not a product: at alpha = 1 the price is infinite, and never switching costs nothing
+    paid = torch.where(switch > 0, switch * prior_price(alpha, latents), 0.0)
+    return paid - entropy - torch.log(torch.tensor(abar, dtype=switch.dtype))
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def summarize(run: RunContext) -> schema.Summary:
     base_figures = _evaluation(run, "base", 0)
     assert base_figures is not None
     iterations = []
-    latest: dict[str, schema.Arm] = {}
+    measured: dict[tuple[str, int], schema.Arm] = {}
     arms: tuple[Literal["ntp", "ra3"], ...] = ("ntp", "ra3")
     for arm in arms:
         spent = schema.Phase(seconds=0.0, tokens=0)
@@ -32,16 +32,19 @@ def summarize(run: RunContext) -> schema.Summary:
             cost = _cost(run, phase)
             spent = schema.Phase(seconds=spent.seconds + cost.seconds, tokens=spent.tokens + cost.tokens)
             estep = _estep(run, iteration, records) if arm == "ra3" else None
-            latest[arm] = _arm(figures, spent)
-            iterations.append(schema.Iteration(**latest[arm].__dict__, iteration=iteration, arm=arm, estep=estep))
-    final = max((i for i in iterations if i.arm == run.config.method), key=lambda i: i.iteration, default=None)
-    shown = _evaluation(run, run.config.method, final.iteration) if final else base_figures
+            measured[arm, iteration] = _arm(figures, spent)
+            iterations.append(
+                schema.Iteration(**measured[arm, iteration].__dict__, iteration=iteration, arm=arm, estep=estep)
+            )
+    # the last iteration of the method: RA3 may have stopped early, and then the control is compared at that point
+    last = max((i.iteration for i in iterations if i.arm == run.config.method), default=0)
+    shown = _evaluation(run, run.config.method, last) if last else base_figures
     assert shown is not None
     return schema.Summary(
         method=run.config.method,
         base=_arm(base_figures, warm),
-        ntp=latest.get("ntp"),
-        ra3=latest.get("ra3"),
+        ntp=measured.get(("ntp", last)),
+        ra3=measured.get(("ra3", last)),
         iterations=iterations,
         phases=_phases(run),
         data=_data(run),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -78,12 +78,13 @@ def train_phase(
     model: torch.nn.Module,
     start: Path | None,
     make_steps: Callable[[Trainer], Steps],
-    after_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    updates_per_step: int = 1,
 ) -> Path:
     """Train `model` from the checkpoint `start` (None: as it is) and return the final checkpoint of the phase.
 
-    Skips what is done, resumes what was begun. Raises UserError when the loss is not finite (the batch is dumped) or a
-    checkpoint cannot be written; the last good checkpoint is kept in both cases.
+    updates_per_step: optimizer updates that each step takes. Skips what is done, resumes what was begun. Raises
+    UserError when the loss is not finite (the batch is dumped) or a checkpoint cannot be written; the last good
+    checkpoint is kept in both cases.
     """
     final = final_of(run, phase)
     if is_done(run, phase):
@@ -92,7 +93,7 @@ def train_phase(
     latest = latest_checkpoint(folder)
     if latest is None and start is not None:
         checkpoint.load(start, model, run.runtime)
-    trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps)
+    trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps * updates_per_step)
     work = make_steps(trainer)
     first, seconds, tokens = 0, 0.0, 0
     if latest is not None:
@@ -120,11 +121,10 @@ def train_phase(
         try:
             metrics = work.step(step)
         except NonFiniteLoss as problem:
-            _stop(run, phase, step, problem, work, folder)
+            _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
         elapsed = time.perf_counter() - begin
         tokens += int(metrics["tokens"])
         task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
-        after_step(step, metrics)
         if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
             run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
         if (step + 1) % run.config.checkpoint.interval == 0 and step + 1 < steps:
@@ -140,8 +140,16 @@ def train_phase(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint inside a phase; None when there is none."""
-    found = [path for path in folder.glob("step_*") if (path / checkpoint.RECORD).is_file()]
-    return max((path for path in found if not path.name.endswith(checkpoint.PARTIAL)), default=None)
+    return max(_complete(folder), key=_step_of, default=None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("step_*") if path.suffix != checkpoint.PARTIAL)
+    return [path for path in found if (path / checkpoint.RECORD).is_file()]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _save(
@@ -154,14 +162,15 @@ def _save(
 
 
 def _prune(folder: Path, run: RunContext, keep: int | None = None) -> None:
-    """Delete all but the newest checkpoints inside a phase, and what a kill left half-written."""
+    """Delete all but the newest checkpoints inside a phase, and what a kill left half-written or half-deleted."""
     keep = run.config.checkpoint.keep if keep is None else keep
     if run.runtime.is_main:
-        complete = sorted(p for p in folder.glob("step_*") if (p / checkpoint.RECORD).is_file())
-        for path in complete[: len(complete) - keep]:
-            # the record goes first: a half-deleted checkpoint is no checkpoint
-            (path / checkpoint.RECORD).unlink()
-            shutil.rmtree(path)
+        kept = sorted(_complete(folder), key=_step_of, reverse=True)[:keep]
+        for path in folder.glob("step_*"):
+            if path not in kept:
+                # the record goes first: a half-deleted checkpoint is no checkpoint
+                (path / checkpoint.RECORD).unlink(missing_ok=True)
+                shutil.rmtree(path)
     run.runtime.barrier()
 
 
@@ -169,12 +178,22 @@ def _rates(metrics: dict[str, float], elapsed: float) -> dict[str, float]:
     return {"seconds": elapsed, "tokens_per_second": metrics["tokens"] / elapsed}
 
 
-def _stop(run: RunContext, phase: Phase, step: int, problem: Exception, work: Steps, folder: Path) -> None:
+def _stop(run: RunContext, phase: Phase, step: int, problem: Exception, work: Steps, before: Path | None) -> NoReturn:
+    """Dump what led to a loss that is not finite: from `before`, the steps up to this one repeat it exactly."""
     names = list(work.describe_batch())
     dump = run.folder.path / "failed" / f"{phase.key}-{step + 1:06d}.json"
-    run.dump(dump, {"phase": phase.name, "iteration": phase.iteration, "step": step + 1, "documents": names})
-    last = latest_checkpoint(folder)
+    where = {"phase": phase.name, "iteration": phase.iteration, "step": step + 1}
+    run.dump(
+        dump,
+        {
+            **where,
+            "problem": str(problem),
+            "checkpoint": None if before is None else str(before),
+            "seed": run.config.seed,
+            "documents": names,
+        },
+    )
     raise UserError(
-        f"{phase.key} step {step + 1}: {problem}; the batch ({len(names)} documents, first {names[0]}) is in {dump}; "
-        f"last good checkpoint: {last or 'the start of the phase'}; lower the learning rate or look at the batch"
+        f"{phase.key} step {step + 1}: {problem}; its batch ({len(names)} documents, first {names[0]}) is in {dump}; "
+        f"last good checkpoint: {before or 'none'}; lower the learning rate of this phase, or look at the batch"
     ) from problem

@@ -1,7 +1,10 @@
 """Sampling latents of stored documents with a model, over all data-parallel ranks."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ra3_megatron.config.run import RunConfig
@@ -15,7 +18,7 @@ from ra3_megatron.text.transcript import Transcript
 
 
 class LatentPolicy:
-    """q: a model, and the engine that samples from it."""
+    """q: a model, and the engine that samples from it. With an infinite price of thoughts it is offered no choice."""
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class LatentPolicy:
         self.runtime = runtime
         self.latents = latents
         self.tokenizer = tokenizer
+        self.may_think = math.isfinite(config.estep.latent_price)
         rollout = config.rollout
         self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, rollout.temperature)
         self._sampler = LatentSampler(
@@ -40,6 +44,8 @@ class LatentPolicy:
         keys: one random stream a document (its transcripts are numbered behind it). Documents are dealt out to the
         data-parallel ranks; the outcome does not depend on how.
         """
+        if not self.may_think:
+            return [self._without_choice(document) for document in documents for _ in range(group)]
         size, rank = self.runtime.data_size, self.runtime.data_rank
         jobs = []
         for index in range(rank, len(documents), size):
@@ -51,3 +57,11 @@ class LatentPolicy:
             start = index // size * group
             transcripts += shares[index % size][start : start + group]
         return transcripts
+
+    def _without_choice(self, document: Transcript) -> Transcript:
+        return replace(
+            document,
+            offered=np.zeros_like(document.offered),
+            log_probs=np.zeros(document.num_tokens, dtype=np.float32),
+            weight_version=self.engine.weight_version,
+        )

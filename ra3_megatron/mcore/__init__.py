@@ -4,6 +4,7 @@ Importing this package prepares Megatron-Core for machines without CUDA (`cpu.in
 `megatron.core` import; every other room reaches Megatron-Core through here.
 """
 
+import logging
 import warnings
 
 from ra3_megatron.mcore import cpu
@@ -15,7 +16,11 @@ for _message in (
     "full scope is deprecated",
     "`load_state_dict` is deprecated and will be removed",
     "Please use DTensor instead",
+    "When using async grad allreduce",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+# A checkpoint that cannot be written is raised as an error, and reported once.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 cpu.install()

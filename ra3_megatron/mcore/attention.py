@@ -1,8 +1,9 @@
 """Core attention on torch's scaled_dot_product_attention, for Megatron-Core's local layer spec.
 
 Megatron's own local attention materialises sequence x sequence scores for every head and has no packed sequences.
-This one takes any boolean mask, groups query heads, and holds an optional key/value cache for the sampler: one
-row per transcript, each with its own length, which can be cut back (slot j of a row holds position j).
+This one groups query heads, attends within the documents of a packed row only (and spends nothing on the rest of the
+row), and holds an optional key/value cache for the sampler: one row per transcript, each with its own length, which
+can be cut back (slot j of a row holds position j).
 
 Shapes: s sequence, b batch, h query heads, g key/value heads, d channels.
 """
@@ -28,21 +29,36 @@ class LayerCache:
 
 @dataclass
 class CacheView:
-    """Where the tokens of one forward pass go in the caches.
+    """Where the tokens of one incremental pass stand: T tokens of several rows, flattened, row after row."""
 
-    positions: [b, s] slot of each new token; padding tokens point to the last slot, which no real token uses.
-    slots: number of leading slots that any new token attends to.
-    """
-
+    rows: Tensor
+    """Cache row of each token, long [T]."""
     positions: Tensor
+    """Slot of each token, which is its position in its row, long [T]."""
+    groups: list["RowGroup"]
+    """Rows that are attended together; each token is in one."""
+
+
+@dataclass
+class RowGroup:
+    """Rows with about the same number of new tokens, padded to the longest of them."""
+
+    rows: Tensor | None
+    """Cache rows, long [n]; None: all of them, in order."""
+    index: Tensor
+    """Places in the flattened tokens, long [n, longest]; 0 behind a row's own tokens."""
+    inside: Tensor
+    """bool [n, longest], False behind a row's own tokens."""
     slots: int
+    """Leading slots that any of these tokens attends to."""
 
 
 class CachedAttention(MegatronModule):
     """softmax(q k^T * scale + mask) v with grouped query heads and an optional cache.
 
-    forward: query [s, b, h, d], key and value [s, b, g, d]; attention_mask: bool [b or 1, 1, s, s], True = hidden,
-    or None for plain causal attention. Returns [s, b, h * d].
+    forward: query [s, b, h, d], key and value [s, b, g, d]. What Megatron passes through as `attention_mask` are the
+    segments of packed rows here, long [b, s] (documents are runs of one number, padding is negative), or None for
+    plain causal attention. Returns [s, b, h * d], 0 at padding.
     """
 
     def __init__(
@@ -78,30 +94,77 @@ class CachedAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("CachedAttention takes a boolean mask, no bias and no packed_seq_params")
         s, b, h, d = query.shape
+        if self.cache is not None:
+            return self._incremental(query, key, value)
+        if attention_mask is not None:
+            return self._packed(query, key, value, attention_mask)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        visible: Tensor | None = None
-        if self.cache is not None and self.view is not None:
-            k, v, visible = self._append(k, v)
-        elif attention_mask is not None:
-            visible = ~attention_mask
-        out = F.scaled_dot_product_attention(
+        out = self._attend(q, k, v, None)
+        return out.permute(2, 0, 1, 3).reshape(s, b, h * d)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=visible,
-            is_causal=visible is None and s > 1,
+            is_causal=visible is None and q.shape[2] > 1,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=k.shape[1] != h,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
-        return out.permute(2, 0, 1, 3).reshape(s, b, h * d)
 
-    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
+        """Causal attention of each document by itself, documents of like length together."""
+        s, b, h, d = query.shape
+        flat = [x.transpose(0, 1).reshape(b * s, -1) for x in (query, key, value)]
+        out = flat[0].new_zeros(b * s, h * d)
+        for index, inside in document_buckets(segments):
+            q, k, v = (x.index_select(0, index.flatten()).view(*index.shape, -1, d).transpose(1, 2) for x in flat)
+            attended = self._attend(q, k, v, None).transpose(1, 2).reshape(-1, h * d)
+            out = out.index_copy(0, index[inside], attended[inside.flatten()])
+        return out.view(b, s, h * d).transpose(0, 1).contiguous()
+
+    def _incremental(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of new tokens [T, 1, ., d] to everything in their rows' caches, their own keys appended first."""
         assert self.cache is not None and self.view is not None
-        positions, slots = self.view.positions, self.view.slots
-        index = positions[:, None, :, None].expand_as(k)
-        self.cache.keys.scatter_(2, index, k)
-        self.cache.values.scatter_(2, index, v)
-        slot = torch.arange(slots, device=k.device)
-        visible = slot[None, None, None, :] <= positions[:, None, :, None]
-        return self.cache.keys[:, :, :slots], self.cache.values[:, :, :slots], visible
+        cache, view = self.cache, self.view
+        tokens, _, h, d = query.shape
+        cache.keys[view.rows, :, view.positions] = key[:, 0]
+        cache.values[view.rows, :, view.positions] = value[:, 0]
+        out = query.new_zeros(tokens, h * d)
+        for group in view.groups:
+            k, v = cache.keys[:, :, : group.slots], cache.values[:, :, : group.slots]
+            if group.rows is not None:
+                k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
+            q = query[:, 0].index_select(0, group.index.flatten()).view(*group.index.shape, h, d).transpose(1, 2)
+            slot = torch.arange(group.slots, device=k.device)
+            visible = slot <= view.positions[group.index][:, None, :, None]
+            attended = self._attend(q, k, v, visible).transpose(1, 2).reshape(-1, h * d)
+            out[group.index[group.inside]] = attended[group.inside.flatten()]
+        return out[:, None]
+
+
+def document_buckets(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Documents of packed rows, grouped so that no document is padded to more than twice its length.
+
+    segments: long [b, s]. Each bucket is (index, inside): index long [documents, longest], places in the flattened
+    rows; inside bool of the same shape, False behind the end of a document (index is 0 there).
+    """
+    flat = segments.flatten()
+    starts = torch.ones_like(flat, dtype=torch.bool)
+    starts[1:] = flat[1:] != flat[:-1]
+    starts[:: segments.shape[1]] = True
+    begin = torch.nonzero(starts).flatten()
+    length = torch.diff(begin, append=torch.tensor([len(flat)], device=flat.device))
+    real = flat[begin] >= 0
+    begin, length = begin[real], length[real]
+    size = torch.ceil(torch.log2(length.clamp_min(16).float())).long()
+    buckets = []
+    for group in size.unique().tolist():
+        members = size == group
+        place = torch.arange(int(length[members].max()), device=flat.device)
+        inside = place[None] < length[members][:, None]
+        index = torch.where(inside, begin[members][:, None] + place[None], 0)
+        buckets.append((index, inside))
+    return buckets

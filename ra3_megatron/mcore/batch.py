@@ -68,18 +68,9 @@ class TokenBatch:
         return TokenBatch(**moved)
 
     @property
-    def causal(self) -> bool:
-        """Whether plain causal attention is enough: each row is one segment from its start."""
-        return bool((self.segments == self.segments[:, :1]).all())
-
-    def hidden_mask(self) -> Tensor | None:
-        """Attention mask, bool [b, 1, s, s], True = hidden: other segments and later tokens; None: plain causal."""
-        if self.causal:
-            return None
-        s = self.ids.shape[1]
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        causal = torch.ones(s, s, dtype=torch.bool, device=self.ids.device).tril()
-        return ~(same & causal)[:, None]
+    def packing(self) -> Tensor | None:
+        """Segments, when rows hold anything but one document from their start; None: plain causal attention will do."""
+        return None if bool((self.segments == self.segments[:, :1]).all()) else self.segments
 
 
 def _fields(item: Any) -> dict[str, Any]:

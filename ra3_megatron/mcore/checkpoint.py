@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ra3_megatron import __version__
 from ra3_megatron.config.errors import UserError
@@ -25,6 +26,8 @@ from ra3_megatron.mcore.trainer import Trainer
 
 RECORD = "checkpoint.json"
 PARTIAL = ".partial"
+CAUSE_LENGTH = 300
+"""Characters of Megatron's message that an error quotes."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -41,7 +44,8 @@ def save(
 ) -> None:
     """Write a checkpoint to `folder` (replaced if it exists). Collective.
 
-    record: JSON-serialisable state of the caller. trainer: also save its optimizer and schedule.
+    record: JSON-serialisable state of the caller. trainer: also save its optimizer (which must have made a step) and
+    schedule.
     Raises CheckpointWriteError on every process when any of them could not write.
     """
     partial = folder.with_name(folder.name + PARTIAL)
@@ -53,29 +57,34 @@ def save(
         except OSError as problem:
             error = str(problem)
     _raise_anywhere(error, folder, runtime)
+    description = {
+        "version": __version__,
+        "layout": {"tensor": runtime.tensor_size, "data": runtime.data_size},
+        "architecture": language_model(model).architecture,
+        "optimizer": _optimizer_kind(trainer) if trainer is not None else None,
+        **record,
+    }
     try:
         dist_checkpointing.save(
             _state(model, runtime, trainer),
             str(partial),
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            content_metadata=_METADATA,
+            content_metadata=dict(_METADATA),
         )
-    except Exception as problem:  # a full disk shows as OSError, RuntimeError or CheckpointException
-        error = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    except (Exception, CheckpointException) as problem:  # the latter is a BaseException
+        error = _cause(problem)
     _raise_anywhere(error, folder, runtime)
     if runtime.is_main:
         try:
-            described = {
-                "version": __version__,
-                "layout": {"tensor": runtime.tensor_size, "data": runtime.data_size},
-                "optimizer": trainer is not None,
-                **record,
-            }
-            (partial / RECORD).write_text(json.dumps(described, indent=1) + "\n")
+            (partial / RECORD).write_text(json.dumps(description, indent=1) + "\n")
             _sync(partial)
-            shutil.rmtree(folder, ignore_errors=True)
+            replaced = folder.with_name(f"{folder.name}.replaced{PARTIAL}")
+            if folder.exists():  # never delete in place: a folder with its name is whole at any moment
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.rename(replaced)
             partial.rename(folder)
             _sync(folder.parent, recursive=False)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as problem:
             error = str(problem)
     _raise_anywhere(error, folder, runtime)
@@ -87,18 +96,20 @@ def load(folder: Path, model: torch.nn.Module, runtime: Runtime, trainer: Traine
     Raises UserError when `folder` is no complete checkpoint or does not fit the model.
     """
     record = read_record(folder)
-    if trainer is not None and not record["optimizer"]:
-        raise UserError(f"{folder}: holds no optimizer state, so training cannot go on from it")
-    template = _state(model, runtime, trainer, loading=True)
+    _check_fit(folder, record, model, trainer)
+    same_ranks = record["layout"]["tensor"] == runtime.tensor_size
+    template = _state(model, runtime, trainer, loading=True, generators=same_ranks)
     try:
         state = dist_checkpointing.load(template, str(folder))
-    except Exception as problem:
-        raise UserError(f"{folder}: cannot be loaded: {type(problem).__name__}: {problem}".splitlines()[0]) from problem
+    except (Exception, CheckpointException) as problem:
+        raise UserError(f"{folder}: cannot be loaded: {_cause(problem)}") from problem
     language_model(model).load_state_dict(state["model"], strict=True)
     if trainer is not None:
         trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scheduler.num_steps = 0  # Megatron adds the saved number
         trainer.scheduler.load_state_dict(state["scheduler"])
-        _set_generators(state["generators"])
+        if same_ranks:  # at another tensor-parallel size the generators stay as they were seeded
+            _set_generators(state["generators"])
     return record
 
 
@@ -119,12 +130,42 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     language_model(target).load_state_dict(language_model(source).state_dict(), strict=True)
 
 
-def _state(model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None, loading: bool = False) -> dict[str, Any]:
-    weights = language_model(model).sharded_state_dict(metadata=_METADATA)
+def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
+    """UserError unless the checkpoint holds this model's architecture and what `trainer` needs."""
+    for key, wanted in language_model(model).architecture.items():
+        held = record["architecture"].get(key)
+        if held != wanted:
+            raise UserError(f"{folder}: holds a model with {key}={held}, but this model has {key}={wanted}")
+    if trainer is None:
+        return
+    held, wanted = record["optimizer"], _optimizer_kind(trainer)
+    if held is None:
+        raise UserError(f"{folder}: holds no optimizer state, so training cannot go on from it")
+    if held != wanted:
+        raise UserError(
+            f"{folder}: holds the state of a {held} optimizer, but this run has a {wanted} one: "
+            f"set parallel.distributed_optimizer={'true' if held == 'distributed' else 'false'}"
+        )
+
+
+def _optimizer_kind(trainer: Trainer) -> str:
+    return "distributed" if trainer.model.ddp_config.use_distributed_optimizer else "replicated"
+
+
+def _state(
+    model: torch.nn.Module,
+    runtime: Runtime,
+    trainer: Trainer | None,
+    loading: bool = False,
+    generators: bool = True,
+) -> dict[str, Any]:
+    metadata = dict(_METADATA)  # Megatron adds this layout's groups to it
+    weights = language_model(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if trainer is not None:
-        state["optimizer"] = trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
         state["scheduler"] = trainer.scheduler.state_dict()
+    if trainer is not None and generators:
         place = (parallel_state.get_pipeline_model_parallel_rank(), runtime.tensor_rank)
         shape = (parallel_state.get_pipeline_model_parallel_world_size(), runtime.tensor_size)
         # generators differ over model-parallel ranks only: each data-parallel replica has the same
@@ -144,10 +185,29 @@ def _set_generators(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
 
 
+def _cause(problem: BaseException) -> str:
+    """One line on what went wrong, on whichever rank it did."""
+    if isinstance(problem, CheckpointException) and problem.failures:
+        problem = next(iter(problem.failures.values()))[0]
+    line = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return line if len(line) <= CAUSE_LENGTH else line[:CAUSE_LENGTH] + " …"
+
+
 def _raise_anywhere(error: str, folder: Path, runtime: Runtime) -> None:
     errors = [e for e in _all_gather(error, runtime) if e]
     if errors:
-        raise CheckpointWriteError(f"{folder}: cannot be written: {errors[0]} (earlier checkpoints are kept)")
+        room = _room(folder) if runtime.is_main else ""
+        if runtime.is_main:  # what was written takes room that the disk may lack
+            shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
+        room = runtime.broadcast(room)
+        raise CheckpointWriteError(f"{folder}: cannot be written: {errors[0]} ({room}earlier checkpoints are kept)")
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB free on its disk, "
+    except OSError:
+        return ""
 
 
 def _all_gather(item: str, runtime: Runtime) -> list[str]:

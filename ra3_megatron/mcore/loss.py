@@ -76,7 +76,7 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         mask = batch.choices.mask
         ratio = torch.ones_like(choice_log_prob)
         if batch.behaviour is not None:
-            ratio = torch.where(mask, (choice_log_prob - batch.behaviour).exp(), ratio)
+            ratio = torch.where(mask, choice_log_prob - batch.behaviour, 0.0).exp()
             stats[Stat.MISMATCH] = (ratio.detach() - 1).abs()[mask].sum()
         if policy.clip_ratio is None:
             objective = batch.advantage * choice_log_prob

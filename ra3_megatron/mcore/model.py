@@ -6,6 +6,8 @@ logits, computed chunk by chunk without ever holding or gathering the whole voca
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this; padding tokens have probability 0."""
 CHUNK_POSITIONS = 2048
 """Positions whose logits exist at the same time."""
+_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+"""Attributes by which Megatron's modules and configuration split sequences."""
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -81,21 +85,40 @@ class LanguageModel(GPTModel):
     """GPTModel that maps a TokenBatch to log-probabilities.
 
     forward returns fp32 [3, b, s]: log p(target) where `ce_weight` is not 0, log P(event) and entropy of `choices`;
-    0 elsewhere. With `hidden_only`, hidden states [s, b, hidden] after the last norm (the sampler's entrance).
+    0 elsewhere. With `hidden_only`, hidden states [s, b, hidden] after the last norm (the sampler's entrance; without
+    gradients under sequence parallelism).
     """
 
     vocabulary: VocabularyShard
+    architecture: dict[str, Any]
+    """What weights must agree on to fit: configuration keys and their values."""
 
     def forward(self, batch: TokenBatch, hidden_only: bool = False) -> Tensor:
         if hidden_only:
             self._batch: TokenBatch | None = None
-            mask = None
-        else:
-            self._batch = batch
-            mask = batch.hidden_mask()
-        out: Tensor = super().forward(batch.ids, batch.positions, mask)
+            with self._whole_sequences():
+                return super().forward(batch.ids, batch.positions, None)
+        self._batch = batch
+        out: Tensor = super().forward(batch.ids, batch.positions, batch.packing)
         self._batch = None
         return out
+
+    @contextmanager
+    def _whole_sequences(self) -> Iterator[None]:
+        """Within it, sequences are not split over the tensor-parallel group: single tokens cannot be."""
+        switches = self._sequence_switches() if self.config.sequence_parallel else []
+        for owner, name in switches:
+            setattr(owner, name, False)
+        try:
+            yield
+        finally:
+            for owner, name in switches:
+                setattr(owner, name, True)
+
+    def _sequence_switches(self) -> list[tuple[Any, str]]:
+        """Every attribute that turns sequence parallelism on."""
+        owners = [*self.modules(), *{id(m.config): m.config for m in self.modules() if hasattr(m, "config")}.values()]
+        return [(owner, name) for owner in owners for name in _SWITCHES if getattr(owner, name, None) is True]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's logits of hidden states, [n, hidden] -> [n, V_local] (no gradient across ranks)."""
@@ -116,12 +139,13 @@ class LanguageModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         if not self.post_process or self._batch is None:
             return hidden_states
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states)
         batch = self._batch
-        flat = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])  # [b * s, hidden]
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        flat = hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1])  # [b * s, hidden]
+        if not self.config.sequence_parallel:
+            # behind the transposition: Megatron's backward drops the sum of a gradient that is not contiguous
+            flat = copy_to_tensor_model_parallel_region(flat)
         out = torch.zeros(3, flat.shape[0], dtype=torch.float32, device=flat.device)
         streams: list[Tensor] = []
         if batch.ce_weight is not None:
@@ -162,6 +186,8 @@ class LanguageModel(GPTModel):
                 None if numerator is None else numerator[part],
                 None if denominator is None else denominator[part],
                 None if merged is None else merged[part],
+                entropy=events is not None,
+                overwrite=True,
             )
 
         starts = range(0, len(where), CHUNK_POSITIONS)
@@ -198,6 +224,7 @@ def build_model(
     ).to(runtime.device)
     table = torch.as_tensor(sets, dtype=torch.bool, device=runtime.device)
     group = runtime.tensor_group if runtime.tensor_size > 1 else None
+    network.architecture = _architecture(model, vocab_size)
     network.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
     return Float16Module(config, network) if config.bf16 else network
 
@@ -207,6 +234,12 @@ def language_model(module: torch.nn.Module) -> LanguageModel:
     while not isinstance(module, LanguageModel):
         module = module.module  # type: ignore[assignment]
     return module
+
+
+def _architecture(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    keys = model.model_dump(exclude={"context_length", "init_std", "precision"})
+    keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}
 
 
 def _layer_spec() -> ModuleSpec:

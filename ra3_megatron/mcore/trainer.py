@@ -4,6 +4,7 @@ Everything runs through Megatron's forward-backward schedule, DDP, optimizer and
 summed (not averaged) over data-parallel ranks, because the loss is normalised by global counts already.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from ra3_megatron.mcore.startup import Runtime
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite; no weight was changed by that step."""
+    """The loss of a step or its gradient is NaN or infinite: the weights are not to be used any more."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Trainer:
     def step(self, batches: Sequence[TokenBatch], policy: PolicyLoss | None = None) -> StepResult:
         """One optimizer step on this process's micro-batches (as many on every data-parallel rank).
 
-        Raises NonFiniteLoss before any weight changes.
+        Raises NonFiniteLoss on every process when the loss or the gradient norm is not finite.
         """
         batches = [b.to(self.runtime.device) for b in batches]
         counts = global_counts(batches, self.runtime)
@@ -118,8 +119,11 @@ class Trainer:
             raise NonFiniteLoss(f"loss is {stats[Stat.LOSS]}")
         self.scheduler.step(increment=1)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(stats[Stat.LOSS], float(grad_norm or 0.0), float(learning_rate), stats)
+        _, norm, _ = self.optimizer.step()
+        grad_norm = float(norm or 0.0)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLoss(f"gradient norm is {grad_norm}")
+        return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats)
 
 
 def global_counts(batches: Sequence[TokenBatch], runtime: Runtime) -> Counts:

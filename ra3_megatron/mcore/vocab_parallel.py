@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TARGET = -1
 """Value of `numerator` for A = {target}, and of `merged` for no merged set."""
@@ -60,13 +61,17 @@ def event_log_probs(
     numerator: Tensor | None = None,
     denominator: Tensor | None = None,
     merged: Tensor | None = None,
+    entropy: bool = True,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log P(A | B) and the entropy of the choice at each position.
 
     logits: [n, V_local]; targets: [n] token ids; numerator, denominator, merged: [n] rows of `shard.sets`
-    (TARGET / ALL / TARGET everywhere when None). Returns two fp32 tensors [n]; both are differentiable.
+    (TARGET / ALL / TARGET everywhere when None). entropy=False: do not compute it (zeros are returned).
+    overwrite=True: fp32 logits are scratch space; the caller must not use them again.
+    Returns two fp32 tensors [n]; both are differentiable, once.
     """
-    return _EventLogProbs.apply(logits, targets, shard, numerator, denominator, merged)
+    return _EventLogProbs.apply(logits, targets, shard, numerator, denominator, merged, entropy, overwrite)
 
 
 class _EventLogProbs(torch.autograd.Function):
@@ -79,15 +84,18 @@ class _EventLogProbs(torch.autograd.Function):
         numerator: Tensor | None,
         denominator: Tensor | None,
         merged: Tensor | None,
+        with_entropy: bool,
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
         n = logits.shape[0]
         none = torch.empty(0, dtype=torch.long, device=logits.device)
         in_set = none if numerator is None else torch.nonzero(numerator != TARGET).flatten()
-        in_merged = none if merged is None else torch.nonzero(merged != TARGET).flatten()
+        in_merged = none if merged is None or not with_entropy else torch.nonzero(merged != TARGET).flatten()
         x = logits.float()
-        if x is logits:
+        if x is logits and not overwrite:
             x = x.clone()
-        x[:, shard.real :] = -torch.inf
+        if shard.real < x.shape[1]:
+            x[:, shard.real :] = -torch.inf
         if denominator is not None:
             rows = torch.nonzero(denominator != ALL).flatten()
             if len(rows):
@@ -100,75 +108,83 @@ class _EventLogProbs(torch.autograd.Function):
         peaks = [x.amax(-1)] + ([] if event is None else [event.amax(-1)])
         peak = _all_reduce(torch.cat(peaks), dist.ReduceOp.MAX, shard)
         top, top_event = peak[:n], peak[n:]
+        # a rank may hold no token of B at all: its -inf stay -inf
         shifted = x.sub_(top[:, None])
-        weight = shifted.exp()  # exp(x - top), turned into probabilities below
-        logged = weight * shifted.clamp_min(-1e4)  # 0 * -1e4 = 0 where the token is excluded
         local = targets - shard.start
         mine = (local >= 0) & (local < shard.real)
         at_target = shifted.gather(1, local.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
         at_target = torch.where(mine, at_target, torch.zeros_like(at_target))
-        total = weight.sum(-1)
-        expected = logged.sum(-1)
-        parts = [total, at_target, expected]
+        logged = None
+        if with_entropy:
+            weight = shifted.exp()
+            logged = shifted.clamp_min_(-1e4).mul_(weight)  # 0 * -1e4 = 0 where the token is excluded
+        else:
+            weight = shifted.exp_()
+        parts = [weight.sum(-1), at_target]
+        if logged is not None:
+            parts.append(logged.sum(-1))
         merged_mask = None
         if len(in_merged):
-            assert merged is not None
+            assert merged is not None and logged is not None
             merged_mask = shard.sets[merged[in_merged]]
             parts += [(weight[in_merged] * merged_mask).sum(-1), (logged[in_merged] * merged_mask).sum(-1)]
         event_weight = None
         if event is not None:
             event_weight = (event - top_event[:, None]).exp()
             parts.append(event_weight.sum(-1))
-        reduced = _all_reduce(torch.cat(parts), dist.ReduceOp.SUM, shard)
-        sizes = [n, n, n] + [len(in_merged)] * (2 if merged_mask is not None else 0)
-        sizes += [len(in_set)] if event is not None else []
-        pieces = list(reduced.split(sizes))
-        total, at_target, expected = pieces[:3]
+        pieces = _all_reduce(torch.cat(parts), dist.ReduceOp.SUM, shard).split([len(part) for part in parts])
+        total = pieces[0]
         log_total = total.log()
-        log_prob = at_target - log_total
-        # H = -sum p log p = log Z - E[x - top]; merging M replaces its inner terms by one outcome
-        entropy = log_total - expected / total
-        log_merged = None
+        log_prob = pieces[1] - log_total
+        entropy, log_merged = torch.zeros_like(log_prob), None
+        if logged is not None:
+            # H = -sum p log p = log Z - E[x - top]; merging M replaces its inner terms by one outcome
+            entropy = log_total - pieces[2] / total
         if merged_mask is not None:
-            mass, inner = pieces[3], pieces[4]
-            p_merged = mass / total[in_merged]
+            p_merged = pieces[3] / total[in_merged]
             log_merged = p_merged.clamp_min(torch.finfo(torch.float32).tiny).log()
-            unmerged = inner / total[in_merged] - p_merged * log_total[in_merged]
+            unmerged = pieces[4] / total[in_merged] - p_merged * log_total[in_merged]
             entropy[in_merged] += unmerged - p_merged * log_merged
         if event is not None:
             log_prob[in_set] = pieces[-1].log() + top_event - top[in_set] - log_total[in_set]
-        ctx.shard = shard
         ctx.dtype = logits.dtype
-        probability = weight.div_(total[:, None])
         share = None if event_weight is None else event_weight.div_(pieces[-1][:, None])
-        ctx.save_for_backward(probability, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask)
+        ctx.save_for_backward(weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask)
+        ctx.spent = False
         return log_prob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError("event_log_probs can be differentiated once: its probabilities became the gradient")
+        ctx.spent = True
         grad_log_prob, grad_entropy = grads
-        probability, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask = ctx.saved_tensors
-        # d log P(A|B) / dx = 1_A p / P_A - 1_B p
-        grad = probability * -grad_log_prob[:, None]
-        single = torch.ones_like(mine)
-        single[in_set] = False
-        rows = torch.nonzero(mine & single).flatten()
-        grad[rows, local[rows]] += grad_log_prob[rows]
-        if share is not None:
-            grad[in_set] += share * grad_log_prob[in_set][:, None]
-        # dH / dx_v = -p_v (log P(outcome of v) + H)
-        if bool(grad_entropy.any()):
-            rows = torch.nonzero(grad_entropy).flatten()
-            p = probability[rows]
+        weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask = ctx.saved_tensors
+        bonus = None
+        rows = torch.nonzero(grad_entropy).flatten()
+        if len(rows):
+            # dH / dx_v = -p_v (log P(outcome of v) + H)
+            p = weight[rows] / total[rows][:, None]
             outcome = p.clamp_min(torch.finfo(torch.float32).tiny).log()
             if merged_mask is not None:
-                where = torch.full((probability.shape[0],), -1, dtype=torch.long, device=p.device)
+                where = torch.full((weight.shape[0],), -1, dtype=torch.long, device=p.device)
                 where[in_merged] = torch.arange(len(in_merged), device=p.device)
                 here = torch.nonzero(where[rows] >= 0).flatten()
                 source = where[rows[here]]
                 outcome[here] = torch.where(merged_mask[source], log_merged[source][:, None], outcome[here])
-            grad[rows] -= p * (outcome + entropy[rows][:, None]) * grad_entropy[rows][:, None]
-        return grad.to(ctx.dtype), None, None, None, None, None
+            bonus = p * (outcome + entropy[rows][:, None]) * grad_entropy[rows][:, None]
+        # d log P(A|B) / dx = 1_A p / P_A - 1_B p; the probabilities are overwritten by the gradient
+        grad = weight.mul_((-grad_log_prob / total)[:, None])
+        single = mine.clone()
+        single[in_set] = False
+        at = torch.nonzero(single).flatten()
+        grad[at, local[at]] += grad_log_prob[at]
+        if share is not None:
+            grad[in_set] += share * grad_log_prob[in_set][:, None]
+        if bonus is not None:
+            grad[rows] -= bonus
+        return grad.to(ctx.dtype), None, None, None, None, None, None, None
 
 
 def _all_reduce(values: Tensor, op: Any, shard: VocabularyShard) -> Tensor:

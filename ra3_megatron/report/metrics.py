@@ -92,8 +92,8 @@ class MetricsWriter:
         """
         records = read_metrics(self._folder.path)
         kept = next((index for index, record in enumerate(records) if not keep(record)), len(records))
-        self._close_events()
         if kept < len(records):
+            self._close_events()
             self._file.close()
             write_text(self._folder.metrics, "".join(map(_line, records[:kept])))
             self._file = self._folder.metrics.open("a", encoding="utf-8")

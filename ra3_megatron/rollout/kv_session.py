@@ -5,11 +5,13 @@ keeps, drops or copies rows (the G transcripts of one document share their first
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ra3_megatron.mcore.attention import CachedAttention, CacheView, LayerCache
+from ra3_megatron.mcore.attention import CachedAttention, CacheView, LayerCache, RowGroup
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.model import LanguageModel
 
@@ -18,7 +20,7 @@ GROWTH = 64
 
 
 class KVSession:
-    """Caches of `rows` rows. The last slot of each cache takes the padding of ragged passes."""
+    """Caches of a batch of rows."""
 
     def __init__(self, model: LanguageModel, device: torch.device) -> None:
         self.model = model
@@ -42,8 +44,8 @@ class KVSession:
         if list(rows) == list(range(self.rows)):
             return
         self.lengths = [self.lengths[r] for r in rows]
-        used = max(self.lengths, default=0) + 1
-        index = torch.tensor(list(rows), device=self.device)
+        used = max(self.lengths, default=0)
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
         for cache in self._caches:
             cache.keys = cache.keys[:, :, :used].index_select(0, index)
             cache.values = cache.values[:, :, :used].index_select(0, index)
@@ -55,23 +57,23 @@ class KVSession:
         self.lengths = list(lengths)
 
     @torch.no_grad()
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to each row (none: the row stays); returns hidden states [rows, longest, hidden].
+    def feed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """Append tokens to each row (none: the row stays as it is).
 
-        Positions behind a row's own tokens hold no meaning.
+        Returns hidden states of the new tokens, [T, hidden], row after row, and where each row's begin.
         """
-        longest = max(len(t) for t in tokens)
-        needed = max(n + len(t) for n, t in zip(self.lengths, tokens, strict=True)) + 1
-        self._reserve(needed)
-        spare = self._caches[0].keys.shape[2] - 1
-        ids = torch.zeros(self.rows, longest, dtype=torch.long)
-        positions = torch.full((self.rows, longest), spare, dtype=torch.long)
-        for row, (start, new) in enumerate(zip(self.lengths, tokens, strict=True)):
-            ids[row, : len(new)] = torch.as_tensor(list(new), dtype=torch.long)
-            positions[row, : len(new)] = torch.arange(start, start + len(new))
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        view = CacheView(positions=positions, slots=spare + 1)
-        batch = TokenBatch(ids, positions, positions, ids)
+        counts = [len(new) for new in tokens]
+        starts = [0, *accumulate(counts)][:-1]
+        self._reserve(max(n + count for n, count in zip(self.lengths, counts, strict=True)))
+        ids = torch.tensor([token for new in tokens for token in new], dtype=torch.long, device=self.device)
+        rows = np.repeat(np.arange(self.rows), counts)
+        positions = np.concatenate([np.arange(n, n + count) for n, count in zip(self.lengths, counts, strict=True)])
+        view = CacheView(
+            torch.from_numpy(rows).to(self.device),
+            torch.from_numpy(positions).to(self.device),
+            self._groups(counts, starts),
+        )
+        batch = TokenBatch(ids[None], view.positions[None], view.rows[None], ids[None])
         training = self.model.training
         self.model.eval()
         try:
@@ -82,11 +84,31 @@ class KVSession:
             for attention in self._attentions:
                 attention.cache = attention.view = None
             self.model.train(training)
-        self.lengths = [n + len(t) for n, t in zip(self.lengths, tokens, strict=True)]
-        return hidden.transpose(0, 1)
+        self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
+        return hidden[:, 0], starts
+
+    def _groups(self, counts: list[int], starts: list[int]) -> list[RowGroup]:
+        """Rows grouped by how many new tokens they have, within a factor of two."""
+        sizes = np.array([max(count - 1, 0).bit_length() if count else -1 for count in counts])
+        groups = []
+        for size in np.unique(sizes[sizes >= 0]):
+            members = np.flatnonzero(sizes == size)
+            length = np.array([counts[r] for r in members])
+            place = np.arange(length.max())
+            inside = place[None] < length[:, None]
+            index = np.where(inside, np.array([starts[r] for r in members])[:, None] + place[None], 0)
+            groups.append(
+                RowGroup(
+                    None if len(members) == self.rows else torch.from_numpy(members).to(self.device),
+                    torch.from_numpy(index).to(self.device),
+                    torch.from_numpy(inside).to(self.device),
+                    int(max(self.lengths[r] + counts[r] for r in members)),
+                )
+            )
+        return groups
 
     def _reserve(self, slots: int) -> None:
-        """Make room for `slots` slots a row; the last one is for padding."""
+        """Make room for `slots` slots a row."""
         if self._caches and self._caches[0].keys.shape[2] >= slots:
             return
         total = -(-slots // GROWTH) * GROWTH

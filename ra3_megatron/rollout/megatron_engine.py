@@ -21,15 +21,25 @@ from ra3_megatron.text.latents import LatentFormat
 
 
 class MegatronEngine:
-    """Samples from `model` (any wrapper of LanguageModel) at `temperature`."""
+    """Samples from `model` (any wrapper of LanguageModel) at `temperature`.
+
+    share_first_pass: equal new sequences, as the transcripts of one document are, are computed once.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, runtime: Runtime, latents: LatentFormat, vocab_size: int, temperature: float = 1.0
+        self,
+        model: torch.nn.Module,
+        runtime: Runtime,
+        latents: LatentFormat,
+        vocab_size: int,
+        temperature: float = 1.0,
+        share_first_pass: bool = True,
     ) -> None:
         self.model: LanguageModel = language_model(model)
         self.runtime = runtime
         self.latents = latents
         self.temperature = temperature
+        self.share_first_pass = share_first_pass
         self.weight_version = 0
         self._vocab_size = vocab_size
         self._sets = torch.as_tensor(latents.sets, device=runtime.device)
@@ -53,7 +63,9 @@ class MegatronEngine:
         self._session.select(active)
         feed: list[list[int]] = [list(requests[i].prompt) for i in active]
         while active:
-            hidden = self._last(self._session.feed(feed), feed)
+            hidden, starts = self._session.feed(feed)
+            last = [start + len(tokens) - 1 for start, tokens in zip(starts, feed, strict=True)]
+            hidden = hidden[torch.tensor(last, device=hidden.device)]
             rows = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
             greedy = [requests[i].greedy for i in active]
@@ -76,7 +88,9 @@ class MegatronEngine:
 
     def advance(self, requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
         sequences, decision_places = _layout(requests)
-        hidden, starts = self._teacher_force([r.key for r in requests], sequences)
+        # the hidden state behind the token before the first decision is needed, so that token is always fed
+        heads = [places[0] - 1 for places in decision_places]
+        hidden, starts = self._teacher_force([r.key for r in requests], sequences, heads)
         act_log_probs, at_decision = self._decide(requests, hidden, starts, decision_places)
         thinking = self._first_thoughts(requests, act_log_probs)
         thoughts = self._think(requests, thinking, sequences, decision_places, at_decision)
@@ -88,26 +102,32 @@ class MegatronEngine:
             completions.append(LatentCompletion(decided, line, ids, values, finish, self.weight_version))
         return completions
 
-    def _teacher_force(self, keys: list[int], sequences: list[list[int]]) -> tuple[Tensor, list[int]]:
-        """Feed what the caches do not hold yet; hidden states [rows, longest, hidden] and where each row starts."""
+    def _teacher_force(self, keys: list[int], sequences: list[list[int]], heads: list[int]) -> tuple[Tensor, list[int]]:
+        """Feed what the caches do not hold yet, from `heads` on in any case.
+
+        Returns hidden states [T, hidden], and for each request where its position 0 would stand in them.
+        """
         known = {key: row for row, key in enumerate(self._keys)}
         session = self._session
         if all(key in known for key in keys):
             rows = [known[key] for key in keys]
             session.select(rows)
-            shared = [_common(self._cached[r], s) for r, s in zip(rows, sequences, strict=True)]
+            shared = [_common(self._cached[r], s[:n]) for r, s, n in zip(rows, sequences, heads, strict=True)]
             session.cut(shared)
-            hidden = session.feed([s[n:] for s, n in zip(sequences, shared, strict=True)])
-        else:  # new transcripts: equal sequences (the group of one document) are computed once
+            hidden, starts = session.feed([s[n:] for s, n in zip(sequences, shared, strict=True)])
+            starts = [start - n for start, n in zip(starts, shared, strict=True)]
+        elif self.share_first_pass:
             first: dict[tuple[int, ...], int] = {}
             place = [first.setdefault(tuple(s), len(first)) for s in sequences]
             session.open(len(first))
-            hidden = session.feed([list(s) for s in first])
+            hidden, starts = session.feed([list(s) for s in first])
             session.select(place)
-            hidden = hidden[torch.tensor(place, device=hidden.device)]
-            shared = [0] * len(sequences)
+            starts = [starts[p] for p in place]
+        else:
+            session.open(len(sequences))
+            hidden, starts = session.feed(sequences)
         self._keys, self._cached = list(keys), [list(s) for s in sequences]
-        return hidden, shared
+        return hidden, starts
 
     def _decide(
         self, requests: Sequence[LatentRequest], hidden: Tensor, starts: list[int], places: list[list[int]]
@@ -119,10 +139,8 @@ class MegatronEngine:
         if not wanted:
             return values, states
         device = self.runtime.device
-        rows = torch.tensor([i for i, _ in wanted], device=device)
         # the token before the decision predicts it
-        columns = torch.tensor([places[i][t] - 1 - starts[i] for i, t in wanted], device=device)
-        chosen = hidden[rows, columns]
+        chosen = hidden[torch.tensor([starts[i] + places[i][t] - 1 for i, t in wanted], device=device)]
         act = [self.latents.act_set(requests[i].lines[t].think_set) for i, t in wanted]
         numerator = torch.tensor(act, device=device)
         log_act, _ = event_log_probs(
@@ -178,10 +196,10 @@ class MegatronEngine:
         while live:
             growing = set(live)
             feed = [ids[k][-1:] if k in growing else [] for k in range(len(active))]
-            hidden = session.feed(feed)[:, 0]
+            hidden, _ = session.feed(feed)
             for k in live:
                 self._cached[k].append(ids[k][-1])
-            logits = self._logits(hidden[torch.tensor(live, device=device)])
+            logits = self._logits(hidden)
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
             tokens, values = self._sample(logits, inner[: len(live)], inner[: len(live)], draws)
             for k, token, value in zip(live, tokens, values, strict=True):
@@ -192,10 +210,6 @@ class MegatronEngine:
         return {i: (ids[k], log_probs[k], finish[k]) for k, (i, _) in enumerate(active)}
 
     # -- sampling -------------------------------------------------------------------------------------------------
-
-    def _last(self, hidden: Tensor, feed: list[list[int]]) -> Tensor:
-        last = torch.tensor([len(tokens) - 1 for tokens in feed], device=hidden.device)
-        return hidden[torch.arange(len(feed), device=hidden.device), last]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary of single positions, [n, vocab], gathered over the tensor-parallel group."""
@@ -256,8 +270,8 @@ def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[li
 
 
 def _common(cached: list[int], wanted: list[int]) -> int:
-    """Length of the common prefix; at least one token of `wanted` is left to feed."""
-    limit = min(len(cached), len(wanted) - 1)
+    """Length of the common prefix."""
+    limit = min(len(cached), len(wanted))
     for n in range(limit):
         if cached[n] != wanted[n]:
             return n

@@ -69,13 +69,12 @@ def encode_document(
     observed: dict[int, tuple[int, ...]] = {}
     row = 0
     for index, (action, line) in enumerate(zip(actions, lines, strict=True)):
-        first = row + _leading_blanks(action)
-        row += len(split_rows(action))
-        if first in thoughts:
-            indentation = re.match(rf"[{WHITESPACE}]*", action)[0]  # type: ignore[index]
-            ids = format.thought(thoughts[first], line, indentation.rpartition("\n")[2], tokenizer)
+        if row in thoughts:
+            indentation = action[: len(action) - len(action.lstrip(WHITESPACE))]
+            ids = format.thought(thoughts[row], line, indentation, tokenizer)
             if ids:
                 observed[index] = ids
+        row += len(split_rows(action))
     return Document(name, lines, observed)
 
 
@@ -200,8 +199,3 @@ def _comments_above(code: str) -> dict[int, str]:
     stripped = "".join(kept)
     dropped = len(kept) - len(split_rows(drop_leading_blank_lines(stripped))) if comments else 0
     return {row - dropped: text for row, text in above.items()}
-
-
-def _leading_blanks(action: str) -> int:
-    """Blank lines at the start of an action (only a document's first one can have any)."""
-    return action[: len(action) - len(action.lstrip(WHITESPACE))].count("\n")

@@ -1,9 +1,9 @@
 """Real Python code for the tests of this room: functions and classes of a few standard-library modules."""
 
 import ast
-import importlib.util
+import importlib
+import inspect
 from functools import cache
-from pathlib import Path
 
 MODULES = ("ast", "collections", "dataclasses", "fractions", "inspect", "string", "textwrap", "tokenize")
 
@@ -32,7 +32,7 @@ AWKWARD = (
 @cache
 def modules() -> tuple[str, ...]:
     """Whole modules."""
-    return tuple(Path(importlib.util.find_spec(name).origin).read_text("utf-8") for name in MODULES)
+    return tuple(inspect.getsource(importlib.import_module(name)) for name in MODULES)
 
 
 @cache
@@ -41,8 +41,9 @@ def functions() -> tuple[str, ...]:
     found = []
     for module in modules():
         for node in ast.parse(module).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and 3 <= node.end_lineno - node.lineno < 60:
-                found.append(ast.get_source_segment(module, node) + "\n")
+            text = ast.get_source_segment(module, node) or ""
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and 3 < len(text.splitlines()) <= 60:
+                found.append(text + "\n")
     assert len(found) > 100
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ CONFIGS = {
     "tokens": TextConfig(max_latent_tokens=6, latent_format="tokens"),
     "span": TextConfig(max_latent_tokens=6, latent_format="tokens", granularity="token", token_span=3),
 }
+GRANULARITIES: tuple[Literal["line", "statement"], ...] = ("line", "statement")
 SPACE = " \t\n\r\x0b\x0c"
 
 
@@ -189,7 +191,7 @@ def test_line_by_line_encoding_is_the_natural_one(kind: str, all_tokenizers: dic
     for code in (*modules(), *snippets()):
         if "\r" in code:
             continue
-        for granularity in ("line", "statement"):
+        for granularity in GRANULARITIES:
             parts = [index for part in segment(code, granularity) for index in tokenizer.encode(part)]
             assert parts == tokenizer.encode(code)
 

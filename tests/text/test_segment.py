@@ -1,6 +1,7 @@
 """Primitive actions: nothing lost, no cut where a comment would change the program, comments found by the tokenizer."""
 
 import ast
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,8 @@ from ra3_megatron.text.segment import (
     strip_comment_lines,
 )
 
-GRANULARITIES = ("line", "statement")
+Granularity = Literal["line", "statement"]
+GRANULARITIES: tuple[Granularity, ...] = ("line", "statement")
 PIECES = [
     "x",
     "=",
@@ -54,7 +56,7 @@ def with_comments(parts: list[str]) -> str:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @given(code=FRAGMENTS | st.text())
-def test_parts_join_to_the_text_and_each_shows_something(granularity: str, code: str) -> None:
+def test_parts_join_to_the_text_and_each_shows_something(granularity: Granularity, code: str) -> None:
     parts = segment(code, granularity)
     assert "".join(parts) == code
     if code.strip(WHITESPACE):
@@ -65,7 +67,7 @@ def test_parts_join_to_the_text_and_each_shows_something(granularity: str, code:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("code", [*snippets(), *modules()])
-def test_a_comment_before_every_part_leaves_the_program_as_it_is(granularity: str, code: str) -> None:
+def test_a_comment_before_every_part_leaves_the_program_as_it_is(granularity: Granularity, code: str) -> None:
     parts = segment(code, granularity)
     assert "".join(parts) == code
     assert ast.dump(ast.parse(with_comments(parts))) == ast.dump(ast.parse(code))
@@ -118,9 +120,38 @@ def test_a_comment_that_ends_in_a_backslash_continues_nothing() -> None:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_other_text_falls_back_to_physical_lines(granularity: str) -> None:
+def test_other_text_falls_back_to_physical_lines(granularity: Granularity) -> None:
     text = "Let's add $3 and $4.\n\n  It's 7.\n#### 7"
     assert segment(text, granularity) == ["Let's add $3 and $4.\n\n", "  It's 7.\n", "#### 7"]
+
+
+def test_what_is_open_at_the_end_counts_as_closed_there() -> None:
+    assert segment("x = 1\ny = f(1,\n  '''a\n# b''',\n  2", "line") == [
+        "x = 1\n",
+        "y = f(1,\n",
+        "  '''a\n# b''',\n",
+        "  2",
+    ]
+    assert segment("x = 1\ny = f(1,\n  2", "statement") == ["x = 1\n", "y = f(1,\n  2"]
+    assert segment('x = 1\ny = """a\n\n# b\n  c', "line") == ["x = 1\n", 'y = """a\n\n# b\n  c']
+    assert strip_comment_lines('# a\ny = """a\n# b') == 'y = """a\n# b'
+    assert segment("b = '''\na'''\nc = 2 \\\n", "line") == ["b = '''\na'''\n", "c = 2 \\\n"]
+
+
+def test_a_comment_that_ends_a_continued_line_is_no_comment_line() -> None:
+    code = "x = 1 \\\n    # one\ny = 2\n"
+    assert strip_comment_lines(code) == code
+    assert segment(code, "line") == ["x = 1 \\\n    # one\n", "y = 2\n"]
+
+
+def test_carriage_returns_end_lines_only_for_the_compiler() -> None:
+    code = "# a\rx = 1\n# b\r# c\ny = 2\n"
+    assert strip_comment_lines(code) == "# a\rx = 1\ny = 2\n"
+    assert segment(code, "line") == ["# a\rx = 1\n", "# b\r# c\n", "y = 2\n"]
+
+
+def test_a_statement_may_start_with_a_continuation() -> None:
+    assert segment("y = 1\n\\\nx = 2\nz = 3\n", "statement") == ["y = 1\n", "\\\nx = 2\n", "z = 3\n"]
 
 
 def test_no_text_has_no_parts() -> None:

@@ -87,6 +87,9 @@ def test_byte_level_ids_are_those_of_the_library(kind: str, tokenizer_folder: Pa
     ours = HFTokenizer.load(tokenizer_folder / kind)
     for text in modules():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    theirs.encode_special_tokens = True
+    text = "if x: return <|end|>, </think>"
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, "markup reads as ordinary text"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama3", "byte_fallback"])

@@ -1,0 +1,91 @@
+"""Rollout throughput: jump-ahead against naive one-request-per-line sampling, at fixed thinking rates.
+
+All samplers are batched over documents and their groups and draw from the same uniforms, so they sample the same
+transcripts. `naive` sends one request a line, each computed from nothing, as to an engine that keeps nothing between
+requests; `naive + cache` has an engine that keeps each transcript's keys and values and shares equal prompts. The
+thinking rate is forced by the uniforms of the decisions (0 thinks, 1 does not): it does not depend on the weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+import ra3_megatron.mcore  # noqa: F401
+from benchmarks.measure import Timing, alternate
+from benchmarks.mstep import SIZES, VOCABULARY
+from ra3_megatron.config.data import CorpusConfig, TextConfig
+from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.corpus.sources import iter_texts
+from ra3_megatron.mcore.model import build_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout import latent_sampler
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.rollout.protocol import Uniforms
+from ra3_megatron.text.latents import build_format, cut, encode_document
+from ra3_megatron.text.tokenizer import train_sentencepiece
+
+RATES = (0.0, 0.1, 0.3, 0.6)
+GROUP = 8
+TEXT = TextConfig(max_latent_tokens=6)
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """Seconds of sampling GROUP transcripts of each document, at one thinking rate."""
+
+    rate: float
+    documents: int
+    lines: int
+    timings: dict[str, Timing]
+
+
+def measure(
+    name: str, runtime: Runtime, folder: Path, documents: int, repeats: int, rates: Sequence[float] = RATES
+) -> list[RolloutResult]:
+    """Time the samplers on functions of the standard library."""
+    config = SIZES[name]
+    texts = []
+    for source in iter_texts(CorpusConfig(), None):
+        lines = source.text.count("\n")
+        if 5 <= lines <= 30:
+            texts.append(source.text)
+        if len(texts) >= 40 * documents:
+            break
+    tokenizer = train_sentencepiece(texts, VOCABULARY, folder / "tokenizer")
+    latents = build_format(TEXT, tokenizer)
+    encoded = [encode_document(text, str(i), tokenizer, latents, TEXT) for i, text in enumerate(texts[::40])]
+    fitting = [cut(document, config.context_length - 64, latents) for document in encoded]
+    chosen = [document for document in fitting if document is not None]
+    model = build_model(config, ParallelConfig(), runtime, tokenizer.vocab_size, latents.sets, seed=1)
+
+    def sampler(method: str, cache: bool = True) -> LatentSampler:
+        engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache)
+        return LatentSampler(engine, latents, tokenizer, config.context_length, 128, method, cache)  # type: ignore[arg-type]
+
+    samplers = {
+        "jump-ahead": sampler("jump_ahead"),
+        "naive + cache": sampler("naive"),
+        "naive": sampler("naive", False),
+    }
+    jobs = [Job(document, (number, g)) for number, document in enumerate(chosen) for g in range(GROUP)]
+    results = []
+    for rate in rates:
+        with patch.object(latent_sampler, "uniforms", _forced(rate)):
+            timings = alternate({k: (lambda s=s: s.sample(jobs)) for k, s in samplers.items()}, repeats, warm_up=0)
+        results.append(RolloutResult(rate, len(chosen), sum(len(d.lines) for d in chosen), timings))
+    return results
+
+
+def _forced(rate: float):  # type: ignore[no-untyped-def]
+    original = latent_sampler.uniforms
+
+    def draw(key: Sequence[int], lines: int, max_latent_tokens: int) -> Uniforms:
+        draws = original(key, lines, max_latent_tokens)
+        draws[:, 0] = np.where(draws[:, 0] < rate, 0.0, 1.0)
+        return draws
+
+    return draw

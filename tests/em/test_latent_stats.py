@@ -1,0 +1,137 @@
+"""Counts of latents by hand, and the signs of failure that are read off them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from toy import LARGE, Toy
+
+from ra3_megatron.config.training import MonitorConfig
+from ra3_megatron.em.latent_stats import LatentStats, blank_tokens, latent_stats
+from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.text.latents import compose
+
+
+def stats(toy: Toy, *transcripts: dict[int, Sequence[int]]) -> LatentStats:
+    document = toy.document("a = b\n   b\nc\n")
+    composed = [compose(document, thoughts, toy.latents, toy.tokenizer) for thoughts in transcripts]
+    return latent_stats(composed, blank_tokens(toy.tokenizer))
+
+
+def test_counts_of_comments(runtime: Runtime) -> None:
+    toy = Toy(runtime, "comment", LARGE, max_latent_tokens=5)
+    one = {token: n for n, token in enumerate(toy.tokenizer.token_bytes)}
+    sharp, spaced, space, end, a = (one[t] for t in (b"#", b" #", b" ", b"\n", b"a"))
+    found = stats(
+        toy,
+        {},
+        {0: [sharp, a, end], 1: [spaced, a, end], 2: [sharp, one[b" b"], one[b"c\n"]]},
+        # the line below it, but for layout; "b" is another token than the line's " b"
+        {0: [sharp, space, a, one[b" = "], one[b"b"]], 1: [spaced, one[b"b"], end]},
+        {0: [sharp, end]},  # says nothing
+    )
+    assert found == LatentStats(lines=12, thoughts=6, thought_tokens=2 + 2 + 3 + 4 + 2 + 1, most_common=2, copies=1)
+    assert found.think_rate == 0.5
+    assert found.mean_thought_tokens == pytest.approx(14 / 6)
+    assert found.metrics() == pytest.approx(
+        {"think_rate": 0.5, "mean_thought_tokens": 14 / 6, "identical_thoughts": 1 / 3, "copied_thoughts": 1 / 6}
+    )
+
+
+def test_counts_of_blocks(runtime: Runtime) -> None:
+    toy = Toy(runtime, "tokens", LARGE, max_latent_tokens=3)
+    special, one = toy.tokenizer.special, {token: n for n, token in enumerate(toy.tokenizer.token_bytes)}
+    think, end, a = special["<think>"], special["</think>"], one[b"a"]
+    found = stats(
+        toy, {0: [think, a, end], 1: [think, one[b" b"], end], 2: [think, a, one[b" "], a]}, {2: [think, end]}
+    )
+    assert found == LatentStats(lines=6, thoughts=4, thought_tokens=4, most_common=1, copies=1)
+
+
+def test_nothing_thought(runtime: Runtime) -> None:
+    toy = Toy(runtime, "comment", LARGE, max_latent_tokens=2)
+    assert stats(toy, {}, {}).metrics() == {"think_rate": 0.0}
+    assert stats(toy).metrics() == {"think_rate": 0.0}
+    assert stats(toy, {}).mean_thought_tokens is None
+
+
+def test_blank_tokens(runtime: Runtime) -> None:
+    toy = Toy(runtime, "tokens", LARGE, max_latent_tokens=2)
+    blank = blank_tokens(toy.tokenizer)
+    table = toy.tokenizer.token_bytes
+    assert {table[i] for i in blank.invisible} == {b"", b"\n", b"  ", b"\n\n", b" ", b"\t", b"\n  "}
+    assert {table[i] for i in blank.empty - blank.invisible} == {b"#", b" #"}
+    assert {*toy.tokenizer.special.values(), toy.tokenizer.eos} <= blank.invisible
+
+
+# -- monitors -----------------------------------------------------------------------------------------------------
+
+QUIET = {
+    "think_rate": 0.8,
+    "decision_entropy": 0.01,
+    "log_prob_mismatch": 0.05,
+    "identical_thoughts": 0.5,
+    "copied_thoughts": 0.5,
+}
+"""Figures at the thresholds: nothing is wrong yet."""
+
+
+def names(alarms: list[Alarm]) -> list[str]:
+    for alarm in alarms:
+        assert alarm.message and alarm.advice
+    return [alarm.name for alarm in alarms]
+
+
+def test_at_the_thresholds_no_alarm_is_given() -> None:
+    assert check_estep(QUIET, MonitorConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "said"),
+    [
+        ("think_rate", 0.81, "latent price too low", "81%"),
+        ("decision_entropy", 0.009, "entropy collapse", "0.0090"),
+        ("log_prob_mismatch", 0.06, "log-probability mismatch", "6.0%"),
+        ("identical_thoughts", 0.51, "degenerate latents", "one and the same"),
+        ("copied_thoughts", 0.51, "degenerate latents", "copy the line"),
+    ],
+)
+def test_each_sign_of_an_estep(key: str, value: float, name: str, said: str) -> None:
+    (alarm,) = check_estep(QUIET | {key: value}, MonitorConfig())
+    assert alarm.name == name and said in alarm.message and "estep." in alarm.advice
+
+
+def test_thresholds_are_those_of_the_configuration() -> None:
+    config = MonitorConfig(
+        max_think_rate=0.5, max_identical_thoughts=0.2, min_decision_entropy=0.3, max_log_prob_mismatch=0.01
+    )
+    assert names(check_estep(QUIET, config)) == [
+        "latent price too low",
+        "entropy collapse",
+        "degenerate latents",
+        "degenerate latents",
+        "log-probability mismatch",
+    ]
+
+
+def test_without_thoughts_they_are_not_degenerate() -> None:
+    quiet = {k: v for k, v in QUIET.items() if "thoughts" not in k}
+    assert check_estep(quiet | {"think_rate": 0.0}, MonitorConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({"code_ce": 1.9}, []),
+        ({"code_ce": 2.0, "raw_code_ce": 2.9}, []),
+        ({"code_ce": 1.9, "raw_code_ce": 3.1}, []),
+        ({"code_ce": 2.0, "raw_code_ce": 3.0}, ["M-step does not learn"]),
+        ({"ntp_code_ce": 1.9}, []),
+        ({"ntp_code_ce": 1.85}, ["noisy latents"]),
+        ({"code_ce": 2.1, "raw_code_ce": 3.1, "ntp_code_ce": 1.8}, ["M-step does not learn", "noisy latents"]),
+    ],
+)
+def test_signs_of_an_mstep(figures: dict[str, Any], expected: list[str]) -> None:
+    quiet = {"code_ce": 1.9, "previous": 2.0, "raw_code_ce": 2.9, "previous_raw": 3.0, "ntp_code_ce": None}
+    assert names(check_mstep(**(quiet | figures))) == expected

@@ -1,0 +1,126 @@
+"""Start-up: the world must fit the layout, threads are set, and CPU support must come before Megatron-Core."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.mcore import startup
+from ra3_megatron.mcore.startup import Runtime, available_cores, initialize, launched, seed_everything
+from tests.processes import run_processes
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def test_a_world_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    line = r"parallel.tensor \* parallel.data = 4, but 1 processes were started"
+    with pytest.raises(UserError, match=line) as caught:
+        initialize(ParallelConfig(tensor=2, data=2), seed=1)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"= 1, but 3 processes were started"):
+        initialize(ParallelConfig(), seed=1)
+
+
+def test_a_world_of_one(runtime: Runtime) -> None:
+    assert runtime.is_main and runtime.world_size == runtime.data_size == runtime.tensor_size == 1
+    assert runtime.gather_data("x") == ["x"] and runtime.broadcast("y") == "y"
+    runtime.barrier()
+    if not torch.cuda.is_available():
+        assert runtime.device == torch.device("cpu")
+
+
+def test_the_seed_decides_random_numbers(runtime: Runtime) -> None:
+    def numbers(seed: int) -> list[torch.Tensor]:
+        from megatron.core import tensor_parallel
+
+        seed_everything(seed)
+        found = [torch.rand(3)]
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            found.append(torch.rand(3))
+        return [*found, torch.rand(3)]
+
+    first, again, other = numbers(1), numbers(1), numbers(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[1]), "the tracker has a stream of its own"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, True),
+        ({"SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "1"}, True),
+    ],
+)
+def test_launched(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: bool) -> None:
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched() is expected
+
+
+def places() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    # the environment of srun is enough: no RANK, no WORLD_SIZE
+    for name, source in startup._SLURM.items():
+        os.environ[source] = os.environ.pop(name)
+    os.environ["SLURM_STEP_ID"] = "0"
+    for name, parallel in (
+        ("tp2", ParallelConfig(tensor=2, threads=3)),
+        ("dp2", ParallelConfig(data=2)),
+    ):
+        runtime = initialize(parallel, seed=1)
+        found[name] = (runtime.rank, runtime.tensor_rank, runtime.data_rank, runtime.gather_data(runtime.rank))
+        found[name, "threads"] = torch.get_num_threads()
+        found[name, "broadcast"] = runtime.broadcast(f"from {runtime.rank}")
+    with pytest.raises(UserError, match="but 2 processes were started"):
+        initialize(ParallelConfig(), seed=1)
+    return found
+
+
+@pytest.mark.multiprocess
+def test_places_in_the_layout() -> None:
+    first, second = run_processes(2, places)
+    assert first["tp2"] == (0, 0, 0, [0]) and second["tp2"] == (1, 1, 0, [1])
+    assert first["dp2"] == (0, 0, 0, [0, 1]) and second["dp2"] == (1, 0, 1, [0, 1])
+    for found in (first, second):
+        assert found["tp2", "threads"] == 3, "parallel.threads"
+        assert found["dp2", "threads"] == max(1, available_cores() // 2), "the machine's cores are shared"
+        assert found["tp2", "broadcast"] == found["dp2", "broadcast"] == "from 0"
+
+
+def test_cpu_support_after_megatron_is_refused() -> None:
+    done = python("import megatron.core\nimport ra3_megatron.mcore")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == (
+        "RuntimeError: megatron.core was imported before ra3_megatron.mcore: import ra3_megatron.mcore first"
+    )
+
+
+def test_imports_are_quiet_and_leave_the_process_alone() -> None:
+    """No warnings of missing GPU packages, no process group, torch.compile as it was."""
+    code = (
+        "import torch; before = torch.compile\n"
+        "import ra3_megatron.mcore.trainer, ra3_megatron.mcore.checkpoint, ra3_megatron.mcore.cpu as cpu\n"
+        "cpu.install()\n"
+        "assert torch.compile is before and not torch.distributed.is_initialized()\n"
+    )
+    done = python(code, PYTHONWARNINGS="default")
+    assert done.returncode == 0, done.stderr
+    assert "not installed" not in done.stderr

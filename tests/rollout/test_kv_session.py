@@ -1,0 +1,98 @@
+"""Ragged incremental passes equal full passes, after any sequence of feeding, cutting and selecting."""
+
+import random
+
+import pytest
+import torch
+from toy import LARGE, Toy
+
+from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.mcore.model import LanguageModel
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout.kv_session import KVSession
+
+
+@pytest.fixture(scope="module")
+def model(runtime: Runtime) -> LanguageModel:
+    return Toy(runtime, "comment", LARGE, 2).model(seed=1)
+
+
+def hidden_of(model: LanguageModel, row: list[int]) -> torch.Tensor:
+    ids = torch.tensor([row])
+    positions = torch.arange(len(row))[None]
+    with torch.no_grad():
+        return model.eval()(TokenBatch(ids, positions, torch.zeros_like(ids), ids), hidden_only=True)[:, 0]
+
+
+def feed(session: KVSession, rows: list[list[int]], new: list[list[int]]) -> None:
+    """Feed, and compare with a full pass over each row."""
+    starts = [len(row) for row in rows]
+    hidden, begins = session.feed(new)
+    assert hidden.shape[0] == sum(len(tokens) for tokens in new)
+    for number, tokens in enumerate(new):
+        rows[number] = rows[number] + tokens
+        if tokens:
+            exact = hidden_of(session.model, rows[number])[starts[number] :]
+            torch.testing.assert_close(
+                hidden[begins[number] : begins[number] + len(tokens)], exact, atol=2e-5, rtol=1e-5
+            )
+    assert session.lengths == [len(row) for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, seed: int) -> None:
+    generator = random.Random(seed)
+    session = KVSession(model, runtime.device)
+    rows: list[list[int]] = [[] for _ in range(5)]
+    session.open(5)
+    feed(session, rows, [[generator.randrange(25) for _ in range(generator.randint(1, 40))] for _ in rows])
+    for _ in range(12):
+        action = generator.choice(["feed", "feed", "cut", "select"])
+        if action == "cut":
+            kept = [generator.randint(1, len(row)) for row in rows]
+            session.cut(kept)
+            rows = [row[:n] for row, n in zip(rows, kept, strict=True)]
+        elif action == "select":
+            chosen = [generator.randrange(len(rows)) for _ in range(generator.randint(1, 7))]
+            session.select(chosen)
+            rows = [rows[r] for r in chosen]
+        else:
+            new = [[generator.randrange(25) for _ in range(generator.choice([0, 1, 2, 30]))] for _ in rows]
+            feed(session, rows, new if any(new) else [[3] for _ in rows])
+    feed(session, rows, [[4, 5] for _ in rows])
+
+
+def test_copies_of_a_row_go_their_own_ways(model: LanguageModel, runtime: Runtime) -> None:
+    session = KVSession(model, runtime.device)
+    session.open(1)
+    rows = [[1, 2, 3]]
+    feed(session, [[]], rows)
+    session.select([0, 0, 0])
+    rows = [[1, 2, 3]] * 3
+    feed(session, rows, [[4], [5, 6], [7]])
+    feed(session, rows, [[8, 8], [], [9]])
+    session.cut([3, 4, 2])
+    feed(session, [[1, 2, 3], [1, 2, 3, 5], [1, 2]], [[6], [7], [8]])
+
+
+def test_a_row_cannot_be_cut_longer(model: LanguageModel, runtime: Runtime) -> None:
+    session = KVSession(model, runtime.device)
+    session.open(2)
+    session.feed([[1, 2], [3]])
+    with pytest.raises(ValueError, match="cannot be cut"):
+        session.cut([2, 2])
+
+
+def test_the_model_is_left_as_it_was(model: LanguageModel, runtime: Runtime) -> None:
+    """Training mode and attention without caches come back, also when a pass fails."""
+    session = KVSession(model, runtime.device)
+    session.open(1)
+    model.train()
+    session.feed([[1, 2, 3]])
+    assert model.training
+    with pytest.raises(IndexError):
+        session.feed([[10_000]])
+    assert model.training
+    before = hidden_of(model, [1, 2, 3, 4])
+    torch.testing.assert_close(hidden_of(model, [1, 2, 3, 4]), before)
+    assert before.shape[0] == 4
