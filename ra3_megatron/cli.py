@@ -117,7 +117,7 @@ def train(
     if run_dir is not None:
         settings.append(f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}")
     resolved = _load(path, settings)
-    from ra3_megatron.launch import train as run_training
+    from ra3_megatron.verbs.train import train as run_training
 
     raise typer.Exit(run_training(resolved, resume=resume))
 
@@ -148,7 +148,7 @@ def infuse(
     path, settings = _split(config, overrides)
     _require_folder(checkpoint, "checkpoint folder")
     resolved = _load(path, settings) if path is not None else None
-    from ra3_megatron.em.infuse_cli import infuse as infuse_corpus
+    from ra3_megatron.verbs.infuse import infuse as infuse_corpus
 
     infuse_corpus(checkpoint, out, resolved, settings)
 

@@ -182,6 +182,12 @@ class MonitorConfig(Section):
     max_identical_thoughts: float = Field(default=0.5, gt=0, le=1)
     """Above this share of one and the same thought, or of thoughts that copy their line, latents are degenerate."""
 
+    min_thoughts: int = Field(default=20, ge=1)
+    """Fewer thoughts than this say nothing about degenerate latents."""
+
+    min_code_ce_change: float = Field(default=0.001, ge=0)
+    """Differences of held-out code cross-entropy below this (nats per token) are taken for noise."""
+
     min_decision_entropy: float = Field(default=0.01, ge=0)
     """Below this mean entropy of the decisions (nats), q has collapsed."""
 

@@ -47,6 +47,7 @@ class LatentStats:
         """As logged."""
         values: dict[str, float] = {"think_rate": self.think_rate}
         if self.thoughts:
+            values["thoughts"] = self.thoughts
             values["mean_thought_tokens"] = self.thought_tokens / self.thoughts
             values["identical_thoughts"] = self.most_common / self.thoughts
             values["copied_thoughts"] = self.copies / self.thoughts

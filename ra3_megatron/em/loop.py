@@ -219,6 +219,7 @@ class EM:
             figures["raw_code_ce"],
             before["raw_code_ce"],
             None if control is None else control["raw_code_ce"],
+            self.config.monitors,
         )
         self.run_context.alarm("evaluation", iteration, 0, alarms)
 

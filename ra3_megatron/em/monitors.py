@@ -54,7 +54,12 @@ def check_estep(metrics: Mapping[str, float], config: MonitorConfig) -> list[Ala
 
 
 def check_mstep(
-    code_ce: float, previous: float, raw_code_ce: float, previous_raw: float, ntp_code_ce: float | None
+    code_ce: float,
+    previous: float,
+    raw_code_ce: float,
+    previous_raw: float,
+    ntp_code_ce: float | None,
+    config: MonitorConfig,
 ) -> list[Alarm]:
     """Signs in held-out cross-entropies of code tokens after an M-step: against before it, and against NTP."""
     alarms = []
@@ -67,7 +72,7 @@ def check_mstep(
                 "or lower mstep.optimizer.learning_rate",
             )
         )
-    if ntp_code_ce is not None and code_ce > ntp_code_ce:
+    if ntp_code_ce is not None and code_ce > ntp_code_ce + config.min_code_ce_change:
         alarms.append(
             Alarm(
                 "noisy latents",
@@ -79,7 +84,9 @@ def check_mstep(
 
 
 def _degenerate(metrics: Mapping[str, float], config: MonitorConfig) -> list[Alarm]:
-    alarms = []
+    alarms: list[Alarm] = []
+    if metrics.get("thoughts", 0) < config.min_thoughts:
+        return alarms
     for key, what in (("identical_thoughts", "are one and the same"), ("copied_thoughts", "copy the line they govern")):
         share = metrics.get(key, 0.0)
         if share > config.max_identical_thoughts:

@@ -20,10 +20,12 @@ def summarize(run: RunContext) -> schema.Summary:
     base_figures = _evaluation(run, "base", 0)
     assert base_figures is not None
     iterations = []
+    phases = _phases(run)
     measured: dict[tuple[str, int], schema.Arm] = {}
     arms: tuple[Literal["ntp", "ra3"], ...] = ("ntp", "ra3")
     for arm in arms:
         spent = schema.Phase(seconds=0.0, tokens=0)
+        total = 0.0
         for iteration in range(1, run.config.em.iterations + 1):
             phase = Phase("mstep" if arm == "ra3" else "ntp", iteration)
             figures = _evaluation(run, arm, iteration)
@@ -32,7 +34,10 @@ def summarize(run: RunContext) -> schema.Summary:
             cost = _cost(run, phase)
             spent = schema.Phase(seconds=spent.seconds + cost.seconds, tokens=spent.tokens + cost.tokens)
             estep = _estep(run, iteration, records) if arm == "ra3" else None
-            measured[arm, iteration] = _arm(figures, spent)
+            before = ("estep", "infuse") if arm == "ra3" else ()
+            keys = [phase.key, *(Phase(name, iteration).key for name in before)]
+            total += sum(phases[key].seconds for key in keys if key in phases)
+            measured[arm, iteration] = _arm(figures, spent, total)
             iterations.append(
                 schema.Iteration(**measured[arm, iteration].__dict__, iteration=iteration, arm=arm, estep=estep)
             )
@@ -42,11 +47,11 @@ def summarize(run: RunContext) -> schema.Summary:
     assert shown is not None
     return schema.Summary(
         method=run.config.method,
-        base=_arm(base_figures, warm),
+        base=_arm(base_figures, warm, warm.seconds),
         ntp=measured.get(("ntp", last)),
         ra3=measured.get(("ra3", last)),
         iterations=iterations,
-        phases=_phases(run),
+        phases=phases,
         data=_data(run),
         monitors=[
             schema.Monitor(
@@ -59,10 +64,16 @@ def summarize(run: RunContext) -> schema.Summary:
     )
 
 
-def _arm(figures: dict[str, Any], cost: schema.Phase) -> schema.Arm:
+def _arm(figures: dict[str, Any], cost: schema.Phase, total_seconds: float) -> schema.Arm:
     rate = cost.tokens / cost.seconds if cost.tokens else None
     measured = {name: figures[name] for name in MEASURES}
-    return schema.Arm(**measured, tokens=cost.tokens, seconds=cost.seconds, tokens_per_second=rate)
+    return schema.Arm(
+        **measured,
+        tokens=cost.tokens,
+        seconds=cost.seconds,
+        tokens_per_second=rate,
+        total_seconds=total_seconds,
+    )
 
 
 def _evaluation(run: RunContext, arm: str, iteration: int) -> dict[str, Any] | None:

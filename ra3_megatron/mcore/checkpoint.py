@@ -8,6 +8,7 @@ format lets it be loaded at another layout.
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,6 +35,10 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+
+# Megatron hands results over through a manager process, for saving in the background. Saving here is synchronous: the
+# process would cost seconds at the first save and 200 MB, and it would outlive a run that is killed.
+filesystem_async._results_queue = queue.Queue()
 
 
 class CheckpointWriteError(RuntimeError):

@@ -46,6 +46,8 @@ class Arm:
     """Held-out evidence lower bound, nats per line."""
     tokens_per_second: float | None = None
     """Training throughput; None: nothing was trained."""
+    total_seconds: float | None = None
+    """Time of everything that the arm took: for RA3 also its E-steps and infusions."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,10 +61,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         recorded.append(("report", run_dir))
         return run_dir / "report.html"
 
-    module("ra3_megatron.launch", train=train)
+    module("ra3_megatron.verbs.train", train=train)
     module("ra3_megatron.report.build", build_report=build_report)
     module("ra3_megatron.report.show", show=lambda *arguments: recorded.append(("show", *arguments)))
-    module("ra3_megatron.em.infuse_cli", infuse=lambda *arguments: recorded.append(("infuse", *arguments)))
+    module("ra3_megatron.verbs.infuse", infuse=lambda *arguments: recorded.append(("infuse", *arguments)))
     return recorded
 
 
@@ -83,7 +83,7 @@ def test_run_dir_is_taken_literally(calls: list[tuple[Any, ...]]) -> None:
 
 
 def test_the_exit_code_of_train_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
-    monkeypatch.setattr(sys.modules["ra3_megatron.launch"], "train", lambda config, resume: 7)
+    monkeypatch.setattr(sys.modules["ra3_megatron.verbs.train"], "train", lambda config, resume: 7)
     assert ra3("train", QUICKSTART).exit_code == 7
 
 
@@ -157,7 +157,7 @@ def test_a_users_mistake_found_by_a_room(monkeypatch: pytest.MonkeyPatch, calls:
     def train(config: RunConfig, resume: bool) -> int:
         raise UserError("corpus.path=x: holds no documents")
 
-    monkeypatch.setattr(sys.modules["ra3_megatron.launch"], "train", train)
+    monkeypatch.setattr(sys.modules["ra3_megatron.verbs.train"], "train", train)
     assert refusal("train", QUICKSTART) == ["ra3: corpus.path=x: holds no documents"]
 
 
@@ -165,7 +165,7 @@ def test_an_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch, calls: 
     def train(config: RunConfig, resume: bool) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["ra3_megatron.launch"], "train", train)
+    monkeypatch.setattr(sys.modules["ra3_megatron.verbs.train"], "train", train)
     result = ra3("train", QUICKSTART)
     assert (result.exit_code, result.stderr) == (130, "ra3: interrupted\n")
 
@@ -174,7 +174,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, calls: li
     def train(config: RunConfig, resume: bool) -> int:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(sys.modules["ra3_megatron.launch"], "train", train)
+    monkeypatch.setattr(sys.modules["ra3_megatron.verbs.train"], "train", train)
     result = ra3("train", QUICKSTART)
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)

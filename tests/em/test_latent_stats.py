@@ -35,7 +35,13 @@ def test_counts_of_comments(runtime: Runtime) -> None:
     assert found.think_rate == 0.5
     assert found.mean_thought_tokens == pytest.approx(14 / 6)
     assert found.metrics() == pytest.approx(
-        {"think_rate": 0.5, "mean_thought_tokens": 14 / 6, "identical_thoughts": 1 / 3, "copied_thoughts": 1 / 6}
+        {
+            "think_rate": 0.5,
+            "thoughts": 6,
+            "mean_thought_tokens": 14 / 6,
+            "identical_thoughts": 1 / 3,
+            "copied_thoughts": 1 / 6,
+        }
     )
 
 
@@ -71,6 +77,7 @@ QUIET = {
     "think_rate": 0.8,
     "decision_entropy": 0.01,
     "log_prob_mismatch": 0.05,
+    "thoughts": 20,
     "identical_thoughts": 0.5,
     "copied_thoughts": 0.5,
 }
@@ -115,6 +122,12 @@ def test_thresholds_are_those_of_the_configuration() -> None:
     ]
 
 
+def test_few_thoughts_say_nothing_about_degeneration() -> None:
+    odd = QUIET | {"identical_thoughts": 1.0, "copied_thoughts": 1.0}
+    assert names(check_estep(odd, MonitorConfig())) == ["degenerate latents"] * 2
+    assert check_estep(odd | {"thoughts": 19}, MonitorConfig()) == []
+
+
 def test_without_thoughts_they_are_not_degenerate() -> None:
     quiet = {k: v for k, v in QUIET.items() if "thoughts" not in k}
     assert check_estep(quiet | {"think_rate": 0.0}, MonitorConfig()) == []
@@ -128,10 +141,11 @@ def test_without_thoughts_they_are_not_degenerate() -> None:
         ({"code_ce": 1.9, "raw_code_ce": 3.1}, []),
         ({"code_ce": 2.0, "raw_code_ce": 3.0}, ["M-step does not learn"]),
         ({"ntp_code_ce": 1.9}, []),
+        ({"ntp_code_ce": 1.8995}, []),
         ({"ntp_code_ce": 1.85}, ["noisy latents"]),
         ({"code_ce": 2.1, "raw_code_ce": 3.1, "ntp_code_ce": 1.8}, ["M-step does not learn", "noisy latents"]),
     ],
 )
 def test_signs_of_an_mstep(figures: dict[str, Any], expected: list[str]) -> None:
     quiet = {"code_ce": 1.9, "previous": 2.0, "raw_code_ce": 2.9, "previous_raw": 3.0, "ntp_code_ce": None}
-    assert names(check_mstep(**(quiet | figures))) == expected
+    assert names(check_mstep(**(quiet | figures), config=MonitorConfig())) == expected

@@ -24,10 +24,10 @@ from typing import Any
 
 PRELOADED = (
     "ra3_megatron.cli",
-    "ra3_megatron.launch",
+    "ra3_megatron.verbs.train",
     "ra3_megatron.em.loop",
     "ra3_megatron.em.outcome",
-    "ra3_megatron.em.infuse_cli",
+    "ra3_megatron.verbs.infuse",
     "ra3_megatron.report.build",
     "ra3_megatron.report.show",
     "ra3_megatron.report.versions",

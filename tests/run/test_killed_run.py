@@ -19,12 +19,12 @@ LOOP = "ra3_megatron.em.loop"
 
 PLACES: list[tuple[str, str, str, int]] = [
     ("in the corpus, before it is whole", "ra3_megatron.corpus.build:write_manifest", "before", 1),
-    ("in the warm start, before any checkpoint", f"{STEPS}:PackedSteps.step", "before", 1),
-    ("in the warm start", f"{STEPS}:PackedSteps.step", "before", 4),
-    ("while saving, the weights half-written", f"{CHECKPOINT}:dist_checkpointing.save", "before", 3),
+    ("in the warm start, before any checkpoint", f"{STEPS}:PackedSteps.step", "before", 3),
+    ("in the warm start, behind a checkpoint", f"{STEPS}:PackedSteps.step", "before", 6),
+    ("while saving, the weights not yet written", f"{CHECKPOINT}:dist_checkpointing.save", "before", 2),
     ("while saving, the weights written", f"{CHECKPOINT}:dist_checkpointing.save", "after", 2),
-    ("while saving, before the rename", f"{CHECKPOINT}:_sync", "before", 2),
-    ("while old checkpoints are deleted", "ra3_megatron.em.phases:shutil.rmtree", "before", 2),
+    ("while saving, before the rename", f"{CHECKPOINT}:_sync", "before", 3),
+    ("while an old checkpoint is deleted", "ra3_megatron.em.phases:Path.unlink", "after", 1),
     ("in the evaluation of the base", f"{LOOP}:evaluate", "before", 1),
     ("behind the evaluation's metrics, before its figures", f"{LOOP}:write_json", "before", 1),
     ("in NTP of iteration 1", f"{STEPS}:PackedSteps.step", "before", 2),
@@ -47,9 +47,13 @@ PLACES: list[tuple[str, str, str, int]] = [
 def resumed(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed at every one of PLACES, one after another, and brought to its end."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    arguments = ("train", config, f"run_dir={run}", "checkpoint.interval=1", "checkpoint.keep=1")
+    arguments = ("train", config, f"run_dir={run}", "checkpoint.keep=1")
     for number, (place, target, when, call) in enumerate(PLACES):
-        outcome = ra3(*arguments, *(["--resume"] if number else []), code=None, kill=[target, when, call])
+        settings = [
+            "checkpoint.interval=4" if number < 8 else "checkpoint.interval=1",
+            *(["--resume"] if number else []),
+        ]
+        outcome = ra3(*arguments, *settings, code=None, kill=[target, when, call])
         assert outcome.code == -9, f"{place}: exit code {outcome.code}\n{outcome.output}\n{outcome.errors}"
         whole = [path.parent for path in run.rglob("checkpoint.json") if not path.parent.name.endswith(".partial")]
         assert all((path / ".metadata").is_file() for path in whole), place

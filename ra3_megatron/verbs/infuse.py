@@ -5,6 +5,7 @@ documents as indexed data sets (`infused/`), and `infused.jsonl` with {"name", "
 train on elsewhere. An interrupted infusion goes on where it was; an output folder belongs to one checkpoint.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
+from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.run_dir import disk_full
 
 SOURCE = "source.json"
 """Names the checkpoint that an output folder belongs to."""
@@ -26,9 +29,8 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
 
     Raises UserError when the checkpoint is none, does not fit the configuration, or `out` holds something else.
     """
-    from ra3_megatron.launch import start_processes
+    import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.mcore.checkpoint import read_record
-    from ra3_megatron.mcore.startup import launched
 
     read_record(checkpoint)
     if config is None:
@@ -37,13 +39,13 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
             raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
         config = load_config(own.config, overrides)
     _check_out(checkpoint, out, config)
-    if launched() or config.parallel.world_size == 1:
-        infuse_here(checkpoint, out, config)
-    elif start_processes(config, "infuse", str(checkpoint), str(out)):
+    if runs_here(config):
+        _infuse_here(checkpoint, out, config)
+    elif start_processes(config, __name__, str(checkpoint), str(out)):
         raise RuntimeError("a process failed: see its message above")
 
 
-def infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
+def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     """`infuse` in this process, one of those that the layout needs."""
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.em import infuse as infusion
@@ -51,7 +53,6 @@ def infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.order import Stream
     from ra3_megatron.em.policy import LatentPolicy
-    from ra3_megatron.launch import disk_full, on_main
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
@@ -139,7 +140,6 @@ def _corpus(checkpoint: Path, out: Path, config: RunConfig, runtime: Any, progre
     """The corpus of `config`: with the tokenizer of the checkpoint's run unless `config` names another one."""
     from ra3_megatron.corpus.build import build_corpus, open_corpus
     from ra3_megatron.corpus.manifest import config_hash, read_manifest
-    from ra3_megatron.launch import on_main
 
     own = _run_of(checkpoint)
     if own is not None:
@@ -152,3 +152,7 @@ def _corpus(checkpoint: Path, out: Path, config: RunConfig, runtime: Any, progre
             config = config.model_copy(update={"tokenizer": tokenizer})
     on_main(runtime, lambda: build_corpus(config, out / "corpus", progress))
     return open_corpus(config, out / "corpus")
+
+
+if __name__ == "__main__":
+    sys.exit(in_process(lambda config, arguments: _infuse_here(Path(arguments[0]), Path(arguments[1]), config)))

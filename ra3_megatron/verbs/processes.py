@@ -1,0 +1,84 @@
+"""Processes of a layout: started through torchrun, unless torchrun or srun started this one already.
+
+A module that runs in them ends in `sys.exit(in_process(function))`. A UserError in one of them is written to a file
+and raised again by the process that started them, so that it is shown once.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import dump_config, load_config
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.report.run_folder import write_text
+
+
+def runs_here(config: RunConfig) -> bool:
+    """Whether this process is one of the layout's: torchrun or srun started it, or the layout needs no other."""
+    from ra3_megatron.mcore.startup import launched
+
+    return launched() or config.parallel.world_size == 1
+
+
+def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
+    """Run `python -m module CONFIG ERRORS [ARGUMENT …]` in the processes that the layout needs; returns the exit code.
+
+    Raises UserError when one of them did.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # processes speak for themselves
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "config.yaml", dump_config(config))
+        layout = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=config.parallel.world_size,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        command = ["-m", module, str(folder / "config.yaml"), str(folder), *arguments]
+        try:
+            elastic_launch(layout, sys.executable)(*command)
+        except ChildFailedError as failure:
+            errors = sorted(folder.glob("error.*"))
+            if errors:
+                raise UserError(errors[0].read_text(encoding="utf-8")) from failure
+            return 1
+        return 0
+
+
+def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
+    """Call `function(config, arguments)` in one of the processes of `start_processes`; returns the exit code."""
+    file, errors, *arguments = sys.argv[1:]
+    try:
+        function(load_config(Path(file), []), arguments)
+    except UserError as error:
+        write_text(Path(errors) / f"error.{int(os.environ['RANK']):06d}", str(error))
+        return 2
+    return 0
+
+
+def on_main(runtime: Any, action: Any) -> None:
+    """Run `action` on the main process; its UserError is raised on every process."""
+    message = ""
+    if runtime.is_main:
+        try:
+            action()
+        except UserError as error:
+            message = str(error)
+    message = runtime.broadcast(message)
+    if message:
+        raise UserError(message)

@@ -1,0 +1,129 @@
+"""The run folder as a whole: refused when it belongs to something else, described, locked, and never left half-made."""
+
+import errno
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import dump_config, load_config
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.yaml_io import scalar_text
+from ra3_megatron.report.run_folder import RunFolder, write_json, write_text
+from ra3_megatron.verbs.processes import on_main
+
+RESULT_FREE = ("logging", "parallel", "checkpoint", "run_dir")
+"""Sections that may change when a run is resumed: they do not decide what it computes."""
+LOCK = ".lock"
+"""File in the run folder that the process writing there holds locked."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_folder(config: RunConfig, resume: bool) -> None:
+    """Refuse a run folder that belongs to another configuration, or to this one unless it is to be resumed.
+
+    A run that has not left any checkpoint has nothing to lose: it may begin anew, with any configuration.
+    """
+    folder = RunFolder(Path(config.run_dir))
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"run_dir={config.run_dir}: is a file: choose another run_dir")
+    if not folder.config.is_file():
+        if folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir()):
+            raise UserError(f"run_dir={config.run_dir}: exists and is no run folder: choose another run_dir")
+        return
+    if not folder.checkpoints.is_dir():
+        return
+    changed = _differences(load_config(folder.config, []), config)
+    if changed:
+        raise UserError(
+            f"run_dir={config.run_dir}: holds a run with another configuration ({'; '.join(changed[:3])}"
+            f"{'; …' if len(changed) > 3 else ''}): choose another run_dir, or the same settings"
+        )
+    if not resume:
+        raise UserError(
+            f"run_dir={config.run_dir}: holds this run already: go on with --resume, or choose another run_dir"
+        )
+
+
+@contextmanager
+def run_folder(config: RunConfig, folder: RunFolder, resume: bool, runtime: Any) -> Iterator[None]:
+    """Hold the run folder: checked, described by its configuration and versions, and locked against other processes.
+
+    A run that fails before it has a corpus leaves no folder behind.
+    """
+    held: list[Any] = []
+    begun = folder.config.is_file()
+    on_main(runtime, lambda: held.append(_prepare_folder(config, folder, resume)))
+    try:
+        yield
+    except UserError:
+        if runtime.is_main and not begun and not (folder.path / "corpus").exists():
+            for path in (folder.config, folder.versions, folder.path / LOCK):
+                path.unlink(missing_ok=True)
+            if not any(folder.path.iterdir()):
+                folder.path.rmdir()
+        raise
+    finally:
+        for lock in held:
+            lock.close()
+
+
+def _prepare_folder(config: RunConfig, folder: RunFolder, resume: bool) -> Any:
+    """Check and lock the run folder, and write what it says of itself; returns the lock."""
+    from ra3_megatron.report.versions import collect_versions
+
+    check_folder(config, resume)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        write_text(folder.config, dump_config(config))
+        write_json(folder.versions, collect_versions())
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror})") from error
+    return lock
+
+
+def _lock(folder: RunFolder) -> Any:
+    file = (folder.path / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"run_dir={folder.path}: another process is writing there: wait for it, or stop it"
+            ) from error
+        # a file system without locks: go on without one
+    return file
+
+
+def _differences(old: RunConfig, new: RunConfig) -> list[str]:
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            found |= flat(item, f"{prefix}.{key}" if prefix else key)
+        return found
+
+    before, after = flat(old.model_dump()), flat(new.model_dump())
+    return [
+        f"{key}={scalar_text(before.get(key))} there, {scalar_text(after.get(key))} here"
+        for key in before
+        if before[key] != after.get(key) and key.split(".")[0] not in RESULT_FREE
+    ]
+
+
+@contextmanager
+def disk_full(folder: str) -> Iterator[None]:
+    """A disk without room is the user's to mend: UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}): make room and go on "
+            "(what was complete is kept)"
+        ) from error

@@ -1,0 +1,85 @@
+"""`ra3 train`: corpus, EM loop, summary and report, in as many processes as the layout needs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.report.run_folder import RunFolder, write_text
+from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
+
+
+def train(config: RunConfig, resume: bool) -> int:
+    """Run, or resume, what `config` describes; returns the exit code."""
+    if runs_here(config):
+        _train_here(config, resume)
+        return 0
+    check_folder(config, resume)  # a mistake is reported before any process starts
+    return start_processes(config, __name__, *(["--resume"] if resume else []))
+
+
+def _train_here(config: RunConfig, resume: bool) -> None:
+    # imported here: they load torch and Megatron-Core
+    import ra3_megatron.mcore  # noqa: F401
+    from ra3_megatron.mcore import startup
+
+    runtime = startup.initialize(config.parallel, config.seed)
+    try:
+        with disk_full(config.run_dir):
+            _run(config, resume, runtime)
+    finally:
+        startup.shutdown()
+
+
+def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
+    from ra3_megatron.em.context import RunContext
+    from ra3_megatron.em.identity import identity_of
+    from ra3_megatron.em.latent_stats import blank_tokens
+    from ra3_megatron.em.loop import EM
+    from ra3_megatron.em.outcome import summarize
+    from ra3_megatron.report.build import build_report
+    from ra3_megatron.report.metrics import MetricsWriter
+    from ra3_megatron.report.progress import Progress
+    from ra3_megatron.report.summary import write_summary
+    from ra3_megatron.report.terminal import print_summary
+
+    console = Console()
+    folder = RunFolder(Path(config.run_dir))
+    with run_folder(config, folder, resume, runtime):
+        with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
+            corpus = _open_corpus(config, folder, runtime, progress)
+            identity = identity_of(config, corpus.tokenizer)
+            blank = blank_tokens(corpus.tokenizer)
+            writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
+            run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity)
+            try:
+                EM(run).run()
+            finally:
+                if writer is not None:
+                    writer.close()
+        if runtime.is_main:
+            summary = summarize(run)
+            write_summary(folder.path, summary)
+            report = build_report(folder.path)
+            print_summary(summary, console, folder.path)
+            console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
+        runtime.barrier()
+
+
+def _open_corpus(config: RunConfig, folder: RunFolder, runtime: Any, progress: Any) -> Any:
+    """Build (on the main process) and open the corpus of a run; its manifest goes to the run folder."""
+    from ra3_megatron.corpus.build import build_corpus, open_corpus
+
+    place = folder.path / "corpus"
+    on_main(runtime, lambda: build_corpus(config, place, progress))
+    corpus = open_corpus(config, place)
+    if runtime.is_main:
+        write_text(folder.manifest, (place / "manifest.json").read_text(encoding="utf-8"))
+    return corpus
+
+
+if __name__ == "__main__":
+    sys.exit(in_process(lambda config, arguments: _train_here(config, resume="--resume" in arguments)))
