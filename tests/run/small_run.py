@@ -112,6 +112,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIME_FIELDS} for line in lines]
 
 
+def timeless(value: Any) -> Any:
+    """A summary, or a part of one, without the figures that depend on the clock."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if not key.endswith(("seconds", "_per_second"))}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard draws of a run: (step, value) of each scalar."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from small_run import Ra3, curves, metrics, weights
+from small_run import Ra3, curves, metrics, timeless, weights
 
 from ra3_megatron.report.metrics import TIME_FIELDS
 
@@ -93,7 +92,7 @@ def test_infused_documents_are_byte_identical(finished: Path, resumed: Path) -> 
 
 
 def test_summary_and_transcripts_are_the_same(finished: Path, resumed: Path) -> None:
-    expected, found = (_timeless(json.loads((run / "summary.json").read_text())) for run in (finished, resumed))
+    expected, found = (timeless(json.loads((run / "summary.json").read_text())) for run in (finished, resumed))
     assert expected == found
     names = {path.name for path in (finished / "transcripts").iterdir()}
     assert names == {path.name for path in (resumed / "transcripts").iterdir()}
@@ -113,9 +112,3 @@ def test_resuming_a_finished_run_changes_nothing(resumed: Path, ra3: Ra3, config
     before = (run / "metrics.jsonl").read_bytes()
     ra3("train", config, f"run_dir={run}", "checkpoint.interval=7", "--resume")
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key not in TIME_FIELDS}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
