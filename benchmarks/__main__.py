@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from ra3_megatron.cli import prepare_threads
+
+prepare_threads()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 RESULTS = Path(__file__).parent / "results"

@@ -137,10 +137,16 @@ class CachedAttention(MegatronModule):
             k, v = cache.keys[:, :, : group.slots], cache.values[:, :, : group.slots]
             if group.rows is not None:
                 k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
-            q = query[:, 0].index_select(0, group.index.flatten()).view(*group.index.shape, h, d).transpose(1, 2)
+            n, longest = group.index.shape
+            g = k.shape[1]
+            q = query[:, 0].index_select(0, group.index.flatten())
+            # the query heads of one key/value head stand behind each other, so that keys and values need no copies
+            q = q.view(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
             slot = torch.arange(group.slots, device=k.device)
-            visible = slot <= view.positions[group.index][:, None, :, None]
-            attended = self._attend(q, k, v, visible).transpose(1, 2).reshape(-1, h * d)
+            visible = slot <= view.positions[group.index][:, None, None, :, None]
+            visible = visible.expand(n, 1, h // g, longest, group.slots).reshape(n, 1, -1, group.slots)
+            attended = self._attend(q, k, v, visible).view(n, g, h // g, longest, d)
+            attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
             out[group.index[group.inside]] = attended[group.inside.flatten()]
         return out[:, None]
 

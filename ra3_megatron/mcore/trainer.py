@@ -91,7 +91,7 @@ class Trainer:
             max_lr=optimizer.learning_rate,
             min_lr=optimizer.min_learning_rate,
             lr_warmup_steps=int(optimizer.warmup_fraction * steps),
-            lr_decay_steps=max(steps, 1),
+            lr_decay_steps=steps + 1,  # the last step still learns
             lr_decay_style=optimizer.schedule,
             start_wd=optimizer.weight_decay,
             end_wd=optimizer.weight_decay,

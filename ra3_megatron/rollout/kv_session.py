@@ -50,6 +50,28 @@ class KVSession:
             cache.keys = cache.keys[:, :, :used].index_select(0, index)
             cache.values = cache.values[:, :, :used].index_select(0, index)
 
+    def split(self, rows: Sequence[int]) -> "KVSession":
+        """A session of copies of these rows; this one is left as it is."""
+        part = KVSession(self.model, self.device)
+        part.lengths, part._caches = list(self.lengths), [LayerCache(c.keys, c.values) for c in self._caches]
+        part.select(rows)
+        if part.rows == self.rows:  # nothing was copied if the rows are the same
+            part._caches = [LayerCache(c.keys.clone(), c.values.clone()) for c in part._caches]
+        return part
+
+    def append(self, other: "KVSession") -> None:
+        """Put the rows of `other` behind the rows of this session."""
+        if not self.rows:
+            self.lengths, self._caches = other.lengths, other._caches
+            return
+        slots = max(*self.lengths, *other.lengths)
+        self._reserve(slots)
+        other._reserve(slots)
+        for mine, theirs in zip(self._caches, other._caches, strict=True):
+            mine.keys = torch.cat([mine.keys[:, :, :slots], theirs.keys[:, :, :slots]])
+            mine.values = torch.cat([mine.values[:, :, :slots], theirs.values[:, :, :slots]])
+        self.lengths = self.lengths + other.lengths
+
     def cut(self, lengths: Sequence[int]) -> None:
         """Forget what is behind these lengths."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
@@ -91,8 +113,11 @@ class KVSession:
         """Rows grouped by how many new tokens they have, within a factor of two."""
         sizes = np.array([max(count - 1, 0).bit_length() if count else -1 for count in counts])
         groups = []
-        for size in np.unique(sizes[sizes >= 0]):
+        wanted = np.unique(sizes[sizes >= 0])
+        for size in wanted:
             members = np.flatnonzero(sizes == size)
+            if len(wanted) == 1 and 2 * len(members) >= self.rows:
+                members = np.arange(self.rows)  # computing a few rows for nothing is cheaper than copying the others
             length = np.array([counts[r] for r in members])
             place = np.arange(length.max())
             inside = place[None] < length[:, None]
@@ -102,7 +127,7 @@ class KVSession:
                     None if len(members) == self.rows else torch.from_numpy(members).to(self.device),
                     torch.from_numpy(index).to(self.device),
                     torch.from_numpy(inside).to(self.device),
-                    int(max(self.lengths[r] + counts[r] for r in members)),
+                    int(max(self.lengths[r] + counts[r] for r in members if counts[r])),
                 )
             )
         return groups

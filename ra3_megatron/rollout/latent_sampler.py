@@ -18,7 +18,7 @@ from ra3_megatron.text.latents import Document, LatentFormat, Line, compose
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
 
-LOOK_AHEAD = 2.0
+LOOK_AHEAD = 1.0
 """Lines asked for at once, in units of the mean distance between thoughts (the first round asks for all of them: the
 transcripts of one document share that pass). It changes the cost, never the outcome."""
 
@@ -119,6 +119,7 @@ class LatentSampler:
                 for offset, line in enumerate(ahead)
             ],
             uniforms=row.draws[row.line : row.line + len(ahead)],
+            last=row.line + len(ahead) == len(row.job.document.lines),
         )
 
     def _plan(self, row: _Row, line: Line, observed: Sequence[int] | None) -> PlannedLine:

@@ -175,13 +175,17 @@ class MegatronEngine:
     ) -> dict[int, tuple[list[int], list[float], Finish]]:
         """Sample the thought of each request that takes one; leaves the caches just behind it."""
         active = [(i, t) for i, t in enumerate(thinking) if t is not None]
+        waiting = [i for i, t in enumerate(thinking) if t is None and not requests[i].last]
         if not active:
             return {}
-        session = self._session
-        session.select([i for i, _ in active])
-        self._keys = [requests[i].key for i, _ in active]
-        self._cached = [sequences[i][: places[i][t]] for i, t in active]
-        session.cut([len(ids) for ids in self._cached])
+        if waiting:
+            session = self._session.split([i for i, _ in active])
+            self._session.select(waiting)
+        else:
+            session, self._session = self._session, KVSession(self.model, self.runtime.device)
+            session.select([i for i, _ in active])
+        cached = [sequences[i][: places[i][t]] for i, t in active]
+        session.cut([len(ids) for ids in cached])
         device = self.runtime.device
         universe = torch.full((len(active),), self.latents.universe, device=device)
         start = torch.tensor([requests[i].lines[t].think_set for i, t in active], device=device)
@@ -198,7 +202,7 @@ class MegatronEngine:
             feed = [ids[k][-1:] if k in growing else [] for k in range(len(active))]
             hidden, _ = session.feed(feed)
             for k in live:
-                self._cached[k].append(ids[k][-1])
+                cached[k].append(ids[k][-1])
             logits = self._logits(hidden)
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
             tokens, values = self._sample(logits, inner[: len(live)], inner[: len(live)], draws)
@@ -206,6 +210,9 @@ class MegatronEngine:
                 ids[k].append(token)
                 log_probs[k].append(value)
             live = [k for k in live if not self.latents.ends[ids[k][-1]] and len(ids[k]) < limits[k]]
+        self._session.append(session)
+        self._keys = [requests[i].key for i in waiting] + [requests[i].key for i, _ in active]
+        self._cached = [sequences[i] for i in waiting] + cached
         finish = [Finish.END if self.latents.ends[row[-1]] else Finish.LENGTH for row in ids]
         return {i: (ids[k], log_probs[k], finish[k]) for k, (i, _) in enumerate(active)}
 

@@ -79,6 +79,8 @@ class LatentRequest:
     """The expert's next lines."""
     uniforms: Uniforms
     """[lines, 1 + largest thought]: column 0 takes the decision, the others the thought's tokens."""
+    last: bool = False
+    """These are the transcript's last lines: without a thought in them, no request for it follows."""
 
 
 @dataclass(frozen=True)
