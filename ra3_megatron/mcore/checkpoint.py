@@ -128,12 +128,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from problem
+    missing = [key for key in ("architecture", "optimizer", "layout") if key not in record]
+    if missing:
+        raise UserError(f"{path}: names no {missing[0]}: not a checkpoint of this version of ra3")
     return record
-
-
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy the weights of one model to another of the same shape and layout."""
-    language_model(target).load_state_dict(language_model(source).state_dict(), strict=True)
 
 
 def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
