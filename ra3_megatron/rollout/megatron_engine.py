@@ -43,6 +43,8 @@ class MegatronEngine:
         self.weight_version = 0
         self._vocab_size = vocab_size
         self._sets = torch.as_tensor(latents.sets, device=runtime.device)
+        places = torch.arange(vocab_size, device=runtime.device)
+        self._last_of_set = torch.where(self._sets, places, 0).amax(-1)
         self._session = KVSession(self.model, runtime.device)
         self._keys: list[int] = []
         self._cached: list[list[int]] = []
@@ -244,8 +246,7 @@ class MegatronEngine:
         point = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
         # a uniform next to 1 can round past the last token that has any probability
-        last = self._vocab_size - 1 - inside.isfinite().flip(-1).float().argmax(-1)
-        tokens = torch.minimum(tokens, last)
+        tokens = torch.minimum(tokens, self._last_of_set[allowed])
         if greedy is not None and any(greedy):
             tokens = torch.where(torch.tensor(greedy, device=tokens.device), inside.argmax(-1), tokens)
         tokens = self._agree(tokens)
