@@ -25,7 +25,7 @@ warm_start: {steps: 24, global_batch_size: 4, micro_batch_size: 2, optimizer: {l
 estep:
   {steps: 2, documents_per_step: 3, group_size: 3, micro_batch_size: 2,
    optimizer: {learning_rate: 0.003, epsilon: 1.0e-3}}  # so that Adam does not blow up rounding errors
-mstep: {steps: 2, global_batch_size: 4, micro_batch_size: 2}
+mstep: {steps: 2, global_batch_size: 4, micro_batch_size: 2, optimizer: {epsilon: 1.0e-4}}
 evaluation: {documents: 6}
 parallel: {threads: 1}
 checkpoint: {interval: 1000}
