@@ -35,7 +35,7 @@ def test_two_processes_compute_what_one_does(
         for name, tensor in expected.items():
             # of the whole: where a gradient is next to nothing, Adam turns rounding errors into steps
             difference = found[name][: len(tensor)] - tensor  # the vocabulary may be padded further
-            assert difference.norm() < 3e-4 * tensor.norm(), f"{phase} {name}"
+            assert difference.norm() < 1e-4 * tensor.norm(), f"{phase} {name}"
 
 
 def _compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
