@@ -238,8 +238,8 @@ def _require_folder(path: Path, what: str) -> None:
 def prepare_threads() -> None:
     """Let OpenMP threads that wait spin only briefly. Must run before torch is imported.
 
-    With the default, two threads on a machine that does other work too ran at a sixth of the speed; with no spinning
-    at all, an idle machine loses a quarter.
+    Training steps of a 2M model with two threads on two cores, tokens/s alone and beside a second such process: 7,100
+    and 800 to 1,000 with GCC's default, 5,500 and 4,000 without spinning, 7,700 and 3,100 like this.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

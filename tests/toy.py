@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,3 +215,10 @@ def log_probs_of(toy: Toy, model: LanguageModel, transcripts: Sequence[Transcrip
             for transcript, logits in zip(part, toy.full_logits(model, [t.ids for t in part]), strict=True):
                 found.append(sum(toy.latent_log_probs(transcript, logits, temperature)))
     return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in found])
+
+
+def choice_positions(transcript: Transcript) -> np.ndarray:
+    """Indices into `ids` of the tokens that show a sampled choice: offered decisions and THOUGHT tokens."""
+    decisions = transcript.decision_positions[transcript.offered]
+    thoughts = np.flatnonzero((transcript.roles == Role.THOUGHT) & transcript.offered[transcript.lines])
+    return np.union1d(decisions, thoughts)

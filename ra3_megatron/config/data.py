@@ -40,7 +40,8 @@ class CorpusConfig(Section):
     """Split of a hub data set."""
 
     streaming: bool = False
-    """Read documents lazily in shards of `shard_documents` instead of holding the corpus in memory."""
+    """Stream a hub data set instead of downloading it (`hub` only). Every other source is read lazily in any case, so
+    a corpus may be larger than memory."""
 
     shard_documents: int = Field(default=10_000, ge=1)
     """Documents a shard when building the indexed data set; bounds the memory used."""
@@ -55,7 +56,8 @@ class CorpusConfig(Section):
     """Keep at most this many documents (the first ones in the order of their content hash)."""
 
     valid_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """Share of paths held out, by hash of the path, so that no file is in both splits."""
+    """Share held out, by hash of the path, so that no file of code is in both splits (of the row or document, for
+    files that hold many: `jsonl`, `parquet`, `hub`, separated `text`)."""
 
     human_comments: HumanComments = "strip"
     """Full-line comments in the mid-training text. They cannot be told from thoughts in the `comment` format,

@@ -55,7 +55,6 @@ def infuse(
     folder: Path,
     runtime: Runtime,
     blank: BlankTokens,
-    weight_version: int,
     advance: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> InfusedCorpus:
     """Sample one transcript of each of `documents` into `folder`. Collective; skips what is there already.
@@ -75,7 +74,7 @@ def infuse(
             originals = [documents[k] for k in numbers]
             transcripts = policy.sample(originals, [(*key, k) for k in numbers], group=1)
             if runtime.is_main:
-                _write(folder / name, transcripts, weight_version)
+                _write(folder / name, transcripts)
                 stats = latent_stats(transcripts, blank)
                 timing = {
                     "seconds": time.perf_counter() - begin,
@@ -90,13 +89,14 @@ def infuse(
     if runtime.is_main:
         parts = [read_json(folder / f"{name}.stats.json") for name in names]
         total = {field: sum(part[field] for part in parts) for field in parts[0]}
-        record = {"chunks": names, "documents": len(documents), "weight_version": weight_version, **total}
+        version = policy.engine.weight_version
+        record = {"chunks": names, "documents": len(documents), "weight_version": version, **total}
         write_json(folder / RECORD, record)
     runtime.barrier()
     return InfusedCorpus(folder)
 
 
-def _write(prefix: Path, transcripts: Sequence[Transcript], weight_version: int) -> None:
+def _write(prefix: Path, transcripts: Sequence[Transcript]) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with TranscriptWriter(prefix) as writer:
         for transcript in transcripts:

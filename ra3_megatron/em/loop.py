@@ -141,13 +141,12 @@ class EM:
         record = checkpoint.load(q, model, run.runtime)
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
-                self._policy(model),
+                self._policy(model, record["weight_version"]),
                 documents,
                 (self.config.seed, Stream.INFUSE, iteration),
                 folder,
                 run.runtime,
                 run.blank,
-                record["weight_version"],
                 lambda done, tokens: task.advance(done, units=tokens),
             )
         stats = corpus.record
@@ -177,12 +176,12 @@ class EM:
         if run.runtime.broadcast(path.is_file()):
             return dict(read_json(path))
         model = run.new_model()
-        checkpoint.load(model_of, model, run.runtime)
+        record = checkpoint.load(model_of, model, run.runtime)
         count = min(self.config.evaluation.documents, len(self.valid))
         documents = [self.valid[index] for index in range(count)]
         keys = [(self.config.seed, Stream.EVALUATION, index) for index in range(count)]
         task = run.progress.task(f"evaluating {arm} {iteration}" if iteration else f"evaluating {arm}", total=1)
-        result = evaluate(model, self._policy(model), documents, keys, self.config, run.blank)
+        result = evaluate(model, self._policy(model, record["weight_version"]), documents, keys, self.config, run.blank)
         task.advance(1)
         figures = dict(result.figures)
         require_finite(figures, model_of)
@@ -234,9 +233,9 @@ class EM:
     def _say(self, text: str) -> None:
         self.run_context.progress.message(text)
 
-    def _policy(self, model: torch.nn.Module) -> LatentPolicy:
+    def _policy(self, model: torch.nn.Module, weight_version: int = 0) -> LatentPolicy:
         run = self.run_context
-        return LatentPolicy(model, self.config, run.runtime, run.corpus.format, run.corpus.tokenizer)
+        return LatentPolicy(model, self.config, run.runtime, run.corpus.format, run.corpus.tokenizer, weight_version)
 
 
 def require_finite(figures: dict[str, float | None], model_of: Path) -> None:

@@ -27,6 +27,7 @@ class LatentPolicy:
         runtime: Runtime,
         latents: LatentFormat,
         tokenizer: Tokenizer,
+        weight_version: int = 0,
     ) -> None:
         self.runtime = runtime
         self.latents = latents
@@ -34,6 +35,7 @@ class LatentPolicy:
         self.may_think = math.isfinite(config.estep.latent_price)
         rollout = config.rollout
         self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, rollout.temperature)
+        self.engine.weight_version = weight_version
         self._sampler = LatentSampler(
             self.engine, latents, tokenizer, config.model.context_length, rollout.batch_size, rollout.sampler
         )

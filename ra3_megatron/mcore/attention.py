@@ -92,7 +92,7 @@ class CachedAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("CachedAttention takes a boolean mask, no bias and no packed_seq_params")
+            raise ValueError("CachedAttention takes segments of packed rows, no bias and no packed_seq_params")
         s, b, h, d = query.shape
         if self.cache is not None:
             return self._incremental(query, key, value)

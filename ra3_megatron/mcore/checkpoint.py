@@ -134,12 +134,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
-    """UserError unless the checkpoint holds this model's architecture and what `trainer` needs."""
-    for key, wanted in language_model(model).architecture.items():
+def check_architecture(name: str, record: dict[str, Any], architecture: dict[str, Any]) -> None:
+    """UserError unless the record is that of a model with this architecture. name: what the user called it."""
+    for key, wanted in architecture.items():
         held = record["architecture"].get(key)
         if held != wanted:
-            raise UserError(f"{folder}: holds a model with {key}={held}, but this model has {key}={wanted}")
+            raise UserError(f"{name}: holds a model with {key}={held}, but this model has {key}={wanted}")
+
+
+def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
+    """UserError unless the checkpoint holds this model's architecture and what `trainer` needs."""
+    check_architecture(str(folder), record, language_model(model).architecture)
     if trainer is None:
         return
     held, wanted = record["optimizer"], _optimizer_kind(trainer)

@@ -224,7 +224,7 @@ def build_model(
     ).to(runtime.device)
     table = torch.as_tensor(sets, dtype=torch.bool, device=runtime.device)
     group = runtime.tensor_group if runtime.tensor_size > 1 else None
-    network.architecture = _architecture(model, vocab_size)
+    network.architecture = architecture_of(model, vocab_size)
     network.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
     return Float16Module(config, network) if config.bf16 else network
 
@@ -236,7 +236,8 @@ def language_model(module: torch.nn.Module) -> LanguageModel:
     return module
 
 
-def _architecture(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What weights must agree on to fit: configuration keys and their values."""
     keys = model.model_dump(exclude={"context_length", "init_std", "precision"})
     keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
     return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}

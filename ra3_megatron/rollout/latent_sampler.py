@@ -1,7 +1,7 @@
 """Sampling the latents of documents: rounds of `RolloutEngine.advance` until every line is decided.
 
-`jump_ahead` asks for all remaining lines at once: one teacher-forced pass decides every line up to the next thought,
-and all of these decisions are exact, because up to there the text is the expert's. The number of rounds is the number
+`jump_ahead` asks for many lines at once: one teacher-forced pass decides every line up to the next thought, and all of
+these decisions are exact, because up to there the text is the expert's. The number of rounds is the number
 of thoughts, not of lines. `naive` asks for one line at a time. Both draw line t of a transcript from the same
 uniforms, so they sample the same transcript; the law is that of q in method.md.
 """
@@ -16,7 +16,7 @@ from ra3_megatron.rollout.protocol import LatentCompletion, LatentRequest, Plann
 from ra3_megatron.rollout.randomness import uniforms
 from ra3_megatron.text.latents import Document, LatentFormat, Line, compose
 from ra3_megatron.text.tokenizer import Tokenizer
-from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.text.transcript import Transcript
 
 LOOK_AHEAD = 1.0
 """Lines asked for at once, in units of the mean distance between thoughts (the first round asks for all of them: the
@@ -175,13 +175,6 @@ class LatentSampler:
             log_probs=log_probs,
             weight_version=self.engine.weight_version,
         )
-
-
-def choice_positions(transcript: Transcript) -> np.ndarray:
-    """Indices into `ids` of the tokens that show a sampled choice: offered decisions and THOUGHT tokens."""
-    decisions = transcript.decision_positions[transcript.offered]
-    thoughts = np.flatnonzero((transcript.roles == Role.THOUGHT) & transcript.offered[transcript.lines])
-    return np.union1d(decisions, thoughts)
 
 
 def _length(document: Document, latents: LatentFormat) -> int:

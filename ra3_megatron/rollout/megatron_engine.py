@@ -151,6 +151,8 @@ class MegatronEngine:
             self.model.vocabulary,
             numerator,
             torch.full_like(numerator, self.latents.universe),
+            entropy=False,
+            overwrite=True,
         )
         for (i, t), value, state in zip(wanted, self._agree(log_act).tolist(), chosen, strict=True):
             values[i][t] = value

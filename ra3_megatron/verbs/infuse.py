@@ -73,13 +73,12 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             documents = corpus.store("mid", "train")
             with progress.task("infusing", total=len(documents), unit="tokens") as task:
                 infused = infusion.infuse(
-                    LatentPolicy(model, config, runtime, corpus.format, tokenizer),
+                    LatentPolicy(model, config, runtime, corpus.format, tokenizer, record["weight_version"]),
                     documents,
                     (config.seed, Stream.INFUSE, 0),
                     out / "infused",
                     runtime,
                     blank_tokens(tokenizer),
-                    record["weight_version"],
                     lambda done, tokens: task.advance(done, units=tokens),
                 )
             if runtime.is_main:

@@ -51,7 +51,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)
-            identity = identity_of(config, corpus.tokenizer)
+            identity = identity_of(corpus.tokenizer)
             blank = blank_tokens(corpus.tokenizer)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity)

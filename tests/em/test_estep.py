@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import FORMATS, LARGE, SMALL, Toy
+from toy import FORMATS, LARGE, SMALL, Toy, choice_positions
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import EStepConfig, OptimizerConfig
@@ -20,7 +20,7 @@ from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, stream_loss
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
-from ra3_megatron.rollout.latent_sampler import Job, LatentSampler, choice_positions
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.text.latents import compose, raw
 from ra3_megatron.text.transcript import Role, Transcript

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from toy import FORMATS, LARGE, SMALL, Toy, log_probs_of
+from toy import FORMATS, LARGE, SMALL, Toy, choice_positions, log_probs_of
 
 from ra3_megatron.mcore.startup import Runtime
-from ra3_megatron.rollout.latent_sampler import Job, LatentSampler, choice_positions
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.text.latents import Document, code_text, compose, cut, raw
 from ra3_megatron.text.transcript import Role, Transcript

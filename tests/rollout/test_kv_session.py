@@ -62,6 +62,31 @@ def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, 
     feed(session, rows, [[4, 5] for _ in rows])
 
 
+def test_rows_split_off_and_come_back(model: LanguageModel, runtime: Runtime) -> None:
+    session = KVSession(model, runtime.device)
+    rows = [[1, 2, 3], [4], [5, 6] * 40, [7, 8]]
+    session.open(4)
+    feed(session, [[], [], [], []], rows)
+    part = session.split([2, 0])
+    split = [rows[2], rows[0]]
+    feed(part, split, [[9, 9], [10]])
+    session.select([1, 3])
+    kept = [rows[1], rows[3]]
+    feed(session, kept, [[11], []])
+    session.append(part)
+    together = kept + split
+    feed(session, together, [[1], [2, 3], [], [4]])
+    whole = session.split(range(4))
+    whole.cut([1, 1, 1, 1])
+    feed(whole, [row[:1] for row in together], [[12]] * 4)
+    assert session.lengths == [3, 4, 82, 5], "what is done to a part is not done to the whole"
+    feed(session, together, [[13]] * 4)
+    empty = KVSession(model, runtime.device)
+    empty.open(0)
+    empty.append(session)
+    assert empty.lengths == session.lengths
+
+
 def test_copies_of_a_row_go_their_own_ways(model: LanguageModel, runtime: Runtime) -> None:
     session = KVSession(model, runtime.device)
     session.open(1)

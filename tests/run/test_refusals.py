@@ -120,13 +120,12 @@ def test_checkpoints_that_do_not_fit(finished: Path, ra3: Ra3, config: Path, tmp
     assert problem.startswith(f"warm_start.checkpoint={start}: was trained with another tokenizer")
     assert "set tokenizer.path" in problem
     problem = ra3.refuses(*train, f"tokenizer.path={tokenizer}", "model.ffn_hidden_size=96")
-    assert problem == f"warm_start.checkpoint={start}: has model.ffn_hidden_size=64, not 96"
+    differs = "holds a model with model.ffn_hidden_size=64, but this model has model.ffn_hidden_size=96"
+    assert problem == f"warm_start.checkpoint={start}: {differs}"
     problem = ra3.refuses(*train[:3], f"tokenizer.path={tokenizer}", f"warm_start.checkpoint={tmp_path}")
     assert problem == f"{tmp_path}: is no complete checkpoint (no checkpoint.json)"
     infuse = ("infuse", "--checkpoint", start, "--out", tmp_path / "out")
-    assert ra3.refuses(*infuse, "model.ffn_hidden_size=96") == (
-        f"--checkpoint={start}: has model.ffn_hidden_size=64, not 96"
-    )
+    assert ra3.refuses(*infuse, "model.ffn_hidden_size=96") == f"--checkpoint={start}: {differs}"
     assert not (tmp_path / "out/infused").exists()
 
 

@@ -91,6 +91,20 @@ def test_summary_metrics_and_evaluations_agree(finished: Path) -> None:
     assert len(summary["snippets"]) == 3
 
 
+def test_samples_carry_the_version_of_the_weights_that_made_them(finished: Path) -> None:
+    """The number of updates behind the checkpoint that was sampled from."""
+    for iteration in (1, 2):
+        made_by = read(finished, f"checkpoints/estep-{iteration}/final/checkpoint.json")["weight_version"]
+        assert made_by == 2
+        assert read(finished, f"infused/iteration_{iteration}/infused.json")["weight_version"] == made_by
+        for meta in (finished / f"infused/iteration_{iteration}").glob("chunk_*.json"):
+            if "stats" not in meta.name:
+                assert json.loads(meta.read_text())["weight_version"] == made_by
+    shown = {path.stem: json.loads(path.read_text().splitlines()[0]) for path in (finished / "transcripts").iterdir()}
+    assert shown["evaluation-base-0"]["weight_version"] == 24
+    assert shown["evaluation-ra3-2"]["weight_version"] == shown["evaluation-ntp-1"]["weight_version"] == 2
+
+
 def test_tensorboard_has_the_curves(finished: Path) -> None:
     shown = curves(finished)
     assert set(shown) >= {"warm_start/loss", "estep/reward", "estep/think_rate", "mstep/code_ce", "ntp/code_ce"}
