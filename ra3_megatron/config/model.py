@@ -1,10 +1,14 @@
 """The architecture of the model and how it is laid out over processes."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
+
+_RECOMPUTE_KEYS = {"selective": ("recompute_modules",), "full": ("recompute_method", "recompute_layers")}
+"""Keys that are read only with one value of `parallel.recompute`."""
 
 
 class ModelConfig(Section):
@@ -37,6 +41,15 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of RMSNorm."""
 
+    num_experts: int | None = Field(default=None, ge=2)
+    """Experts of each feed-forward layer (a mixture of experts); none: dense layers."""
+
+    experts_per_token: int = Field(default=2, ge=1)
+    """Experts that each token is sent to; their weights are a softmax over these."""
+
+    expert_ffn_hidden_size: int | None = Field(default=None, ge=8)
+    """Width of each expert; none: `ffn_hidden_size`."""
+
     tied_embeddings: bool = True
     """Share the input embedding with the output layer."""
 
@@ -60,14 +73,46 @@ class ModelConfig(Section):
             )
         if (self.head_dim or self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError("model.head_dim must be even: rotary positions turn pairs of channels")
+        if self.num_experts is None:
+            if self.expert_ffn_hidden_size is not None:
+                raise ValueError(
+                    f"model.expert_ffn_hidden_size={self.expert_ffn_hidden_size} needs model.num_experts "
+                    "(dense layers have model.ffn_hidden_size)"
+                )
+        elif self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}"
+            )
         return self
 
 
 class ParallelConfig(Section):
-    """The layout: how many processes and what each holds."""
+    """The layout: how many processes and what each holds. It decides speed and memory, never a result."""
 
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel size: each layer's matrices and the vocabulary are split over this many processes."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline-parallel size: the layers are split into this many stages."""
+
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Model chunks a stage (interleaved schedule): smaller bubbles, more messages."""
+
+    first_stage_layers: int | None = Field(default=None, ge=1)
+    """Layers of the first stage; none: as many as any other. The other stages share the rest."""
+
+    last_stage_layers: int | None = Field(default=None, ge=1)
+    """Layers of the last stage, which also holds the output layer; none: as many as any other."""
+
+    context: int = Field(default=1, ge=1)
+    """Context-parallel size: each sequence is split over this many processes."""
+
+    expert: int = Field(default=1, ge=1)
+    """Expert-parallel size: the experts of a mixture are split over this many of the data- and context-parallel
+    processes."""
+
+    expert_tensor: int | None = Field(default=None, ge=1)
+    """Tensor-parallel size inside experts; none: `parallel.tensor`."""
 
     data: int = Field(default=1, ge=1)
     """Data-parallel size: replicas of the model, each with its share of every global batch."""
@@ -78,16 +123,85 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False
     """Split optimizer state and fp32 weights over the data-parallel group."""
 
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+
+    grad_bucket_size: int | None = Field(default=None, ge=1)
+    """Parameters whose gradients are reduced together under `overlap_grad_reduce`; none: Megatron's choice."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on (needs `distributed_optimizer`)."""
+
+    overlap_p2p: bool = True
+    """With `virtual_pipeline` > 1: pass activations between stages while they compute. Two stages need it: without it
+    they would exchange two messages at once in either direction, which arrive in the wrong order."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: none; those of `recompute_modules`; whole
+    layers."""
+
+    recompute_modules: list[Literal["core_attn", "mlp", "moe", "layernorm"]] = ["core_attn"]
+    """What `recompute=selective` computes again."""
+
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """`recompute=full`: every `recompute_layers` layers are one unit (`uniform`), or only the first `recompute_layers`
+    layers of each chunk are computed again (`block`)."""
+
+    recompute_layers: int = Field(default=1, ge=1)
+    """See `recompute_method`."""
+
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process; none: cores / processes."""
 
     @property
     def world_size(self) -> int:
         """Processes that the layout needs."""
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row must be a multiple of: two pieces a context-parallel rank, each split over the
+        tensor-parallel ranks under sequence parallelism."""
+        pieces = 2 * self.context if self.context > 1 else 1
+        return pieces * (self.tensor if self.sequence else 1)
+
+    def problems(self) -> Iterator[str]:
+        """One line for each combination of these keys that cannot be, whatever the model."""
+        if self.sequence and self.tensor == 1:
+            yield "parallel.sequence=true needs parallel.tensor >= 2"
+        if self.pipeline == 1:
+            if self.virtual_pipeline > 1:
+                yield f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline >= 2"
+            for name in ("first_stage_layers", "last_stage_layers"):
+                if getattr(self, name) is not None:
+                    yield f"parallel.{name}={getattr(self, name)} needs parallel.pipeline >= 2"
+        if self.pipeline == 2 and self.virtual_pipeline > 1 and not self.overlap_p2p:
+            yield (
+                "parallel.overlap_p2p=false does not go with parallel.pipeline=2 and "
+                f"parallel.virtual_pipeline={self.virtual_pipeline} (messages between two stages would arrive in the "
+                "wrong order): use parallel.overlap_p2p=true"
+            )
+        if self.grad_bucket_size is not None and not self.overlap_grad_reduce:
+            yield f"parallel.grad_bucket_size={self.grad_bucket_size} needs parallel.overlap_grad_reduce=true"
+        if self.overlap_param_gather:
+            for name in ("distributed_optimizer", "overlap_grad_reduce"):
+                if not getattr(self, name):
+                    yield f"parallel.overlap_param_gather=true needs parallel.{name}=true"
+        if self.recompute == "selective" and not self.recompute_modules:
+            yield "parallel.recompute_modules=[] with parallel.recompute=selective: name a module (core_attn, say)"
+        for mode, names in _RECOMPUTE_KEYS.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.recompute != mode and value != type(self).model_fields[name].default:
+                    text = f"[{', '.join(value)}]" if isinstance(value, list) else value
+                    yield (
+                        f"parallel.{name}={text} is not read with parallel.recompute={self.recompute}: "
+                        f"it goes with {mode}"
+                    )
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence=true needs parallel.tensor >= 2")
+        lines = list(self.problems())
+        if lines:
+            raise ValueError("\n".join(lines))
         return self

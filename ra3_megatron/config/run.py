@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
 from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
+from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.runtime import CheckpointConfig, LoggingConfig, RolloutConfig
 from ra3_megatron.config.training import (
@@ -85,26 +86,28 @@ class RunConfig(Section):
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
                 "use strip or keep, or a finite price"
             )
-        tensor = self.parallel.tensor
-        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            value = getattr(self.model, key)
-            if value % tensor:
-                yield f"parallel.tensor={tensor} does not divide model.{key}={value}"
-        if self.parallel.sequence and self.model.context_length % tensor:
-            yield (
-                f"parallel.tensor={tensor} does not divide model.context_length={self.model.context_length}, "
-                "which parallel.sequence needs"
-            )
-        for phase in ("warm_start", "mstep"):
-            section = getattr(self, phase)
-            share = section.micro_batch_size * self.parallel.data
-            if section.global_batch_size % share:
+        lines = list(layout_problems(self.model, self.parallel))
+        if lines:
+            advice = self.layout_advice(self.parallel.world_size)
+            yield from lines[:-1]
+            yield f"{lines[-1]}; {advice}" if advice else lines[-1]
+        yield from batch_problems(self.parallel, self._batches())
+        for name in ("warm_start", "estep", "mstep"):
+            budget = getattr(self, name).micro_batch_tokens
+            if budget is not None and budget < self.model.context_length:
                 yield (
-                    f"{phase}.global_batch_size={section.global_batch_size} is not a multiple of "
-                    f"{phase}.micro_batch_size * parallel.data = {share}"
+                    f"{name}.micro_batch_tokens={budget} is less than the longest document, "
+                    f"model.context_length={self.model.context_length}"
                 )
         if 4 * self.text.max_latent_tokens > self.model.context_length:
             yield (
                 f"text.max_latent_tokens={self.text.max_latent_tokens} leaves no room for code in "
                 f"model.context_length={self.model.context_length}: at most a quarter of it"
             )
+
+    def layout_advice(self, world_size: int) -> str:
+        """The nearest layouts of `world_size` processes that would fit, as the end of an error line; "" for none."""
+        return layout_advice(self.model, world_size, self.parallel, self._batches())
+
+    def _batches(self) -> Batches:
+        return {"warm_start": self.warm_start, "mstep": self.mstep}

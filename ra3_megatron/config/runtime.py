@@ -32,6 +32,12 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept inside a phase; the ends of phases are all kept."""
 
+    async_save: bool = False
+    """Write the checkpoints inside a phase while training goes on (it needs memory for a copy of what is saved)."""
+
+    verify: bool = False
+    """Compare the checksums of a checkpoint's files before it is loaded; sizes are always compared."""
+
 
 class LoggingConfig(Section):
     """What is written while a run goes on."""

@@ -56,12 +56,16 @@ class PackedTraining(Section):
     micro_batch_size: int = Field(default=4, ge=1)
     """Sequences a forward pass of one process."""
 
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens a forward pass of one process at most; documents are dealt out to micro-batches of about equal cost;
+    none: `micro_batch_size` rows."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer of the phase."""
 
     @model_validator(mode="after")
     def _check(self) -> "PackedTraining":
-        if self.global_batch_size % self.micro_batch_size:
+        if self.micro_batch_tokens is None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}"
             )
@@ -89,6 +93,10 @@ class EStepConfig(Section):
 
     micro_batch_size: int = Field(default=4, ge=1)
     """Packed sequences a forward pass of one process."""
+
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens a forward pass of one process at most; documents are dealt out to micro-batches of about equal cost;
+    none: `micro_batch_size` rows."""
 
     latent_price: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.05
     """c, nats charged for each new thought; `inf`: never think, which makes RA3 plain NTP."""

@@ -1,4 +1,4 @@
-"""Sampling latents of stored documents with a model, over all data-parallel ranks."""
+"""Sampling latents of stored documents with a model, over all of its replicas."""
 
 import math
 from collections.abc import Sequence
@@ -44,16 +44,18 @@ class LatentPolicy:
         """`group` transcripts of each document, document by document, the same on every process.
 
         keys: one random stream a document (its transcripts are numbered behind it). Documents are dealt out to the
-        data-parallel ranks; the outcome does not depend on how.
+        replicas of the model; the outcome does not depend on how.
         """
         if not self.may_think:
             return [self._without_choice(document) for document in documents for _ in range(group)]
-        size, rank = self.runtime.data_size, self.runtime.data_rank
+        size, rank = self.runtime.replica_size, self.runtime.replica_rank
         jobs = []
         for index in range(rank, len(documents), size):
             document = to_document(documents[index], self.latents, self.tokenizer)
             jobs += [Job(document, (*keys[index], g)) for g in range(group)]
-        shares = self.runtime.gather_data(self._sampler.sample(jobs))
+        mine = self._sampler.sample(jobs)
+        self.engine.finish()
+        shares = self.runtime.gather_replicas(mine)
         transcripts: list[Transcript] = []
         for index in range(len(documents)):
             start = index // size * group

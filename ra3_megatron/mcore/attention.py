@@ -2,21 +2,26 @@
 
 Megatron's own local attention materialises sequence x sequence scores for every head and has no packed sequences.
 This one groups query heads, attends within the documents of a packed row only (and spends nothing on the rest of the
-row), and holds an optional key/value cache for the sampler: one row per transcript, each with its own length, which
-can be cut back (slot j of a row holds position j).
+row), gathers keys and values where rows are split over the context-parallel group, and holds an optional key/value
+cache for the sampler: one row per transcript, each with its own length, which can be cut back (slot j of a row holds
+position j).
 
 Shapes: s sequence, b batch, h query heads, g key/value heads, d channels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from ra3_megatron.mcore.sequence_split import gather_keys, places
 
 
 @dataclass
@@ -57,8 +62,9 @@ class CachedAttention(MegatronModule):
     """softmax(q k^T * scale + mask) v with grouped query heads and an optional cache.
 
     forward: query [s, b, h, d], key and value [s, b, g, d]. What Megatron passes through as `attention_mask` are the
-    segments of packed rows here, long [b, s] (documents are runs of one number, padding is negative), or None for
-    plain causal attention. Returns [s, b, h * d], 0 at padding.
+    segments of packed rows here, long [b, S] (documents are runs of one number, padding is negative), or None for
+    plain causal attention. S > s: this rank holds its share of rows of S tokens (see sequence_split). Returns
+    [s, b, h * d], 0 at padding.
     """
 
     def __init__(
@@ -74,8 +80,7 @@ class CachedAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("CachedAttention has no context parallelism")
+        self.context_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cache: LayerCache | None = None
@@ -96,6 +101,8 @@ class CachedAttention(MegatronModule):
         s, b, h, d = query.shape
         if self.cache is not None:
             return self._incremental(query, key, value)
+        if attention_mask is not None and attention_mask.shape[1] != s:
+            return self._split(query, key, value, attention_mask)
         if attention_mask is not None:
             return self._packed(query, key, value, attention_mask)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -118,11 +125,44 @@ class CachedAttention(MegatronModule):
         """Causal attention of each document by itself, documents of like length together."""
         s, b, h, d = query.shape
         flat = [x.transpose(0, 1).reshape(b * s, -1) for x in (query, key, value)]
-        out = flat[0].new_zeros(b * s, h * d)
-        for index, inside in document_buckets(segments):
-            q, k, v = (x.index_select(0, index.flatten()).view(*index.shape, -1, d).transpose(1, 2) for x in flat)
+        buckets = document_buckets(segments)
+        out = flat[0].new_zeros(b * s, h * d) if buckets else _nothing(flat)
+        for index, inside in buckets:
+            q, k, v = (_rows(x, index, d) for x in flat)
             attended = self._attend(q, k, v, None).transpose(1, 2).reshape(-1, h * d)
             out = out.index_copy(0, index[inside], attended[inside.flatten()])
+        return out.view(b, s, h * d).transpose(0, 1).contiguous()
+
+    def _split(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
+        """Causal attention of each document: this rank's queries, everybody's keys and values."""
+        assert self.context_group is not None, "segments of longer rows than the queries' without context parallelism"
+        s, b, h, d = query.shape
+        g, length = key.shape[2], segments.shape[1]
+        both = gather_keys(torch.cat((key, value), dim=2), self.context_group)
+        k_flat, v_flat = (x.transpose(0, 1).reshape(b * length, -1) for x in both.split(g, dim=2))
+        q_flat = query.transpose(0, 1).reshape(b * s, -1)
+        mine = places(length, self.context_group.rank(), self.context_group.size()).to(query.device)
+        # where each token of the flattened whole rows stands in this rank's flattened rows; -1: on another rank
+        here = torch.full((b, length), -1, device=query.device)
+        here[:, mine] = torch.arange(b * s, device=query.device).view(b, s)
+        here = here.flatten()
+        out = _nothing((q_flat, k_flat, v_flat))
+        for index, inside in document_buckets(segments):
+            local = torch.where(inside, here[index], -1)
+            held = local >= 0
+            most = int(held.sum(1).max())
+            if most == 0:
+                continue
+            # the columns that this rank holds, first; behind them some that are not used
+            column = held.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            used = held.gather(1, column)
+            target = local.gather(1, column)
+            q = _rows(q_flat, target.clamp_min(0), d)
+            k, v = _rows(k_flat, index, d), _rows(v_flat, index, d)
+            place = torch.arange(index.shape[1], device=query.device)
+            visible = (place <= column[:, :, None])[:, None]
+            attended = self._attend(q, k, v, visible).transpose(1, 2).reshape(-1, h * d)
+            out = out.index_copy(0, target[used], attended[used.flatten()])
         return out.view(b, s, h * d).transpose(0, 1).contiguous()
 
     def _incremental(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -149,6 +189,18 @@ class CachedAttention(MegatronModule):
             attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
             out[group.index[group.inside]] = attended[group.inside.flatten()]
         return out[:, None]
+
+
+def _rows(flat: Tensor, index: Tensor, channels: int) -> Tensor:
+    """[places, heads * d] -> [n, heads, length, d] at places `index`, [n, length]."""
+    return flat.index_select(0, index.flatten()).view(*index.shape, -1, channels).transpose(1, 2)
+
+
+def _nothing(flat: Sequence[Tensor]) -> Tensor:
+    """Zeros in the shape of the queries, with a gradient of 0: every rank's backward pass takes the same way, also
+    where a micro-batch holds nothing for it."""
+    query, *others = flat
+    return query * 0.0 + sum(x.sum() for x in others) * 0.0
 
 
 def document_buckets(segments: Tensor) -> list[tuple[Tensor, Tensor]]:

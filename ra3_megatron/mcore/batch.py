@@ -3,11 +3,14 @@
 Shapes: b rows, s tokens a row. Position j of a row *predicts* `targets[:, j]`, the next token of the same segment.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ra3_megatron.mcore.sequence_split import places
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,36 @@ class TokenBatch:
     """Choices that are decisions (one a line), bool [b, s]; their global number normalises the stream."""
     is_thought: Tensor | None = None
     """Targets that are not the expert's document, bool [b, s] (metrics are split by it)."""
+    whole_segments: Tensor | None = None
+    """Segments of the whole rows, long [b, S], when this is one context-parallel rank's share of them."""
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on `device`."""
-        moved: dict[str, Any] = {}
-        for name, value in _fields(self).items():
-            if isinstance(value, Events):
-                inner: dict[str, Any] = {k: v.to(device) for k, v in _fields(value).items() if isinstance(v, Tensor)}
-                value = replace(value, **inner)
-            moved[name] = value.to(device) if isinstance(value, Tensor) else value
-        return TokenBatch(**moved)
+        return self._map(lambda tensor: tensor.to(device))
+
+    def share(self, rank: int, size: int) -> "TokenBatch":
+        """What context-parallel rank `rank` of `size` holds of this batch: [b, s] becomes [b, s / size]."""
+        if size == 1:
+            return self
+        mine = places(self.ids.shape[1], rank, size).to(self.ids.device)
+        return replace(self._map(lambda tensor: tensor.index_select(1, mine)), whole_segments=self.segments)
 
     @property
     def packing(self) -> Tensor | None:
-        """Segments, when rows hold anything but one document from their start; None: plain causal attention will do."""
+        """Segments of whole rows, for attention. None: plain causal attention of whole rows will do."""
+        if self.whole_segments is not None:
+            return self.whole_segments
         return None if bool((self.segments == self.segments[:, :1]).all()) else self.segments
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """The batch with `function` applied to each tensor."""
+        mapped: dict[str, Any] = {}
+        for name, value in _fields(self).items():
+            if isinstance(value, Events):
+                inner: dict[str, Any] = {k: function(v) for k, v in _fields(value).items() if isinstance(v, Tensor)}
+                value = replace(value, **inner)
+            mapped[name] = function(value) if isinstance(value, Tensor) else value
+        return TokenBatch(**mapped)
 
 
 def _fields(item: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ What changes, and why:
 - `@jit_fuser` (torch.compile) is a no-op during the import, else each process compiles for 10 s.
 - The CUDA RNG tracker keeps the states of the CPU default generator.
 - `WrappedTorchNorm` marks its parameters `sequence_parallel`, so that their gradients are reduced.
+- Gathering and reduce-scattering shares of unequal size (tokens of experts that are split by tensors) pads them:
+  gloo knows equal sizes only.
 - Rotary positions under context parallelism do without `pin_memory=True`, which CPU builds refuse.
 
 Two fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
@@ -279,6 +281,33 @@ def _fix_rope(module: Any) -> None:
     module.get_pos_emb_on_this_cp_rank = get_pos_emb_on_this_cp_rank
 
 
+def _fix_mappings(module: Any) -> None:
+    if torch.cuda.is_available():
+        return
+    gather_equal, scatter_equal = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_equal(input_, group, None, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        shares = gather_equal(_padded(input_, max(sizes)), group).chunk(len(sizes))
+        return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+
+    def scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_equal(input_, group, None, use_global_buffer)
+        sizes = [int(size) for size in input_split_sizes]
+        shares = torch.cat([_padded(share, max(sizes)) for share in input_.split(sizes)])
+        return scatter_equal(shares, group)[: sizes[group.rank()]]
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather, scatter
+
+
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - values.shape[0]
+    return values if missing == 0 else torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
+
+
 def _fix_moe(module: Any) -> None:
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
@@ -327,6 +356,7 @@ def _fix_distributed_optimizer(module: Any) -> None:
 
 
 _FIXES: dict[str, tuple[Any, ...]] = {
+    "megatron.core.tensor_parallel.mappings": (_fix_mappings,),
     "megatron.core.tensor_parallel.random": (_fix_random,),
     "megatron.core.transformer.torch_norm": (_fix_norm,),
     "megatron.core.models.common.embeddings.rope_utils": (_fix_rope,),

@@ -27,11 +27,18 @@ from torch.utils.checkpoint import checkpoint
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.startup import Runtime, seed_everything
 from ra3_megatron.mcore.vocab_parallel import VocabularyShard, event_log_probs, shard_sets
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this; padding tokens have probability 0."""
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+"""How Megatron describes shards of weights and optimizer state (its own default fails)."""
 CHUNK_POSITIONS = 2048
 """Positions whose logits exist at the same time."""
 _SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -56,15 +63,35 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        overlap_p2p_comm=parallel.overlap_p2p and parallel.virtual_pipeline > 1,
+        batch_p2p_comm=not (parallel.overlap_p2p and parallel.virtual_pipeline > 1),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
+        moe_router_topk=model.experts_per_token,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32" if model.num_experts else None,
+        moe_token_dispatcher_type="alltoall",
+        **_recompute(parallel),
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
+        # drawn in initial_weights. (perform_initialization=False would leave out the attributes that mark sharded
+        # weights, and every gradient norm under tensor parallelism would be wrong.)
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -73,6 +100,22 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=False,
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": parallel.recompute_method,
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    return {}
 
 
 def padded_vocabulary(vocab_size: int, tensor: int) -> int:
@@ -85,8 +128,8 @@ class LanguageModel(GPTModel):
     """GPTModel that maps a TokenBatch to log-probabilities.
 
     forward returns fp32 [3, b, s]: log p(target) where `ce_weight` is not 0, log P(event) and entropy of `choices`;
-    0 elsewhere. With `hidden_only`, hidden states [s, b, hidden] after the last norm (the sampler's entrance; without
-    gradients under sequence parallelism).
+    0 elsewhere. A chunk that is not the model's last one returns hidden states. With `hidden_only`, hidden states
+    [s, b, hidden] after the last norm (the sampler's entrance; without gradients under sequence parallelism).
     """
 
     vocabulary: VocabularyShard
@@ -127,6 +170,8 @@ class LanguageModel(GPTModel):
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())  # Megatron's DDP waits there for weights that are being gathered
         return self.output_layer.weight
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -196,54 +241,75 @@ class LanguageModel(GPTModel):
         else:
             parts = [chunk(hidden[i : i + CHUNK_POSITIONS], weight, i) for i in starts]
         if not parts:
-            empty = hidden.sum(-1).float() * 0.0
+            # a gradient of 0 all the same: Megatron's DDP waits for every weight's, in the same order on every rank
+            empty = hidden.sum(-1).float() + weight[:1].sum().float() * 0.0
             return empty, empty
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, runtime: Runtime, vocab_size: int, sets: Any, seed: int
-) -> torch.nn.Module:
-    """A freshly initialised model on this process's device.
+) -> torch.nn.ModuleList:
+    """A freshly initialised model on this process's device: the chunks of this pipeline stage, first to last.
 
     vocab_size: tokens of the tokenizer; sets: token sets of the latent format, bool [R, vocab_size]; seed: of the
-    initial weights, which are the same at any tensor-parallel size. In bf16 the model is wrapped in Float16Module.
+    initial weights, which are the same in every layout. In bf16 each chunk is wrapped in Float16Module.
     """
     seed_everything(seed)
     config = transformer_config(model, parallel)
     size = padded_vocabulary(vocab_size, parallel.tensor)
-    network = LanguageModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(),
-        vocab_size=size,
-        max_sequence_length=model.context_length,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tied_embeddings,
-        parallel_output=True,
-    ).to(runtime.device)
     table = torch.as_tensor(sets, dtype=torch.bool, device=runtime.device)
     group = runtime.tensor_group if runtime.tensor_size > 1 else None
-    network.architecture = architecture_of(model, vocab_size)
-    network.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
-    return Float16Module(config, network) if config.bf16 else network
+    chunks = []
+    for number in range(parallel.virtual_pipeline):
+        stage = number if parallel.virtual_pipeline > 1 else None
+        chunk = LanguageModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(model),
+            vocab_size=size,
+            max_sequence_length=model.context_length,
+            pre_process=runtime.pipeline_rank == 0 and number == 0,
+            post_process=runtime.is_last_stage and number == parallel.virtual_pipeline - 1,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            parallel_output=True,
+            vp_stage=stage,
+        ).to(runtime.device)
+        chunk.architecture = architecture_of(model, vocab_size)
+        chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
+        chunks.append(chunk)
+    draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
+    return torch.nn.ModuleList(Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks)
 
 
-def language_model(module: torch.nn.Module) -> LanguageModel:
-    """The LanguageModel inside any wrappers (DDP, Float16Module)."""
-    while not isinstance(module, LanguageModel):
-        module = module.module  # type: ignore[assignment]
-    return module
+def chunks_of(model: torch.nn.Module) -> list[LanguageModel]:
+    """The LanguageModels inside any wrappers (ModuleList, DDP, Float16Module), in the order of their layers."""
+    if isinstance(model, LanguageModel):
+        return [model]
+    if isinstance(model, torch.nn.ModuleList):
+        return [chunk for inner in model for chunk in chunks_of(inner)]
+    return chunks_of(model.module)  # type: ignore[arg-type]
+
+
+def language_model(model: torch.nn.Module) -> LanguageModel:
+    """The one chunk of a model that has no more of them on this process."""
+    (chunk,) = chunks_of(model)
+    return chunk
 
 
 def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """What weights must agree on to fit: configuration keys and their values."""
     keys = model.model_dump(exclude={"context_length", "init_std", "precision"})
     keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    if model.num_experts is None:
+        keys["experts_per_token"] = keys["expert_ffn_hidden_size"] = None
+    elif model.expert_ffn_hidden_size is None:
+        keys["expert_ffn_hidden_size"] = model.ffn_hidden_size
     return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}
 
 
-def _layer_spec() -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+def _layer_spec(model: ModelConfig) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(num_experts=model.num_experts, moe_grouped_gemm=False, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CachedAttention
     return spec

@@ -5,6 +5,7 @@ Under torchrun or srun the environment tells rank and world size; without either
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,10 +27,17 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
-    data_rank: int
-    data_size: int
-    tensor_rank: int
-    tensor_size: int
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    pipeline_rank: int = 0
+    pipeline_size: int = 1
+    virtual_size: int = 1
+    """Model chunks of each pipeline stage."""
+    context_rank: int = 0
+    context_size: int = 1
+    expert_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -37,17 +45,90 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the output layer."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def replica_rank(self) -> int:
+        """Number of this process's copy of the model, among all data- and context-parallel ones.
+
+        Sampling does not split sequences: context-parallel ranks hold the same weights and sample other documents.
+        """
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    @property
+    def replica_size(self) -> int:
+        """Copies of the model: data-parallel size times context-parallel size."""
+        return self.data_size * self.context_size
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of a global batch, over all data-parallel ranks, are a multiple of this."""
+        return self.data_size * (self.pipeline_size if self.virtual_size > 1 else 1)
+
+    @property
     def tensor_group(self) -> dist.ProcessGroup:
-        """Processes that hold the shards of one model replica."""
+        """Processes that hold the shards of one stage of one model replica."""
         return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """Processes that hold the stages of one model replica, first to last."""
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """Processes that hold the pieces of one sequence."""
+        return parallel_state.get_context_parallel_group()
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """Processes that hold the same weights: data- and context-parallel ones."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """Processes among which tokens are exchanged for their experts."""
+        return parallel_state.get_expert_tensor_and_model_parallel_group()
 
     def gather_data(self, item: Any) -> list[Any]:
         """`item` of each data-parallel rank, in rank order, on every process."""
-        if self.data_size == 1:
+        return self._gather(item, self.data_size, parallel_state.get_data_parallel_group)
+
+    def gather_replicas(self, item: Any) -> list[Any]:
+        """`item` of each replica of the model, in the order of `replica_rank`, on every process."""
+        return self._gather(item, self.replica_size, lambda: self.replica_group)
+
+    @staticmethod
+    def _gather(item: Any, size: int, group: Callable[[], dist.ProcessGroup]) -> list[Any]:
+        if size == 1:
             return [item]
-        items: list[Any] = [None] * self.data_size
-        dist.all_gather_object(items, item, group=parallel_state.get_data_parallel_group())
+        items: list[Any] = [None] * size
+        dist.all_gather_object(items, item, group=group())
         return items
+
+    def sum_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the data- and context-parallel ranks, in place."""
+        if self.replica_size > 1:
+            dist.all_reduce(values, group=self.replica_group)
+        return values
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's values on every stage, in place (of a contiguous tensor)."""
+        if self.pipeline_size > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(values, src=source, group=self.pipeline_group)
+        return values
+
+    def agree(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the last stage's tensor-parallel rank 0 on every process of this replica, in place.
+
+        What is decided by them is then decided alike, whatever rounding does.
+        """
+        if self.tensor_size > 1 and self.is_last_stage:
+            dist.broadcast(values, src=dist.get_global_rank(self.tensor_group, 0), group=self.tensor_group)
+        return self.from_last_stage(values)
 
     def broadcast(self, item: Any) -> Any:
         """`item` of rank 0 on every process."""
@@ -80,8 +161,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     rank = int(os.environ.get("RANK", "0"))
     if world_size != parallel.world_size:
         raise UserError(
-            f"parallel.tensor * parallel.data = {parallel.world_size}, but {world_size} processes were started: "
-            "start as many as the layout needs, or change the layout"
+            f"the layout needs parallel.tensor * pipeline * context * data = {parallel.world_size} processes, but "
+            f"{world_size} were started: start as many as the layout needs, or change the layout"
         )
     cuda = torch.cuda.is_available()
     if cuda:
@@ -102,16 +183,29 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
     seed_everything(seed)
     return Runtime(
         device=device,
         rank=rank,
         world_size=world_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        virtual_size=parallel.virtual_pipeline,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+        expert_size=parallel.expert,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel.data,
     )
 
 

@@ -1,7 +1,8 @@
 """One trainer core: the E-step, the M-step, NTP and RLVR are different ways to fill a TokenBatch.
 
-Everything runs through Megatron's forward-backward schedule, DDP, optimizer and learning-rate scheduler. Gradients are
-summed (not averaged) over data-parallel ranks, because the loss is normalised by global counts already.
+Everything runs through Megatron's forward-backward schedules, DDP, optimizer and learning-rate scheduler. Gradients
+are summed (not averaged) over data- and context-parallel ranks, because the loss is normalised by global counts
+already. Callers hand over whole rows; this module splits them over the context-parallel group.
 """
 
 import math
@@ -11,8 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -26,6 +25,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, local_counts, stream_loss
+from ra3_megatron.mcore.sequence_split import gather_outputs
 from ra3_megatron.mcore.startup import Runtime
 
 
@@ -48,7 +48,7 @@ class StepResult:
 
 
 class Trainer:
-    """A model in Megatron's DDP with its optimizer and learning-rate schedule over `steps` steps."""
+    """A model (`build_model`) in Megatron's DDP with its optimizer and learning-rate schedule over `steps` steps."""
 
     def __init__(
         self,
@@ -58,15 +58,23 @@ class Trainer:
         runtime: Runtime,
         steps: int,
     ) -> None:
-        config = get_model_config(model)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.distributed_optimizer,
+            bucket_size=parallel.grad_bucket_size,
             average_in_collective=False,
         )
         self.runtime = runtime
-        self.model = DistributedDataParallel(config=config, ddp_config=ddp, module=model)
+        inner = _chunks(model)
+        config = get_model_config(inner[0])
+        self.chunks = [
+            # as Megatron does it: only the first chunk's gradients are worth reducing in parts
+            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(inner)
+        ]
+        self.model = torch.nn.ModuleList(self.chunks)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -81,7 +89,7 @@ class Trainer:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=parallel.distributed_optimizer,
             ),
-            [self.model],
+            self.chunks,
             # no decay on vectors: norms (and biases, where an architecture has them)
             {ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=_is_vector)): {"wd_mult": 0.0}},
         )
@@ -99,21 +107,27 @@ class Trainer:
             wd_incr_style="constant",
         )
         config.finalize_model_grads_func = _finalize
+        if parallel.overlap_grad_reduce:
+            functions = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
     def step(self, batches: Sequence[TokenBatch], policy: PolicyLoss | None = None) -> StepResult:
-        """One optimizer step on this process's micro-batches (as many on every data-parallel rank).
+        """One optimizer step on this data-parallel rank's micro-batches (as many on every rank, of one shape).
 
         Raises NonFiniteLoss on every process when the loss or the gradient norm is not finite.
         """
-        batches = [b.to(self.runtime.device) for b in batches]
-        counts = global_counts(batches, self.runtime)
+        shares = _shares(batches, self.runtime)
+        counts = global_counts(shares, self.runtime)
         self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = _run(self.model, batches, partial(_training_loss, counts=counts, policy=policy or PolicyLoss()))
-        sums = torch.stack(results).double().sum(0)
-        if self.runtime.data_size > 1:
-            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        loss = partial(_training_loss, counts=counts, policy=policy or PolicyLoss())
+        results = _run(self.model, shares, self.runtime, loss)
+        sums = torch.zeros(len(Stat), dtype=torch.float64, device=self.runtime.device)
+        if results:  # on the last pipeline stage
+            sums += torch.stack(results).double().sum(0)
+        sums = self.runtime.from_last_stage(self.runtime.sum_replicas(sums))
         stats = {stat: float(sums[stat]) for stat in Stat}
         if not torch.isfinite(sums).all():
             raise NonFiniteLoss(f"loss is {stats[Stat.LOSS]}")
@@ -125,40 +139,70 @@ class Trainer:
             raise NonFiniteLoss(f"gradient norm is {grad_norm}")
         return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats)
 
+    def synchronize(self) -> None:
+        """Finish what `parallel.overlap_param_gather` leaves to the next step: before weights are read. Collective."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def global_counts(batches: Sequence[TokenBatch], runtime: Runtime) -> Counts:
-    """Normalisers over every data-parallel rank's batches."""
-    counts = local_counts(list(batches))
-    if runtime.data_size > 1:
-        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    """Normalisers over every rank's batches (its share of their rows)."""
+    counts = runtime.sum_replicas(local_counts(list(batches)).to(runtime.device))
     return Counts(ce=float(counts[0]), decisions=float(counts[1]))
 
 
 @torch.no_grad()
 def forward(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runtime) -> list[Tensor]:
-    """LanguageModel outputs, fp32 [3, b, s] each, of this process's batches, without gradients."""
+    """LanguageModel outputs, fp32 [3, b, s] each, of this data-parallel rank's batches, without gradients.
+
+    Whole rows, on every pipeline stage.
+    """
     if not batches:
         return []
     training = model.training
     model.eval()
     try:
-        return _run(model, [b.to(runtime.device) for b in batches], None)
+        results = _run(model, _shares(batches, runtime), runtime, None)
     finally:
         model.train(training)
+    if runtime.is_last_stage:
+        outputs = torch.stack(results)
+        if runtime.context_size > 1:
+            outputs = gather_outputs(outputs, runtime.context_group)
+    else:
+        outputs = torch.empty(len(batches), 3, *batches[0].ids.shape, device=runtime.device)
+    return list(runtime.from_last_stage(outputs).unbind())
 
 
-def _run(model: torch.nn.Module, batches: Sequence[TokenBatch], loss: Any) -> list[Tensor]:
+def _shares(batches: Sequence[TokenBatch], runtime: Runtime) -> list[TokenBatch]:
+    """This context-parallel rank's share of the rows."""
+    return [b.share(runtime.context_rank, runtime.context_size).to(runtime.device) for b in batches]
+
+
+def _chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(model) if isinstance(model, torch.nn.ModuleList) else [model]
+
+
+def _run(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runtime, loss: Any) -> list[Tensor]:
+    """Megatron's schedule over all chunks and stages; what `loss` (or the model) gave, on the last stage."""
+
     def forward_step(iterator: Iterator[TokenBatch], network: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
         return network(batch), partial(_keep if loss is None else loss, batch=batch)
 
+    chunks = _chunks(model)
+    if len(chunks) > 1 and len(batches) % runtime.pipeline_size:
+        raise ValueError(f"{len(batches)} micro-batches on {runtime.pipeline_size} interleaved stages: not a multiple")
+    rows, length = batches[0].ids.shape
+    iterators = [iter(batches) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
         num_microbatches=len(batches),
-        seq_length=batches[0].ids.shape[1],
-        micro_batch_size=batches[0].ids.shape[0],
+        seq_length=length * runtime.context_size,
+        micro_batch_size=rows,
         forward_only=loss is None,
         collect_non_loss_data=loss is None,
     )

@@ -2,6 +2,8 @@
 
 Each row has its own length. `feed` appends tokens to every row in one ragged pass; `cut` takes tokens back; `select`
 keeps, drops or copies rows (the G transcripts of one document share their first pass this way).
+
+Under pipeline parallelism every stage calls the same methods and holds the caches of its own layers.
 """
 
 from collections.abc import Sequence
@@ -11,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ra3_megatron.mcore.attention import CachedAttention, CacheView, LayerCache, RowGroup
+from ra3_megatron.mcore.attention import CacheView, LayerCache, RowGroup
 from ra3_megatron.mcore.batch import TokenBatch
-from ra3_megatron.mcore.model import LanguageModel
+from ra3_megatron.rollout.stage_pass import StagePass
 
 GROWTH = 64
 """Slots are allocated in multiples of this."""
@@ -22,12 +24,11 @@ GROWTH = 64
 class KVSession:
     """Caches of a batch of rows."""
 
-    def __init__(self, model: LanguageModel, device: torch.device) -> None:
-        self.model = model
-        self.device = device
+    def __init__(self, stage: StagePass) -> None:
+        self.stage = stage
+        self.device = stage.runtime.device
         self.lengths: list[int] = []
         self._caches: list[LayerCache] = []
-        self._attentions = [m for m in model.modules() if isinstance(m, CachedAttention)]
 
     @property
     def rows(self) -> int:
@@ -52,7 +53,7 @@ class KVSession:
 
     def split(self, rows: Sequence[int]) -> "KVSession":
         """A session of copies of these rows; this one is left as it is."""
-        part = KVSession(self.model, self.device)
+        part = KVSession(self.stage)
         part.lengths, part._caches = list(self.lengths), [LayerCache(c.keys, c.values) for c in self._caches]
         part.select(rows)
         if part.rows == self.rows:  # nothing was copied if the rows are the same
@@ -82,7 +83,8 @@ class KVSession:
     def feed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """Append tokens to each row (none: the row stays as it is).
 
-        Returns hidden states of the new tokens, [T, hidden], row after row, and where each row's begin.
+        Returns hidden states of the new tokens, [T, hidden], row after row, and where each row's begin. They are
+        zeros on all pipeline stages but the last.
         """
         counts = [len(new) for new in tokens]
         starts = [0, *accumulate(counts)][:-1]
@@ -96,16 +98,9 @@ class KVSession:
             self._groups(counts, starts),
         )
         batch = TokenBatch(ids[None], view.positions[None], view.rows[None], ids[None])
-        # no switch to eval mode: the model has no dropout, and the switch costs a tenth of a small pass
-        try:
-            for attention, cache in zip(self._attentions, self._caches, strict=True):
-                attention.cache, attention.view = cache, view
-            hidden = self.model(batch, hidden_only=True)
-        finally:
-            for attention in self._attentions:
-                attention.cache = attention.view = None
+        hidden = self.stage(batch, self._caches, view)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
-        return hidden[:, 0], starts
+        return hidden, starts
 
     def _groups(self, counts: list[int], starts: list[int]) -> list[RowGroup]:
         """Rows grouped by how many new tokens they have, within a factor of two."""
@@ -135,13 +130,13 @@ class KVSession:
         if self._caches and self._caches[0].keys.shape[2] >= slots:
             return
         total = -(-slots // GROWTH) * GROWTH
-        config = self.model.config
+        config = self.stage.config
         groups = config.num_query_groups // config.tensor_model_parallel_size
         shape = (self.rows, groups, total, config.kv_channels)
         old = self._caches
         self._caches = [
             LayerCache(*(torch.zeros(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)))
-            for _ in self._attentions
+            for _ in self.stage.attentions
         ]
         used = max(self.lengths, default=0)
         for new, before in zip(self._caches, old, strict=False):

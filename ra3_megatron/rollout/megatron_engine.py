@@ -1,8 +1,9 @@
 """The first rollout engine: key/value-cached sampling on the live Megatron model.
 
 It holds no copy of the weights: what the trainer changes is what it samples from, and `weight_version` is the
-trainer's count. Under tensor parallelism every rank of the group runs the same calls; single positions' logits are
-gathered to sample from (probabilities of events are not: they stay vocabulary-parallel), and rank 0's choice counts.
+trainer's count. Every process of a replica of the model (its tensor-parallel ranks and pipeline stages) runs the same
+calls. On the last stage single positions' logits are gathered to sample from (probabilities of events are not: they
+stay vocabulary-parallel), and the choices of its rank 0 are everybody's.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ra3_megatron.mcore.model import LanguageModel, language_model
+from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import event_log_probs
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
+from ra3_megatron.rollout.stage_pass import StagePass
 from ra3_megatron.text.latents import LatentFormat
 
 
@@ -35,7 +37,8 @@ class MegatronEngine:
         temperature: float = 1.0,
         share_first_pass: bool = True,
     ) -> None:
-        self.model: LanguageModel = language_model(model)
+        self.stage = StagePass(model, runtime)
+        self.vocabulary = chunks_of(model)[-1].vocabulary
         self.runtime = runtime
         self.latents = latents
         self.temperature = temperature
@@ -45,13 +48,16 @@ class MegatronEngine:
         self._sets = torch.as_tensor(latents.sets, device=runtime.device)
         places = torch.arange(vocab_size, device=runtime.device)
         self._last_of_set = torch.where(self._sets, places, 0).amax(-1)
-        self._session = KVSession(self.model, runtime.device)
+        self._session = KVSession(self.stage)
         self._keys: list[int] = []
         self._cached: list[list[int]] = []
 
     def forget(self) -> None:
         self._keys, self._cached = [], []
         self._session.open(0)
+
+    def finish(self) -> None:
+        self.stage.finish()
 
     # -- free continuation ----------------------------------------------------------------------------------------
 
@@ -71,7 +77,7 @@ class MegatronEngine:
             rows = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
             greedy = [requests[i].greedy for i in active]
-            tokens, values = self._sample(self._logits(hidden), rows, rows, draws, greedy)
+            tokens, values = self._sample(hidden, rows, rows, draws, greedy)
             keep = []
             for place, i in enumerate(active):
                 ids[i].append(tokens[place])
@@ -144,17 +150,8 @@ class MegatronEngine:
         # the token before the decision predicts it
         chosen = hidden[torch.tensor([starts[i] + places[i][t] - 1 for i, t in wanted], device=device)]
         act = [self.latents.act_set(requests[i].lines[t].think_set) for i, t in wanted]
-        numerator = torch.tensor(act, device=device)
-        log_act, _ = event_log_probs(
-            self.model.logits(chosen).float() / self.temperature,
-            torch.zeros_like(numerator),
-            self.model.vocabulary,
-            numerator,
-            torch.full_like(numerator, self.latents.universe),
-            entropy=False,
-            overwrite=True,
-        )
-        for (i, t), value, state in zip(wanted, self._agree(log_act).tolist(), chosen, strict=True):
+        log_act = self.runtime.agree(self._act_log_probs(chosen, torch.tensor(act, device=device)))
+        for (i, t), value, state in zip(wanted, log_act.tolist(), chosen, strict=True):
             values[i][t] = value
             states[i, t] = state
         return values, states
@@ -186,16 +183,16 @@ class MegatronEngine:
             session = self._session.split([i for i, _ in active])
             self._session.select(waiting)
         else:
-            session, self._session = self._session, KVSession(self.model, self.runtime.device)
+            session, self._session = self._session, KVSession(self.stage)
             session.select([i for i, _ in active])
         cached = [sequences[i][: places[i][t]] for i, t in active]
         session.cut([len(ids) for ids in cached])
         device = self.runtime.device
         universe = torch.full((len(active),), self.latents.universe, device=device)
         start = torch.tensor([requests[i].lines[t].think_set for i, t in active], device=device)
-        logits = self._logits(torch.stack([at_decision[i, t] for i, t in active]))
+        states = torch.stack([at_decision[i, t] for i, t in active])
         draws = np.array([requests[i].uniforms[t, 1] for i, t in active])
-        tokens, values = self._sample(logits, start, universe, draws)
+        tokens, values = self._sample(states, start, universe, draws)
         ids = [[token] for token in tokens]
         log_probs = [[value] for value in values]
         limits = [requests[i].uniforms.shape[1] - 1 for i, _ in active]
@@ -207,9 +204,8 @@ class MegatronEngine:
             hidden, _ = session.feed(feed)
             for k in live:
                 cached[k].append(ids[k][-1])
-            logits = self._logits(hidden)
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
-            tokens, values = self._sample(logits, inner[: len(live)], inner[: len(live)], draws)
+            tokens, values = self._sample(hidden, inner[: len(live)], inner[: len(live)], draws)
             for k, token, value in zip(live, tokens, values, strict=True):
                 ids[k].append(token)
                 log_probs[k].append(value)
@@ -222,9 +218,23 @@ class MegatronEngine:
 
     # -- sampling -------------------------------------------------------------------------------------------------
 
+    def _act_log_probs(self, hidden: Tensor, act: Tensor) -> Tensor:
+        """log P(token of the sets `act`) behind hidden states, [n]; meaningful on the last stage."""
+        if not self.runtime.is_last_stage:
+            return torch.zeros(len(act), device=hidden.device)
+        return event_log_probs(
+            self.stage.logits(hidden).float() / self.temperature,
+            torch.zeros_like(act),
+            self.vocabulary,
+            act,
+            torch.full_like(act, self.latents.universe),
+            entropy=False,
+            overwrite=True,
+        )[0]
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary of single positions, [n, vocab], gathered over the tensor-parallel group."""
-        local = self.model.logits(hidden).float() / self.temperature
+        local = self.stage.logits(hidden).float() / self.temperature
         if self.runtime.tensor_size > 1:
             shards = [torch.empty_like(local) for _ in range(self.runtime.tensor_size)]
             dist.all_gather(shards, local.contiguous(), group=self.runtime.tensor_group)
@@ -233,7 +243,7 @@ class MegatronEngine:
 
     def _sample(
         self,
-        logits: Tensor,
+        hidden: Tensor,
         allowed: Tensor,
         universe: Tensor,
         draws: np.ndarray,
@@ -241,27 +251,23 @@ class MegatronEngine:
     ) -> tuple[list[int], list[float]]:
         """Tokens sampled within rows `allowed` of the token sets, and their log-probabilities within rows `universe`.
 
-        logits [n, vocab]; allowed, universe [n]; draws [n] uniforms.
+        hidden [n, hidden]; allowed, universe [n]; draws [n] uniforms.
         """
-        inside = logits.masked_fill(~self._sets[allowed], -torch.inf)
-        cumulative = inside.double().softmax(-1).cumsum(-1)
-        point = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-        # a uniform next to 1 can round past the last token that has any probability
-        tokens = torch.minimum(tokens, self._last_of_set[allowed])
-        if greedy is not None and any(greedy):
-            tokens = torch.where(torch.tensor(greedy, device=tokens.device), inside.argmax(-1), tokens)
-        tokens = self._agree(tokens)
-        within = logits.masked_fill(~self._sets[universe], -torch.inf).log_softmax(-1)
-        values = within.gather(1, tokens[:, None])[:, 0]
-        return tokens.tolist(), values.tolist()
-
-    def _agree(self, values: Tensor) -> Tensor:
-        """Rank 0's values on every tensor-parallel rank, so that no rounding can make ranks choose differently."""
-        if self.runtime.tensor_size > 1:
-            source = dist.get_global_rank(self.runtime.tensor_group, 0)
-            dist.broadcast(values, src=source, group=self.runtime.tensor_group)
-        return values
+        chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
+        if self.runtime.is_last_stage:
+            logits = self._logits(hidden)
+            inside = logits.masked_fill(~self._sets[allowed], -torch.inf)
+            cumulative = inside.double().softmax(-1).cumsum(-1)
+            point = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
+            tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+            # a uniform next to 1 can round past the last token that has any probability
+            tokens = torch.minimum(tokens, self._last_of_set[allowed])
+            if greedy is not None and any(greedy):
+                tokens = torch.where(torch.tensor(greedy, device=tokens.device), inside.argmax(-1), tokens)
+            within = logits.masked_fill(~self._sets[universe], -torch.inf).log_softmax(-1)
+            chosen[0], chosen[1] = tokens, within.gather(1, tokens[:, None])[:, 0]
+        tokens, values = self.runtime.agree(chosen)
+        return tokens.long().tolist(), values.tolist()
 
 
 def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[list[int]]]:

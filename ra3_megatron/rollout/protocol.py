@@ -114,3 +114,7 @@ class RolloutEngine(Protocol):
     def forget(self) -> None:
         """Drop every cache (after the weights changed, or when a batch of transcripts is done)."""
         ...
+
+    def finish(self) -> None:
+        """This replica of the model has sampled its share: go on only when those have that need its help."""
+        ...

@@ -136,7 +136,7 @@ def assert_gradients_equal(found: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def test_packed_rows_equal_documents_one_by_one(runtime: Runtime) -> None:
-    model = build(SINGLE, runtime)
+    model = language_model(build(SINGLE, runtime))
     documents = make_documents(9, seed=2)
     rows = put_in_rows(documents)
     assert max(len(row) for row in rows) > 2
@@ -156,7 +156,7 @@ def test_packed_rows_equal_documents_one_by_one(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunks_of_positions_change_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
-    model = build(SINGLE, runtime, MODEL.model_copy(update={"tied_embeddings": tied}))
+    model = language_model(build(SINGLE, runtime, MODEL.model_copy(update={"tied_embeddings": tied})))
     batch = pack_rows(put_in_rows(make_documents(9, seed=3)))
     whole, whole_gradients = loss_and_gradients(model, [batch])
     largest = 0
@@ -171,12 +171,12 @@ def test_chunks_of_positions_change_nothing(runtime: Runtime, monkeypatch: pytes
     monkeypatch.setattr(model_module, "event_log_probs", watched)
     chunked, chunked_gradients = loss_and_gradients(model, [batch])
     assert largest == 7
-    torch.testing.assert_close(chunked[0], whole[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(chunked[0], whole[0], rtol=0, atol=3e-6)
     assert_gradients_equal(chunked_gradients, whole_gradients, 1e-6)
 
 
 def test_only_positions_that_are_asked_for_are_computed(runtime: Runtime) -> None:
-    model = build(SINGLE, runtime)
+    model = language_model(build(SINGLE, runtime))
     batch = pack_rows(put_in_rows(make_documents(9, seed=3)))
     (out,) = forward(model, [batch], runtime)
     assert batch.ce_weight is not None and batch.choices is not None
@@ -190,14 +190,14 @@ def test_only_positions_that_are_asked_for_are_computed(runtime: Runtime) -> Non
 
 
 def test_temperature_divides_the_logits_of_events_only(runtime: Runtime) -> None:
-    model = build(SINGLE, runtime)
+    model = language_model(build(SINGLE, runtime))
     batch = plain_batch(torch.randint(0, VOCAB, (1, 12)))
     assert batch.ce_weight is not None
     mask = batch.ce_weight > 0
     (out,) = forward(model, [replace(batch, choices=Events(mask=mask, temperature=2.0))], runtime)
     with torch.no_grad():
-        hidden = language_model(model)(replace(batch, ce_weight=None), hidden_only=True)[:, 0]
-        logits = language_model(model).logits(hidden)[:-1, :VOCAB]
+        hidden = model(replace(batch, ce_weight=None), hidden_only=True)[:, 0]
+        logits = model.logits(hidden)[:-1, :VOCAB]
     target = batch.targets[0, :-1, None]
     torch.testing.assert_close(out[0, 0, :-1], logits.log_softmax(-1).gather(1, target)[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(out[1, 0, :-1], (logits / 2).log_softmax(-1).gather(1, target)[:, 0], rtol=0, atol=1e-5)
@@ -233,9 +233,10 @@ def test_initial_weights_do_not_depend_on_the_layout(runtime: Runtime) -> None:
         assert found.keys() == one.keys()
         for name in one:
             assert torch.equal(found[name], one[name]), name
-    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
-    assert local[qkv].shape[0] * 2 == expected[qkv].shape[0]
-    assert not torch.equal(*expected[qkv].chunk(2))
+    qkv = "self_attention.linear_qkv.weight"
+    first_layer = expected[f"decoder.layers.{qkv}"][0]
+    assert local[f"decoder.layers.0.{qkv}"].shape[0] * 2 == first_layer.shape[0]
+    assert not torch.equal(*first_layer.chunk(2))
 
 
 def test_the_seed_decides_the_weights(runtime: Runtime) -> None:

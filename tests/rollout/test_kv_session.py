@@ -10,6 +10,7 @@ from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.kv_session import KVSession
+from ra3_megatron.rollout.stage_pass import StagePass
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def feed(session: KVSession, rows: list[list[int]], new: list[list[int]]) -> Non
     for number, tokens in enumerate(new):
         rows[number] = rows[number] + tokens
         if tokens:
-            exact = hidden_of(session.model, rows[number])[starts[number] :]
+            exact = hidden_of(session.stage.chunks[0], rows[number])[starts[number] :]
             torch.testing.assert_close(
                 hidden[begins[number] : begins[number] + len(tokens)], exact, atol=2e-5, rtol=1e-5
             )
@@ -42,7 +43,7 @@ def feed(session: KVSession, rows: list[list[int]], new: list[list[int]]) -> Non
 @pytest.mark.parametrize("seed", range(4))
 def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, seed: int) -> None:
     generator = random.Random(seed)
-    session = KVSession(model, runtime.device)
+    session = KVSession(StagePass(model, runtime))
     rows: list[list[int]] = [[] for _ in range(5)]
     session.open(5)
     feed(session, rows, [[generator.randrange(25) for _ in range(generator.randint(1, 40))] for _ in rows])
@@ -63,7 +64,7 @@ def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, 
 
 
 def test_rows_split_off_and_come_back(model: LanguageModel, runtime: Runtime) -> None:
-    session = KVSession(model, runtime.device)
+    session = KVSession(StagePass(model, runtime))
     rows = [[1, 2, 3], [4], [5, 6] * 40, [7, 8]]
     session.open(4)
     feed(session, [[], [], [], []], rows)
@@ -81,14 +82,14 @@ def test_rows_split_off_and_come_back(model: LanguageModel, runtime: Runtime) ->
     feed(whole, [row[:1] for row in together], [[12]] * 4)
     assert session.lengths == [3, 4, 82, 5], "what is done to a part is not done to the whole"
     feed(session, together, [[13]] * 4)
-    empty = KVSession(model, runtime.device)
+    empty = KVSession(StagePass(model, runtime))
     empty.open(0)
     empty.append(session)
     assert empty.lengths == session.lengths
 
 
 def test_copies_of_a_row_go_their_own_ways(model: LanguageModel, runtime: Runtime) -> None:
-    session = KVSession(model, runtime.device)
+    session = KVSession(StagePass(model, runtime))
     session.open(1)
     rows = [[1, 2, 3]]
     feed(session, [[]], rows)
@@ -101,7 +102,7 @@ def test_copies_of_a_row_go_their_own_ways(model: LanguageModel, runtime: Runtim
 
 
 def test_a_row_cannot_be_cut_longer(model: LanguageModel, runtime: Runtime) -> None:
-    session = KVSession(model, runtime.device)
+    session = KVSession(StagePass(model, runtime))
     session.open(2)
     session.feed([[1, 2], [3]])
     with pytest.raises(ValueError, match="cannot be cut"):
@@ -110,7 +111,7 @@ def test_a_row_cannot_be_cut_longer(model: LanguageModel, runtime: Runtime) -> N
 
 def test_the_model_is_left_as_it_was(model: LanguageModel, runtime: Runtime) -> None:
     """Training mode and attention without caches come back, also when a pass fails."""
-    session = KVSession(model, runtime.device)
+    session = KVSession(StagePass(model, runtime))
     session.open(1)
     model.train()
     session.feed([[1, 2, 3]])

@@ -1,0 +1,91 @@
+"""One incremental pass through all layers of the model, wherever they are.
+
+Tensor parallelism: every rank of the group runs the pass. Pipeline stages run it one after another, chunk by chunk,
+and hand hidden states on. Context parallelism plays no part: sequences are whole here. Experts that live on other
+replicas of the model need these replicas to run a pass at the same time: see `_meet`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from ra3_megatron.mcore.attention import CachedAttention, CacheView, LayerCache
+from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.mcore.model import LanguageModel, chunks_of
+from ra3_megatron.mcore.startup import Runtime
+
+
+class StagePass:
+    """Runs passes on the chunks of this process; collective over the processes of a replica."""
+
+    def __init__(self, model: torch.nn.Module, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.chunks: list[LanguageModel] = chunks_of(model)
+        self.config = self.chunks[0].config
+        self._attentions = [[m for m in chunk.modules() if isinstance(m, CachedAttention)] for chunk in self.chunks]
+        self._meets = runtime.expert_size > 1
+
+    @property
+    def attentions(self) -> list[CachedAttention]:
+        """Attention of every layer of this process, in order."""
+        return [attention for chunk in self._attentions for attention in chunk]
+
+    @torch.no_grad()
+    def __call__(self, batch: TokenBatch, caches: Sequence[LayerCache], view: CacheView) -> Tensor:
+        """Hidden states behind the model's last layer, [T, hidden], of a batch of one row of T tokens.
+
+        Zeros on all pipeline stages but the last. The keys and values of the tokens are added to `caches`.
+        """
+        if self._meets:
+            self._meet(True)
+        # no switch to eval mode: the model has no dropout, and the switch costs a tenth of a small pass
+        try:
+            for attention, cache in zip(self.attentions, caches, strict=True):
+                attention.cache, attention.view = cache, view
+            return self._through(batch)
+        finally:
+            for attention in self.attentions:
+                attention.cache = attention.view = None
+
+    def finish(self) -> None:
+        """Take part in the passes of other replicas until they are done too. To be called when this one is."""
+        if self._meets:
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
+            while self._meet(False):
+                self._through(TokenBatch(token, token, token, token))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's logits of hidden states, [n, hidden] -> [n, V_local]; on the last stage."""
+        return self.chunks[-1].logits(hidden)
+
+    def _meet(self, active: bool) -> bool:
+        """Whether any replica that shares experts with this one has a pass to run; all say so at the same time."""
+        flag = torch.tensor([int(active)], device=self.runtime.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.runtime.expert_group)
+        return bool(flag.item())
+
+    def _through(self, batch: TokenBatch) -> Tensor:
+        runtime, tokens = self.runtime, batch.ids.shape[1]
+        hidden: Tensor | None = None
+        for chunk in self.chunks:
+            if not chunk.pre_process:
+                hidden = torch.empty(
+                    tokens, 1, self.config.hidden_size, dtype=self.config.params_dtype, device=runtime.device
+                )
+                dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=self._group)
+                chunk.set_input_tensor(hidden)
+            hidden = chunk(batch, hidden_only=True)
+            if not chunk.post_process:
+                dist.send(
+                    hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=self._group
+                )
+                hidden = hidden.new_zeros(1, 1, 1)
+        assert hidden is not None
+        return hidden[:, 0] if runtime.is_last_stage else hidden[0].expand(tokens, self.config.hidden_size)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self.runtime.pipeline_group
