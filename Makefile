@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test lint format bench docs-config clean
+.PHONY: help quickstart install test test-parallel lint format bench docs-config clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 quickstart: install ## Install, then train a small model with RA3 and NTP on this machine's Python code
 	$(BIN)/ra3 train examples/quickstart.yaml --resume
@@ -39,6 +39,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 test: install ## Run the tests; ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-parallel: install ## Test every parallel layout (make test runs a subset of them); ARGS=… goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel --full-matrix $(ARGS)
 
 lint: install ## Check style, formatting and types
 	$(BIN)/ruff check .

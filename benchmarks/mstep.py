@@ -69,13 +69,19 @@ def matrix_rate(size: int = 1024, repeats: int = 10) -> float:
 
 
 def _megatron(trainer: Trainer, ids: np.ndarray):  # type: ignore[no-untyped-def]
+    batches = packed_batches(torch.from_numpy(ids))
+    return lambda: trainer.step(batches)
+
+
+def packed_batches(ids: torch.Tensor) -> list[TokenBatch]:
+    """Micro-batches of rows of several documents, from ids [micro-batches, rows, tokens]."""
     batches = []
-    for rows in torch.from_numpy(ids):
+    for rows in ids:
         positions = torch.arange(rows.shape[1]).expand_as(rows) % DOCUMENT
         segments = torch.arange(rows.shape[1]).expand_as(rows) // DOCUMENT
         weight = torch.ones(rows.shape, dtype=torch.float32)
         batches.append(TokenBatch(rows, positions, segments, rows.roll(-1, 1), ce_weight=weight))
-    return lambda: trainer.step(batches)
+    return batches
 
 
 def _hugging_face(config: ModelConfig, ids: np.ndarray):  # type: ignore[no-untyped-def]

@@ -6,18 +6,20 @@ requests; `naive + cache` has an engine that keeps each transcript's keys and va
 thinking rate is forced by the uniforms of the decisions (0 thinks, 1 does not): it does not depend on the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import torch
 
 import ra3_megatron.mcore  # noqa: F401
 from benchmarks.measure import Timing, alternate
 from benchmarks.mstep import SIZES, VOCABULARY
 from ra3_megatron.config.data import CorpusConfig, TextConfig
-from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.corpus.sources import iter_texts
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
@@ -25,8 +27,8 @@ from ra3_megatron.rollout import latent_sampler
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.rollout.protocol import Uniforms
-from ra3_megatron.text.latents import build_format, cut, encode_document
-from ra3_megatron.text.tokenizer import train_sentencepiece
+from ra3_megatron.text.latents import Document, LatentFormat, build_format, cut, encode_document
+from ra3_megatron.text.tokenizer import Tokenizer, train_sentencepiece
 
 RATES = (0.0, 0.1, 0.3, 0.6)
 GROUP = 8
@@ -43,10 +45,27 @@ class RolloutResult:
     timings: dict[str, Timing]
 
 
-def measure(
-    name: str, runtime: Runtime, folder: Path, documents: int, repeats: int, rates: Sequence[float] = RATES
-) -> list[RolloutResult]:
-    """Time the samplers on functions of the standard library."""
+@dataclass(frozen=True)
+class Workload:
+    """Functions of the standard library, and a model of one of the `SIZES` that reads them."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    latents: LatentFormat
+    documents: list[Document]
+
+    @property
+    def lines(self) -> int:
+        """Lines of all documents."""
+        return sum(len(document.lines) for document in self.documents)
+
+    def model(self, runtime: Runtime, seed: int = 1) -> torch.nn.Module:
+        """Random weights."""
+        return build_model(self.config, ParallelConfig(), runtime, self.tokenizer.vocab_size, self.latents.sets, seed)
+
+
+def load(name: str, folder: Path, documents: int) -> Workload:
+    """Functions of 5 to 30 lines, every 40th, about `documents` of them, and a tokenizer trained on all of them."""
     config = SIZES[name]
     texts = []
     for source in iter_texts(CorpusConfig(), None):
@@ -59,28 +78,34 @@ def measure(
     latents = build_format(TEXT, tokenizer)
     encoded = [encode_document(text, str(i), tokenizer, latents, TEXT) for i, text in enumerate(texts[::40])]
     fitting = [cut(document, config.context_length - 64, latents) for document in encoded]
-    chosen = [document for document in fitting if document is not None]
-    model = build_model(config, ParallelConfig(), runtime, tokenizer.vocab_size, latents.sets, seed=1)
+    return Workload(config, tokenizer, latents, [document for document in fitting if document is not None])
+
+
+def measure(work: Workload, runtime: Runtime, repeats: int, rates: Sequence[float] = RATES) -> list[RolloutResult]:
+    """Time the samplers on these documents."""
+    model, latents, tokenizer = work.model(runtime), work.latents, work.tokenizer
 
     def sampler(method: str, cache: bool = True) -> LatentSampler:
         engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache)
-        return LatentSampler(engine, latents, tokenizer, config.context_length, 128, method, cache)  # type: ignore[arg-type]
+        return LatentSampler(engine, latents, tokenizer, work.config.context_length, 128, method, cache)  # type: ignore[arg-type]
 
     samplers = {
         "jump-ahead": sampler("jump_ahead"),
         "naive + cache": sampler("naive"),
         "naive": sampler("naive", False),
     }
-    jobs = [Job(document, (number, g)) for number, document in enumerate(chosen) for g in range(GROUP)]
+    jobs = [Job(document, (number, g)) for number, document in enumerate(work.documents) for g in range(GROUP)]
     results = []
     for rate in rates:
-        with patch.object(latent_sampler, "uniforms", _forced(rate)):
+        with forced_rate(rate):
             timings = alternate({k: (lambda s=s: s.sample(jobs)) for k, s in samplers.items()}, repeats, warm_up=0)
-        results.append(RolloutResult(rate, len(chosen), sum(len(d.lines) for d in chosen), timings))
+        results.append(RolloutResult(rate, len(work.documents), work.lines, timings))
     return results
 
 
-def _forced(rate: float):  # type: ignore[no-untyped-def]
+@contextmanager
+def forced_rate(rate: float) -> Iterator[None]:
+    """Within it, decisions think with this probability, whatever the weights are."""
     original = latent_sampler.uniforms
 
     def draw(key: Sequence[int], lines: int, max_latent_tokens: int) -> Uniforms:
@@ -88,4 +113,5 @@ def _forced(rate: float):  # type: ignore[no-untyped-def]
         draws[:, 0] = np.where(draws[:, 0] < rate, 0.0, 1.0)
         return draws
 
-    return draw
+    with patch.object(latent_sampler, "uniforms", draw):
+        yield

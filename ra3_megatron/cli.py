@@ -175,6 +175,21 @@ def show(
     show_transcripts(run_dir, phase, count, document, Console())
 
 
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint.", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything; exit with 1 if a shard is missing or damaged.")
+    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what is in a checkpoint: model, layout it was saved at, step, tensors."""
+    from ra3_megatron.verbs.inspect import inspect as inspect_checkpoint
+
+    raise typer.Exit(inspect_checkpoint(checkpoint, verify, tensors, as_json))
+
+
 @app.command("config")
 def config_(
     config: _Config = None,

@@ -26,7 +26,16 @@ ACCEPTED_SKIP = re.compile(
 """Reasons for a skip that `make install` cannot remove: hardware, the system, packages outside core, data and dev."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-matrix",
+        action="store_true",
+        help="test every topology of tests/parallel/topologies.py, not only the representative subset",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_topologies(config, items)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -35,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def leave_out_topologies(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is marked `full_matrix`, unless it was asked for."""
+    left_out = [item for item in items if item.get_closest_marker("full_matrix")]
+    if left_out and not config.getoption("--full-matrix"):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full_matrix")]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -52,6 +69,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"{ran} tests ran, {reasons.total()} skipped{':' if reasons else '.'}")
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"  {count:4} {reason}")
+    left_out = terminalreporter.stats.get("deselected", ())
+    topologies = [item for item in left_out if item.get_closest_marker("full_matrix")]
+    if topologies:
+        terminalreporter.write_line(
+            f"{len(topologies)} tests of parallel layouts left out for their time: "
+            "a representative subset ran, `make test-parallel` runs every layout."
+        )
     if os.environ.get("RA3_STRICT_SKIPS"):
         for reason in unexplained_skips(reasons):
             message = f"ERROR: skipped although `make install` should have brought what it needs: {reason}"

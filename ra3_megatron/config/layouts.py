@@ -1,7 +1,8 @@
 """Which layouts fit a model: what is wrong with one, and the nearest ones that are right.
 
-Pure functions of the configuration, so that a layout is refused before any process starts. They cover every rule by
-which Megatron-Core refuses a layout (or computes something else than asked) that the configuration can decide.
+Pure functions of the configuration, so that a layout is refused before any process starts. They know the rules by which
+Megatron-Core 0.16.1 refuses a layout or computes something else than asked; those that concern `parallel` alone are in
+`ParallelConfig.problems`.
 """
 
 import math
@@ -145,7 +146,10 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
     names, rest, others = " + ".join(given), layers - sum(given.values()), stages - len(given)
     if others == 0:
         if rest:
-            yield f"{names} = {sum(given.values())} layers in parallel.pipeline=2 stages: model.num_layers={layers}"
+            yield (
+                f"{names} = {sum(given.values())} is not model.num_layers={layers}, and parallel.pipeline=2 has no "
+                "other stage"
+            )
         elif virtual > 1:  # Megatron-Core 0.16.1 divides by the number of stages between first and last
             yield (
                 f"{names} with parallel.virtual_pipeline={virtual} and parallel.pipeline=2: give one of them, the "
@@ -153,13 +157,13 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
             )
     elif rest < others:
         yield (
-            f"{names} leaves {max(rest, 0)} of model.num_layers={layers} for the other {_stages(others)}, which "
-            "must have at least 1 each"
+            f"{names} leaves {max(rest, 0)} of model.num_layers={layers} for the other {_stages(others)}: "
+            "each needs at least 1"
         )
     elif rest % others:
         yield (
-            f"{names} leaves {rest} of model.num_layers={layers} for the other {_stages(others)}, which cannot share "
-            f"them evenly: a multiple of {others} could be"
+            f"{names} leaves {rest} of model.num_layers={layers} for the other {_stages(others)}, which need a "
+            f"multiple of {others}"
         )
     for name, value in given.items():
         if value % virtual:
@@ -207,7 +211,7 @@ def _expert_problems(model: ModelConfig, experts: int, parallel: ParallelConfig)
     if width % tensor:
         yield f"parallel.{name}={tensor} does not divide model.{key}={width}: {_dividing([width], tensor)} would"
     share = parallel.tensor * parallel.context * parallel.data
-    if share % (tensor * parallel.expert):
+    if experts % parallel.expert == 0 and share % (tensor * parallel.expert):
         possible = [n for n in _divisors(experts) if share % (tensor * n) == 0]
         right = f"parallel.expert={_any_of(_nearest(possible, parallel.expert))}" if possible else ""
         right = right or f"parallel.expert_tensor={_dividing([width, share], tensor)}"

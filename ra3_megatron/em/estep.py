@@ -18,7 +18,7 @@ import torch
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
-from ra3_megatron.em.packing import plan_rows, policy_batches
+from ra3_megatron.em.packing import Planner, policy_batches
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
@@ -45,22 +45,21 @@ class EStep:
         self, config: RunConfig, policy: LatentPolicy, trainer: Trainer, scorer: torch.nn.Module, blank: BlankTokens
     ) -> None:
         self.config = config.estep
-        self.row_length = config.model.context_length
         self.temperature = config.rollout.temperature
         self.policy = policy
         self.trainer = trainer
         self.scorer = scorer
         self.blank = blank
         self.runtime = trainer.runtime
+        self.planner = Planner(config, config.estep, trainer.runtime)
         self.loss = PolicyLoss(self.config.clip_ratio, self.config.importance_cap)
 
     def step(self, documents: Sequence[Transcript], keys: Sequence[Sequence[int]]) -> tuple[dict[str, float], Rollouts]:
         """One update on these documents; metrics of it and the rollouts behind them."""
+        self.trainer.synchronize()  # the sampler reads the weights of the last update
         transcripts = self.policy.sample(documents, keys, self.config.group_size)
         rollouts = self.reward(transcripts)
-        plan = plan_rows(
-            [t.num_tokens for t in transcripts], self.row_length, self.config.micro_batch_size, self.runtime
-        )
+        plan = self.planner.plan(transcripts)
         batches = policy_batches(
             transcripts,
             rollouts.advantages,
@@ -79,15 +78,14 @@ class EStep:
             "decision_entropy": first.mean(Stat.DECISION_ENTROPY, Stat.DECISIONS) or 0.0,
             "log_prob_mismatch": first.mean(Stat.MISMATCH, Stat.CHOICES) or 0.0,
             "clip_fraction": result.mean(Stat.CLIPPED, Stat.CHOICES) or 0.0,
-            "tokens": sum(t.num_tokens for t in transcripts),
+            "tokens": plan.tokens,
+            "fill_rate": plan.fill_rate,
         }
         return metrics | self._describe(rollouts), rollouts
 
     def reward(self, transcripts: list[Transcript]) -> Rollouts:
         """Rewards and advantages of transcripts that come in groups of G."""
-        plan = plan_rows(
-            [t.num_tokens for t in transcripts], self.row_length, self.config.micro_batch_size, self.runtime
-        )
+        plan = self.planner.plan(transcripts)
         scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.policy.latents)
         likelihoods, rewards, advantages = [], [], []
         for start in range(0, len(transcripts), self.config.group_size):

@@ -22,7 +22,7 @@ import torch
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
-from ra3_megatron.em.packing import plan_rows
+from ra3_megatron.em.packing import Planner
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.text.transcript import Role, Transcript
@@ -49,11 +49,10 @@ def evaluate(
     """Measure `model` on held-out documents (transcripts without sampled thoughts). Collective."""
     transcripts = policy.sample(documents, keys, config.evaluation.samples)
     runtime, latents = policy.runtime, policy.latents
+    planner = Planner(config, config.estep, runtime)
 
     def score(items: Sequence[Transcript]) -> list[npt.NDArray[np.float32]]:
-        lengths = [t.num_tokens for t in items]
-        plan = plan_rows(lengths, config.model.context_length, config.estep.micro_batch_size, runtime)
-        return token_log_probs(model, items, plan, runtime, latents, everything=True)
+        return token_log_probs(model, items, planner.plan(items), runtime, latents, everything=True)
 
     raw, scored = score(documents), score(transcripts)
     settings = config.estep

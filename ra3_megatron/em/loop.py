@@ -93,7 +93,7 @@ class EM:
             check_fit(start, "warm_start.checkpoint", self.config, run.corpus.tokenizer)
 
         def steps(trainer: Trainer) -> PackedSteps:
-            return PackedSteps(MStep(settings, trainer, Ordered(store, order.of(1)), length))
+            return PackedSteps(MStep(self.config, settings, trainer, Ordered(store, order.of(1))))
 
         return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
 
@@ -107,7 +107,7 @@ class EM:
         if is_done(run, phase):
             return final_of(run, phase)
         scorer = run.new_model()
-        checkpoint.load(pi, scorer, run.runtime)
+        checkpoint.load(pi, scorer, run.runtime, verify=self.config.checkpoint.verify)
         scorer.requires_grad_(False)
 
         sampler = DocumentSampler(len(self.train), order_seed(self.config.seed, Stream.ESTEP_ORDER, iteration))
@@ -138,7 +138,7 @@ class EM:
             return InfusedCorpus(folder)
         documents = self._documents(iteration)
         model = run.new_model()
-        record = checkpoint.load(q, model, run.runtime)
+        record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
                 self._policy(model, record["weight_version"]),
@@ -164,8 +164,7 @@ class EM:
             return final_of(run, phase)
 
         def steps(trainer: Trainer) -> PackedSteps:
-            length = self.config.model.context_length
-            return PackedSteps(MStep(settings, trainer, documents, length, settings.thought_weight))
+            return PackedSteps(MStep(self.config, settings, trainer, documents, settings.thought_weight))
 
         return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
 
@@ -176,7 +175,7 @@ class EM:
         if run.runtime.broadcast(path.is_file()):
             return dict(read_json(path))
         model = run.new_model()
-        record = checkpoint.load(model_of, model, run.runtime)
+        record = checkpoint.load(model_of, model, run.runtime, verify=self.config.checkpoint.verify)
         count = min(self.config.evaluation.documents, len(self.valid))
         documents = [self.valid[index] for index in range(count)]
         keys = [(self.config.seed, Stream.EVALUATION, index) for index in range(count)]

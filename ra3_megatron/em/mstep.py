@@ -1,32 +1,38 @@
 """The M-step: next-token prediction on documents, infused or not. Warm start and NTP are the same step.
 
-Documents come in an order that is fixed before the phase; rows of `model.context_length` tokens are packed from them.
+Documents come in an order that is fixed before the phase. A step takes as many as `global_batch_size` rows of
+`model.context_length` tokens hold, however they are dealt out to micro-batches then.
 Cross-entropy is reported apart for code tokens and thought tokens: only the former compares with NTP.
 """
 
 from typing import Any
 
+from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.corpus.packing import PackedBatcher
 from ra3_megatron.corpus.sampler import SequentialSampler
-from ra3_megatron.em.packing import plan_rows, training_batches
+from ra3_megatron.em.packing import Planner, training_batches
 from ra3_megatron.mcore.loss import Stat
 from ra3_megatron.mcore.trainer import Trainer
 
 
 class MStep:
-    """Trains the model in `trainer` on `documents`, one after another."""
+    """Trains the model in `trainer` on `documents`, one after another, as `settings`, a section of `config`, says."""
 
     def __init__(
-        self, settings: PackedTraining, trainer: Trainer, documents: Any, row_length: int, thought_weight: float = 1.0
+        self,
+        config: RunConfig,
+        settings: PackedTraining,
+        trainer: Trainer,
+        documents: Any,
+        thought_weight: float = 1.0,
     ) -> None:
-        self.settings = settings
         self.trainer = trainer
         self.documents = documents
-        self.row_length = row_length
         self.thought_weight = thought_weight
+        self.planner = Planner(config, settings, trainer.runtime)
         self.batcher = PackedBatcher(
-            documents, SequentialSampler(len(documents)), settings.global_batch_size, row_length
+            documents, SequentialSampler(len(documents)), settings.global_batch_size, config.model.context_length
         )
 
     def step(self) -> dict[str, float]:
@@ -36,13 +42,7 @@ class MStep:
         place = {index: number for number, index in enumerate(taken)}
         transcripts = [self.documents[index] for index in taken]
         self.last_documents = [t.document for t in transcripts]
-        plan = plan_rows(
-            [t.num_tokens for t in transcripts],
-            self.row_length,
-            self.settings.micro_batch_size,
-            self.trainer.runtime,
-            rows=[[place[index] for index in row] for row in rows],
-        )
+        plan = self.planner.plan(transcripts, rows=[[place[index] for index in row] for row in rows])
         batches = training_batches(transcripts, plan, self.trainer.runtime, self.thought_weight)
         result = self.trainer.step(batches)
         metrics = {
@@ -51,6 +51,7 @@ class MStep:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens": int(result.stats[Stat.CODE_TOKENS] + result.stats[Stat.THOUGHT_TOKENS]),
+            "fill_rate": plan.fill_rate,
         }
         thought_ce = result.mean(Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS)
         return metrics if thought_ce is None else metrics | {"thought_ce": thought_ce}

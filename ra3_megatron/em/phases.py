@@ -4,11 +4,15 @@ A phase trains one model from given weights for a fixed number of steps. Its fol
 checkpoints of the way and, at the end, `final`; a phase with a `final` is done. Everything a step depends on is either
 a function of (seed, phase, step) or in the checkpoint, so a resumed phase repeats nothing and skips nothing: metrics
 logged behind the checkpoint are rewound before it goes on.
+
+With `checkpoint.async_save` the checkpoints of the way are written while steps go on. One counts (and older ones are
+deleted) when it is complete; a kill before that leaves the one before. `final` is always waited for.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -92,12 +96,12 @@ def train_phase(
     folder = folder_of(run, phase)
     latest = latest_checkpoint(folder)
     if latest is None and start is not None:
-        checkpoint.load(start, model, run.runtime)
+        checkpoint.load(start, model, run.runtime, verify=run.config.checkpoint.verify)
     trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps * updates_per_step)
     work = make_steps(trainer)
     first, seconds, tokens = 0, 0.0, 0
     if latest is not None:
-        record = checkpoint.load(latest, model, run.runtime, trainer)
+        record = checkpoint.load(latest, model, run.runtime, trainer, run.config.checkpoint.verify)
         first, seconds, tokens = record["step"], record["seconds"], record["tokens"]
         work.load_state_dict(record["data"])
     run.rewind(phase.name, phase.iteration, first)
@@ -116,26 +120,93 @@ def train_phase(
             "data": work.state_dict(),
         }
 
-    for step in range(first, steps):
-        begin = time.perf_counter()
-        try:
-            metrics = work.step(step)
-        except NonFiniteLoss as problem:
-            _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
-        elapsed = time.perf_counter() - begin
-        tokens += int(metrics["tokens"])
-        task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
-        if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
-            run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
-        if (step + 1) % run.config.checkpoint.interval == 0 and step + 1 < steps:
-            run.sync()
-            _save(folder / f"step_{step + 1:06d}", model, run, record_at(step + 1), trainer)
-            _prune(folder, run)
-    task.close()
-    run.sync()
-    _save(final, model, run, record_at(steps))
-    _prune(folder, run, keep=0)
+    saves = _Saves(run, folder, model, trainer)
+    try:
+        for step in range(first, steps):
+            begin = time.perf_counter()
+            try:
+                metrics = work.step(step)
+            except NonFiniteLoss as problem:
+                try:
+                    saves.wait()
+                except UserError as failure:
+                    run.progress.message(f"warning: {failure}", style="yellow")
+                _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
+            elapsed = time.perf_counter() - begin
+            tokens += int(metrics["tokens"])
+            task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
+            if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
+                run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
+            saves.poll()
+            if (step + 1) % run.config.checkpoint.interval == 0 and step + 1 < steps:
+                saves.begin(f"step_{step + 1:06d}", record_at(step + 1))
+        task.close()
+        saves.wait()
+        saves.finish(final, record_at(steps))
+    finally:
+        saves.abandon()
     return final
+
+
+class _Saves:
+    """The checkpoints of one phase: at most one is being written at a time. All but `abandon` are collective."""
+
+    def __init__(self, run: RunContext, folder: Path, model: torch.nn.Module, trainer: Trainer) -> None:
+        self._run, self._folder, self._model, self._trainer = run, folder, model, trainer
+        self._pending: checkpoint.PendingSave | None = None
+
+    def begin(self, name: str, record: dict[str, Any]) -> None:
+        """Save a checkpoint of the way, in the background if the run says so."""
+        self.wait()
+        self._run.sync()
+        background = self._run.config.checkpoint.async_save
+        with _write_errors():
+            self._pending = checkpoint.begin(
+                self._folder / name, self._model, self._run.runtime, record, self._trainer, background
+            )
+        if not background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Complete a checkpoint that every process has written."""
+        if self._pending is not None:
+            with _write_errors():
+                complete = self._pending.poll()
+            if complete:
+                self._end()
+
+    def wait(self) -> None:
+        """Complete the checkpoint that is being written."""
+        if self._pending is not None:
+            with _write_errors():
+                self._pending.wait()
+            self._end()
+
+    def finish(self, final: Path, record: dict[str, Any]) -> None:
+        """Save the weights that the phase leaves, and delete the checkpoints of the way."""
+        self._run.sync()
+        self._trainer.synchronize()
+        with _write_errors():
+            checkpoint.save(final, self._model, self._run.runtime, record)
+        _prune(self._folder, self._run, keep=0)
+
+    def abandon(self) -> None:
+        """Write no more of a checkpoint that is not complete."""
+        if self._pending is not None:
+            self._pending.abandon()
+
+    def _end(self) -> None:
+        self._pending = None
+        _prune(self._folder, self._run)
+
+
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    """A checkpoint that cannot be written is the user's to mend."""
+    try:
+        yield
+    except checkpoint.CheckpointWriteError as problem:
+        raise UserError(str(problem)) from problem
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -144,7 +215,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step_*") if path.suffix != checkpoint.PARTIAL)
+    found = (path for path in folder.glob("step_*") if not checkpoint.is_partial(path))
     return [path for path in found if (path / checkpoint.RECORD).is_file()]
 
 
@@ -152,17 +223,11 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _save(
-    path: Path, model: torch.nn.Module, run: RunContext, record: dict[str, Any], trainer: Trainer | None = None
-) -> None:
-    try:
-        checkpoint.save(path, model, run.runtime, record, trainer)
-    except checkpoint.CheckpointWriteError as problem:
-        raise UserError(str(problem)) from problem
-
-
 def _prune(folder: Path, run: RunContext, keep: int | None = None) -> None:
-    """Delete all but the newest checkpoints inside a phase, and what a kill left half-written or half-deleted."""
+    """Delete all but the newest checkpoints inside a phase, and what a kill left half-written or half-deleted.
+
+    Not while one is being written.
+    """
     keep = run.config.checkpoint.keep if keep is None else keep
     if run.runtime.is_main:
         kept = sorted(_complete(folder), key=_step_of, reverse=True)[:keep]
@@ -170,7 +235,7 @@ def _prune(folder: Path, run: RunContext, keep: int | None = None) -> None:
             if path not in kept:
                 # the record goes first: a half-deleted checkpoint is no checkpoint
                 (path / checkpoint.RECORD).unlink(missing_ok=True)
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=checkpoint.is_partial(path))  # its writer may not have died yet
     run.runtime.barrier()
 
 

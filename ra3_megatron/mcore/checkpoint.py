@@ -1,28 +1,44 @@
-"""Distributed checkpoints that are whole or absent, and that hold everything the next step depends on.
+"""Distributed checkpoints that are whole or absent, hold everything the next step depends on, and load anywhere.
 
-A checkpoint is written to `<name>.partial` beside its place and renamed when every process has finished, so a folder
-without that suffix is complete. It holds the weights, optional optimizer and schedule state, the generator states of
-every process, and a JSON record of the caller's state; `checkpoint.json` says what is in it. Megatron's distributed
-format lets it be loaded at another layout.
+A checkpoint is written to a `*.partial` folder beside its place and renamed when every process has finished, so a
+folder without that suffix is complete. It holds the weights, optional optimizer and schedule state, generator states,
+and a JSON record of the caller's state; `checkpoint.json` says what is in it, with the size and checksum of every file.
+
+One that was saved at any layout (tensor, pipeline, virtual pipeline, context, expert, data), with a distributed or a
+replicated optimizer (`mcore.optimizer_state`), with local or Transformer Engine layers (`mcore.names`), loads at any
+other. Data order and learning rate go on where they were. All random numbers of a run are functions of (seed, phase,
+step, document), so they do not depend on the layout either; the generators of torch and Megatron, which a model
+without dropout does not draw from, are restored at the same tensor- and pipeline-parallel size only, and those of
+experts stay as they were seeded.
+
+`save` returns when the checkpoint is complete. `begin` with `background` returns as soon as the values to be written
+are safe from later steps; `PendingSave` is finished by `poll` or `wait`, which all processes call alike.
 """
 
 import json
-import os
-import queue
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ra3_megatron import __version__
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.mcore.model import language_model
+from ra3_megatron.mcore import optimizer_state
+from ra3_megatron.mcore.checkpoint_files import facts_of, force_to_disk, wrong_contents, wrong_sizes
+from ra3_megatron.mcore.model import SHARDING, chunks_of
+from ra3_megatron.mcore.names import EXTRA_STATE
+from ra3_megatron.mcore.shard_writer import ShardWriter
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 
@@ -30,15 +46,8 @@ RECORD = "checkpoint.json"
 PARTIAL = ".partial"
 CAUSE_LENGTH = 300
 """Characters of Megatron's message that an error quotes."""
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
-
-# Megatron hands results over through a manager process, for saving in the background. Saving here is synchronous: the
-# process would cost seconds at the first save and 200 MB, and it would outlive a run that is killed.
-filesystem_async._results_queue = queue.Queue()
+_REPLACED = ".replaced" + PARTIAL
+_EXPERT_GENERATOR = "expert-parallel-rng"
 
 
 class CheckpointWriteError(RuntimeError):
@@ -50,71 +59,164 @@ def save(
 ) -> None:
     """Write a checkpoint to `folder` (replaced if it exists). Collective.
 
-    record: JSON-serialisable state of the caller. trainer: also save its optimizer (which must have made a step) and
-    schedule.
+    record: JSON-serialisable state of the caller. trainer: also save its optimizer and schedule.
     Raises CheckpointWriteError on every process when any of them could not write.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    begin(folder, model, runtime, record, trainer).wait()
+
+
+def begin(
+    folder: Path,
+    model: torch.nn.Module,
+    runtime: Runtime,
+    record: dict[str, Any],
+    trainer: Trainer | None = None,
+    background: bool = False,
+) -> "PendingSave":
+    """Begin what `save` does. Collective. With `background`, shards are written while training goes on.
+
+    Values that change after the call do not change the checkpoint. One save at a time: call `wait` before the next.
+    """
+    partial = runtime.broadcast(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}"))
     error = ""
     if runtime.is_main:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for old in _leftovers(folder):
+                shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as problem:
             error = str(problem)
-    _raise_anywhere(error, folder, runtime)
-    description = {
-        "version": __version__,
-        "layout": {"tensor": runtime.tensor_size, "data": runtime.data_size},
-        "architecture": language_model(model).architecture,
-        "optimizer": _optimizer_kind(trainer) if trainer is not None else None,
-        **record,
-    }
+    _raise_anywhere(error, folder, partial, runtime)
+    if trainer is not None:
+        trainer.synchronize()
+    description = {"version": __version__, **_description(model, trainer), **record}
+    writer: ShardWriter | None = None
+    request: AsyncRequest | None = None
     try:
-        dist_checkpointing.save(
-            _state(model, runtime, trainer),
+        request = dist_checkpointing.save(
+            _state(model, trainer),
             str(partial),
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            content_metadata=dict(_METADATA),
+            async_sharded_save=True,
+            content_metadata=dict(SHARDING),
         )
+        writer = ShardWriter(request)
+        writer.start(background)
     except (Exception, CheckpointException) as problem:  # the latter is a BaseException
         error = _cause(problem)
-    _raise_anywhere(error, folder, runtime)
-    if runtime.is_main:
+    try:
+        _raise_anywhere(error, folder, partial, runtime)
+    except CheckpointWriteError:
+        if writer is not None:  # others could not begin
+            writer.kill()
+        raise
+    assert writer is not None and request is not None
+    return PendingSave(folder, partial, description, request, writer, runtime)
+
+
+class PendingSave:
+    """A checkpoint that is being written. `poll`, `wait` are collective: all processes call the same in turn."""
+
+    def __init__(
+        self,
+        folder: Path,
+        partial: Path,
+        description: dict[str, Any],
+        request: AsyncRequest,
+        writer: ShardWriter,
+        runtime: Runtime,
+    ) -> None:
+        self.folder = folder
+        self._partial, self._description = partial, description
+        self._request, self._writer, self._runtime = request, writer, runtime
+        self._finished = False
+
+    def poll(self) -> bool:
+        """Whether the checkpoint is complete; completes it when every process has written its part.
+
+        Raises CheckpointWriteError on every process when any of them could not write.
+        """
+        if not self._finished and self._all_done():
+            self._finish()
+        return self._finished
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete. Raises what `poll` raises."""
+        if not self._finished:
+            self._finish()
+
+    def abandon(self) -> None:
+        """Stop writing, without any other process: the checkpoint stays absent. Not collective."""
+        if not self._finished:
+            self._writer.kill()
+            self._finished = True
+
+    def _all_done(self) -> bool:
+        busy = torch.tensor(int(not self._writer.is_done()))
+        if self._runtime.world_size > 1:
+            pass
+        return not bool(busy)
+
+    def _finish(self) -> None:
+        self._finished = True
+        written = self._writer.result()
+        written.hand_over()
+        error = ""
         try:
-            (partial / RECORD).write_text(json.dumps(description, indent=1) + "\n")
-            _sync(partial)
-            replaced = folder.with_name(f"{folder.name}.replaced{PARTIAL}")
-            if folder.exists():  # never delete in place: a folder with its name is whole at any moment
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
-            partial.rename(folder)
-            _sync(folder.parent, recursive=False)
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except (Exception, CheckpointException) as problem:
+            error = _cause(problem)
+        _raise_anywhere(error, self.folder, self._partial, self._runtime)
+        files = {name: facts for part in _all_gather(written.files, self._runtime) for name, facts in part.items()}
+        if self._runtime.is_main:
+            try:
+                self._put_in_place(files)
+            except OSError as problem:
+                error = str(problem)
+        _raise_anywhere(error, self.folder, self._partial, self._runtime)
+
+    def _put_in_place(self, files: dict[str, Any]) -> None:
+        """Write the record, force everything to the disk, and give the folder its name."""
+        others = (path for path in self._partial.iterdir() if path.name not in files)
+        files |= {path.name: facts_of(path) for path in others}
+        content = json.dumps({**self._description, "files": dict(sorted(files.items()))}, indent=1)
+        (self._partial / RECORD).write_text(content + "\n")
+        force_to_disk(self._partial)
+        replaced = self.folder.with_name(self.folder.name + _REPLACED)
+        if self.folder.exists():  # never delete in place: a folder with its name is whole at any moment
             shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as problem:
-            error = str(problem)
-    _raise_anywhere(error, folder, runtime)
+            self.folder.rename(replaced)
+        self._partial.rename(self.folder)
+        force_to_disk(self.folder.parent, recursive=False)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load(folder: Path, model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None = None) -> dict[str, Any]:
+def load(
+    folder: Path, model: torch.nn.Module, runtime: Runtime, trainer: Trainer | None = None, verify: bool = False
+) -> dict[str, Any]:
     """Load weights (and `trainer`'s optimizer and schedule) in place; returns the record. Collective.
 
-    Raises UserError when `folder` is no complete checkpoint or does not fit the model.
+    verify: compare the checksums of all files first; their sizes are always compared.
+    Raises UserError when `folder` is no complete checkpoint, lacks a file or does not fit the model.
     """
     record = read_record(folder)
     _check_fit(folder, record, model, trainer)
-    same_ranks = record["layout"]["tensor"] == runtime.tensor_size
-    template = _state(model, runtime, trainer, loading=True, generators=same_ranks)
+    _check_files(folder, record, runtime, verify)
+    layout = record["layout"]
+    same_ranks = (layout["tensor"], layout["pipeline"]) == (runtime.tensor_size, runtime.pipeline_size)
     try:
+        template = _only_extra_state_of(folder, _state(model, trainer, loading=True, generators=same_ranks))
         state = dist_checkpointing.load(template, str(folder))
     except (Exception, CheckpointException) as problem:
         raise UserError(f"{folder}: cannot be loaded: {_cause(problem)}") from problem
-    language_model(model).load_state_dict(state["model"], strict=True)
+    for key, chunk in _chunks(model).items():
+        _put_in(chunk, state[key])
     if trainer is not None:
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        optimizer_state.load_state(trainer.optimizer, state["optimizer"])
         trainer.scheduler.num_steps = 0  # Megatron adds the saved number
         trainer.scheduler.load_state_dict(state["scheduler"])
-        if same_ranks:  # at another tensor-parallel size the generators stay as they were seeded
+        if same_ranks:
             _set_generators(state["generators"])
     return record
 
@@ -128,7 +230,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from problem
-    missing = [key for key in ("architecture", "optimizer", "layout") if key not in record]
+    needed = ("architecture", "precision", "optimizer", "layout", "files")
+    missing = [key for key in needed if key not in record]
     if missing:
         raise UserError(f"{path}: names no {missing[0]}: not a checkpoint of this version of ra3")
     return record
@@ -142,56 +245,147 @@ def check_architecture(name: str, record: dict[str, Any], architecture: dict[str
             raise UserError(f"{name}: holds a model with {key}={held}, but this model has {key}={wanted}")
 
 
-def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
-    """UserError unless the checkpoint holds this model's architecture and what `trainer` needs."""
-    check_architecture(str(folder), record, language_model(model).architecture)
-    if trainer is None:
-        return
-    held, wanted = record["optimizer"], _optimizer_kind(trainer)
-    if held is None:
-        raise UserError(f"{folder}: holds no optimizer state, so training cannot go on from it")
-    if held != wanted:
-        raise UserError(
-            f"{folder}: holds the state of a {held} optimizer, but this run has a {wanted} one: "
-            f"set parallel.distributed_optimizer={'true' if held == 'distributed' else 'false'}"
-        )
+def is_partial(path: Path) -> bool:
+    """Whether a folder is a checkpoint that is being written, or that a kill left unfinished."""
+    return path.name.endswith(PARTIAL)
+
+
+# -- what is in a checkpoint ------------------------------------------------------------------------------------------
+
+
+def _chunks(model: torch.nn.Module) -> dict[str, Any]:
+    """The chunks of this pipeline stage under Megatron's keys."""
+    chunks = chunks_of(model)
+    return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
+
+
+def _description(model: torch.nn.Module, trainer: Trainer | None) -> dict[str, Any]:
+    state = parallel_state
+    kind = None if trainer is None else _optimizer_kind(trainer)
+    return {
+        "layout": {
+            "tensor": state.get_tensor_model_parallel_world_size(),
+            "pipeline": state.get_pipeline_model_parallel_world_size(),
+            "virtual_pipeline": len(chunks_of(model)),
+            "context": state.get_context_parallel_world_size(),
+            "expert": state.get_expert_model_parallel_world_size(),
+            "expert_tensor": state.get_expert_tensor_parallel_world_size(),
+            "data": state.get_data_parallel_world_size(),
+            "distributed_optimizer": None if kind is None else kind == "distributed",
+        },
+        "architecture": chunks_of(model)[0].architecture,
+        "precision": _precision(model),
+        "optimizer": kind,
+    }
+
+
+def _precision(model: torch.nn.Module) -> str:
+    return "bf16" if get_model_config(chunks_of(model)[0]).bf16 else "fp32"
 
 
 def _optimizer_kind(trainer: Trainer) -> str:
-    return "distributed" if trainer.model.ddp_config.use_distributed_optimizer else "replicated"
+    network: Any = trainer.model[0]
+    return "distributed" if network.ddp_config.use_distributed_optimizer else "replicated"
 
 
 def _state(
-    model: torch.nn.Module,
-    runtime: Runtime,
-    trainer: Trainer | None,
-    loading: bool = False,
-    generators: bool = True,
+    model: torch.nn.Module, trainer: Trainer | None, loading: bool = False, generators: bool = True
 ) -> dict[str, Any]:
-    metadata = dict(_METADATA)  # Megatron adds this layout's groups to it
-    weights = language_model(model).sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": weights}
+    metadata = dict(SHARDING)  # Megatron adds this layout's groups to it
+    weights = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunks(model).items()}
+    state: dict[str, Any] = dict(weights)
     if trainer is not None:
-        state["optimizer"] = trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+        state["optimizer"] = optimizer_state.sharded_state(trainer.optimizer, weights, metadata, loading)
         state["scheduler"] = trainer.scheduler.state_dict()
     if trainer is not None and generators:
-        place = (parallel_state.get_pipeline_model_parallel_rank(), runtime.tensor_rank)
-        shape = (parallel_state.get_pipeline_model_parallel_world_size(), runtime.tensor_size)
-        # generators differ over model-parallel ranks only: each data-parallel replica has the same
-        state["generators"] = ShardedObject("generators", _generators(), shape, place, replica_id=runtime.data_rank)
+        place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+        shape = (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        # each replica of the model has the same generators, but for those of experts
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        state["generators"] = ShardedObject("generators", _generators(), shape, place, replica_id=replica)
     return state
 
 
 def _generators() -> dict[str, Any]:
+    states = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {
         "torch": torch.get_rng_state(),
-        "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "device": torch.cuda.get_rng_state(),
+        "tensor_parallel": {name: state for name, state in states.items() if name != _EXPERT_GENERATOR},
     }
 
 
 def _set_generators(state: dict[str, Any]) -> None:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states({**tracker.get_states(), **state["tensor_parallel"]})
+    torch.cuda.set_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+
+
+# -- checks and loading -----------------------------------------------------------------------------------------------
+
+
+def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, trainer: Trainer | None) -> None:
+    """UserError unless the checkpoint holds this model's architecture and what `trainer` needs."""
+    check_architecture(str(folder), record, chunks_of(model)[0].architecture)
+    if trainer is None:
+        return
+    if record["optimizer"] is None:
+        raise UserError(f"{folder}: holds no optimizer state, so training cannot go on from it")
+    held, wanted = record["precision"], _precision(model)
+    if held != wanted:
+        raise UserError(
+            f"{folder}: holds the optimizer state of a {held} run, but model.precision={wanted}: set "
+            f"model.precision={held} to go on from it (its weights alone load at either)"
+        )
+
+
+def _check_files(folder: Path, record: dict[str, Any], runtime: Runtime, verify: bool) -> None:
+    """UserError on every process when a file is missing, of another size or, if `verify`, of other content.
+
+    The main process compares sizes; processes share the reading for checksums.
+    """
+    files = record["files"]
+    wrong = runtime.broadcast(wrong_sizes(folder, files) if runtime.is_main else {})
+    if not wrong and verify:
+        mine = sorted(files)[runtime.rank :: runtime.world_size]
+        parts = _all_gather(wrong_contents(folder, files, mine), runtime)
+        wrong = {name: problem for part in parts for name, problem in part.items()}
+    if wrong:
+        name, problem = min(wrong.items())
+        more = f" ({len(wrong) - 1} more files are not whole either)" if len(wrong) > 1 else ""
+        raise UserError(f"{folder / name}: {problem}{more}: use another checkpoint")
+
+
+def _only_extra_state_of(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    """The template without those extra states of modules that the checkpoint does not hold."""
+    held = FileSystemReader(folder).read_metadata().state_dict_metadata
+
+    def is_absent(entry: Any) -> bool:
+        return isinstance(entry, ShardedObject) and entry.key.endswith(EXTRA_STATE) and entry.unique_key not in held
+
+    _, kept = extract_matching_values(template, is_absent)
+    return kept
+
+
+def _put_in(chunk: torch.nn.Module, weights: dict[str, Any]) -> None:
+    missing, unexpected = chunk.load_state_dict(weights, strict=False)
+    wrong = [name for name in [*missing, *unexpected] if EXTRA_STATE not in name]
+    if wrong:
+        raise RuntimeError(f"weights that should have been loaded, or should not: {', '.join(wrong)}")
+
+
+# -- errors, alike on every process -----------------------------------------------------------------------------------
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Unfinished folders of earlier attempts to save `folder`."""
+    if not folder.parent.is_dir():
+        return []
+    return [path for path in folder.parent.iterdir() if path.name.startswith(f"{folder.name}.") and is_partial(path)]
 
 
 def _cause(problem: BaseException) -> str:
@@ -202,12 +396,12 @@ def _cause(problem: BaseException) -> str:
     return line if len(line) <= CAUSE_LENGTH else line[:CAUSE_LENGTH] + " …"
 
 
-def _raise_anywhere(error: str, folder: Path, runtime: Runtime) -> None:
+def _raise_anywhere(error: str, folder: Path, partial: Path, runtime: Runtime) -> None:
     errors = [e for e in _all_gather(error, runtime) if e]
     if errors:
         room = _room(folder) if runtime.is_main else ""
         if runtime.is_main:  # what was written takes room that the disk may lack
-            shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         room = runtime.broadcast(room)
         raise CheckpointWriteError(f"{folder}: cannot be written: {errors[0]} ({room}earlier checkpoints are kept)")
 
@@ -219,19 +413,9 @@ def _room(folder: Path) -> str:
         return ""
 
 
-def _all_gather(item: str, runtime: Runtime) -> list[str]:
+def _all_gather(item: Any, runtime: Runtime) -> list[Any]:
     if runtime.world_size == 1:
         return [item]
     items: list[Any] = [None] * runtime.world_size
-    torch.distributed.all_gather_object(items, item)
+    dist.all_gather_object(items, item)
     return items
-
-
-def _sync(folder: Path, recursive: bool = True) -> None:
-    paths = [folder, *folder.rglob("*")] if recursive else [folder]
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -28,6 +29,7 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.initial_weights import draw_weights
+from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.startup import Runtime, seed_everything
 from ra3_megatron.mcore.vocab_parallel import VocabularyShard, event_log_probs, shard_sets
 
@@ -75,7 +77,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
+        moe_ffn_hidden_size=(model.expert_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else None,
         moe_router_topk=model.experts_per_token,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32" if model.num_experts else None,
@@ -159,9 +161,11 @@ class LanguageModel(GPTModel):
                 setattr(owner, name, True)
 
     def _sequence_switches(self) -> list[tuple[Any, str]]:
-        """Every attribute that turns sequence parallelism on."""
+        """Every attribute that turns sequence parallelism on; and what makes experts insist on it."""
         owners = [*self.modules(), *{id(m.config): m.config for m in self.modules() if hasattr(m, "config")}.values()]
-        return [(owner, name) for owner in owners for name in _SWITCHES if getattr(owner, name, None) is True]
+        switches = [(owner, name) for owner in owners for name in _SWITCHES if getattr(owner, name, None) is True]
+        # in training mode, Megatron's mixture of experts refuses tensor parallelism without sequence parallelism
+        return switches + [(m, "training") for m in self.modules() if isinstance(m, MoELayer) and m.training]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's logits of hidden states, [n, hidden] -> [n, V_local] (no gradient across ranks)."""
@@ -312,4 +316,5 @@ def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def _layer_spec(model: ModelConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(num_experts=model.num_experts, moe_grouped_gemm=False, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CachedAttention
+    spec.submodules.sharded_state_dict_keys_map = keys_map(experts=model.num_experts is not None)
     return spec

@@ -149,10 +149,16 @@ def launched() -> bool:
     return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ)
 
 
-def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.0) -> Runtime:
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    timeout_minutes: float = 30.0,
+    advice: Callable[[int], str] = lambda world_size: "",
+) -> Runtime:
     """Join the process group and build Megatron's groups for `parallel`.
 
-    Raises UserError when the world that was started is not the one the layout needs.
+    advice: names layouts that fit a number of processes. Raises UserError when the world that was started is not the
+    one the layout needs.
     """
     for name, source in _SLURM.items():
         if name not in os.environ and launched():
@@ -160,9 +166,10 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if world_size != parallel.world_size:
+        fitting = advice(world_size)
         raise UserError(
             f"the layout needs parallel.tensor * pipeline * context * data = {parallel.world_size} processes, but "
-            f"{world_size} were started: start as many as the layout needs, or change the layout"
+            f"{world_size} were started: start {parallel.world_size}" + (f"; {fitting}" if fitting else "")
         )
     cuda = torch.cuda.is_available()
     if cuda:

@@ -59,7 +59,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.text.latents import code_text, full_text
 
     console = Console()
-    runtime = startup.initialize(config.parallel, config.seed)
+    runtime = startup.initialize(config.parallel, config.seed, advice=config.layout_advice)
     try:
         with disk_full(str(out)), Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _corpus(checkpoint, out, config, runtime, progress)
@@ -69,7 +69,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             model = build_model(
                 config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, config.seed
             )
-            checkpoints.load(checkpoint, model, runtime)
+            checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
             with progress.task("infusing", total=len(documents), unit="tokens") as task:
                 infused = infusion.infuse(

@@ -26,7 +26,7 @@ def _train_here(config: RunConfig, resume: bool) -> None:
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.mcore import startup
 
-    runtime = startup.initialize(config.parallel, config.seed)
+    runtime = startup.initialize(config.parallel, config.seed, advice=config.layout_advice)
     try:
         with disk_full(config.run_dir):
             _run(config, resume, runtime)

@@ -214,6 +214,7 @@ def test_micro_batches_and_rows_change_nothing(runtime: Runtime, name: str) -> N
         model, scorer = toy.model(seed=2, lean=1.0), toy.model(seed=5)
         step = make_estep(toy, model, scorer, group_size=4, micro_batch_size=micro_batch_size, entropy_coefficient=0.1)
         metrics, rollouts = step.step(documents, [(3, d) for d in range(len(documents))])
+        assert 0 < metrics.pop("fill_rate") < 1, "the one figure that is about the packing"
         results.append((metrics, rollouts, gradients(model)))
     first_metrics, first, first_gradient = results[0]
     assert first_gradient.norm() > 0.01

@@ -1,5 +1,6 @@
 """Transcripts in packed rows: every value at the position that predicts its token, nothing lost, nothing mixed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import FORMATS, LARGE, Toy
 
+from ra3_megatron.em.balance import DocumentCost, deal_out
 from ra3_megatron.em.packing import (
+    ROW_MULTIPLE,
     Plan,
     RowWriter,
     choices_of,
     plan_rows,
+    plan_tokens,
     policy_batches,
     scoring_batches,
     scoring_denominators,
@@ -31,8 +35,8 @@ from ra3_megatron.text.transcript import Role, Transcript
 CODES = ("a = b\n  ab(c):\n   b\n\nc\n\tdd\n", "b\n", "  a\nb = d\nc\n", "d(a)\n" * 5)
 
 
-def layout(data_size: int, data_rank: int = 0) -> Runtime:
-    return Runtime(torch.device("cpu"), data_rank, data_size, data_rank, data_size, 0, 1)
+def layout(data_size: int, data_rank: int = 0, **more: int) -> Runtime:
+    return Runtime(torch.device("cpu"), data_rank, data_size, data_rank=data_rank, data_size=data_size, **more)
 
 
 def plain(length: int) -> Transcript:
@@ -47,29 +51,112 @@ def plain(length: int) -> Transcript:
 LENGTHS = st.lists(st.integers(2, 70), max_size=20)
 
 
-@given(LENGTHS, st.integers(1, 4), st.integers(1, 3))
-def test_a_plan_holds_every_transcript_once(lengths: list[int], micro_batch_size: int, data_size: int) -> None:
-    plans = [plan_rows(lengths, 70, micro_batch_size, layout(data_size, rank)) for rank in range(data_size)]
+SEQUENCE_MULTIPLES = st.sampled_from([1, 4, 6])
+"""Context parallelism 2 or 3 asks for 4 or 6 pieces; 6 divides neither 64 nor the length of rows below."""
+
+
+def check_plan(plan_of: Callable[[Runtime], Plan], lengths: list[int], data_size: int, stages: int) -> Plan:
+    """What holds for every plan: all of the transcripts, whole, in rows of one length, alike on every rank."""
+    interleaved = {"pipeline_size": stages, "virtual_size": 2 if stages > 1 else 1}
+    runtimes = [layout(data_size, rank, **interleaved) for rank in range(data_size)]
+    plans = [plan_of(runtime) for runtime in runtimes]
     assert all(plan == plans[0] for plan in plans), "every process makes the same plan"
     plan = plans[0]
     assert sorted(i for row in plan.rows for i, _ in row) == list(range(len(lengths)))
-    assert plan.length <= 70
     for row in plan.rows:
         end = 0
         for i, offset in row:
             assert offset == end
             end += lengths[i]
         assert end <= plan.length
-    shares = [plan.mine(layout(data_size, rank)) for rank in range(data_size)]
+    shares = [plan.mine(runtime) for runtime in runtimes]
     assert len({len(share) for share in shares}) == 1, "as many micro-batches on every process"
+    assert len(shares[0]) % stages == 0, "the interleaved schedule takes them by the number of stages"
     taken = [row for share in shares for batch in share for row in batch]
     assert sorted(taken) == list(range(len(plan.rows)))
-    assert all(len(batch) == micro_batch_size for share in shares for batch in share)
+    assert all(len(batch) == plan.micro_batch_size for share in shares for batch in share)
+    positions = len(plan.rows) * plan.length
+    assert plan.fill_rate == pytest.approx(sum(lengths) / positions if positions else 0)
+    return plan
+
+
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), SEQUENCE_MULTIPLES)
+def test_a_plan_holds_every_transcript_once(
+    lengths: list[int], micro_batch_size: int, data_size: int, stages: int, sequence_multiple: int
+) -> None:
+    def plan_of(runtime: Runtime) -> Plan:
+        return plan_rows(lengths, 70, micro_batch_size, runtime, sequence_multiple=sequence_multiple)
+
+    plan = check_plan(plan_of, lengths, data_size, stages)
+    assert plan.micro_batch_size == micro_batch_size
+    assert plan.length % sequence_multiple == 0 and plan.length < 70 + sequence_multiple
 
 
 def test_a_plan_takes_rows_that_were_chosen_before() -> None:
     plan = plan_rows([5, 9, 4], 100, 2, layout(1), rows=[[2, 0], [], [1]])
-    assert plan == Plan([[(2, 0), (0, 4)], [], [(1, 0)], []], 64, 2)
+    assert plan == Plan([[(2, 0), (0, 4)], [], [(1, 0)], []], 64, 2, 18)
+    assert plan.fill_rate == 18 / (4 * 64)
+
+
+COSTS = st.builds(DocumentCost, st.integers(1, 1000), st.integers(0, 100))
+
+
+@given(LENGTHS, st.integers(70, 400), COSTS, st.integers(1, 3), st.integers(1, 3), SEQUENCE_MULTIPLES)
+def test_a_plan_by_tokens_keeps_its_budget(
+    lengths: list[int], budget: int, cost: DocumentCost, data_size: int, stages: int, sequence_multiple: int
+) -> None:
+    budget += 2 * sequence_multiple  # the longest document fits into whole multiples
+
+    def plan_of(runtime: Runtime) -> Plan:
+        return plan_tokens(lengths, budget, cost, runtime, sequence_multiple)
+
+    plan = check_plan(plan_of, lengths, data_size, stages)
+    assert plan.micro_batch_size == 1
+    assert plan.length <= budget and plan.length % sequence_multiple == 0
+    longest = max((sum(lengths[i] for i, _ in row) for row in plan.rows), default=0)
+    assert plan.length < longest + ROW_MULTIPLE + sequence_multiple, "no longer than the fullest row needs"
+    if lengths:
+        usable = budget - budget % sequence_multiple
+        assert len(plan.rows) < 2 * sum(lengths) / usable + data_size * stages
+    reordered = plan_tokens(lengths[::-1], budget, cost, layout(data_size), sequence_multiple)
+    assert reordered.length == plan_tokens(lengths, budget, cost, layout(data_size), sequence_multiple).length
+
+
+@given(LENGTHS.filter(bool), st.integers(70, 400), COSTS, st.integers(1, 5))
+def test_costs_are_balanced_as_far_as_the_budget_allows(
+    lengths: list[int], budget: int, cost: DocumentCost, multiple: int
+) -> None:
+    """A micro-batch without its shortest document costs no more than any other with room for that document."""
+    dealt = deal_out(lengths, budget, multiple, cost)
+    totals = [sum(cost(lengths[i]) for i in batch) for batch in dealt]
+    room = [budget - sum(lengths[i] for i in batch) for batch in dealt]
+    assert len(dealt) % multiple == 0 and min(room) >= 0
+    for batch, total in zip(dealt, totals, strict=True):
+        if not batch:
+            continue
+        shortest = min(lengths[i] for i in batch)
+        for other, free in zip(totals, room, strict=True):
+            assert total - cost(shortest) <= other or free < shortest
+
+
+def test_fewer_documents_than_ranks_leave_empty_micro_batches() -> None:
+    plan = plan_tokens([7, 30], 100, DocumentCost(1, 1), layout(4))
+    assert plan.rows == [[(1, 0)], [(0, 0)], [], []]
+    assert plan.length == 64
+
+
+def test_documents_that_do_not_fit_together_take_more_micro_batches() -> None:
+    cost = DocumentCost(1, 0)
+    assert deal_out([7, 1, 7, 7], 12, 1, cost) == [[0, 1], [2], [3]], "22 tokens, but no two of 7 fit into 12"
+    assert deal_out([4, 4, 4, 4, 4], 10, 1, cost) == [[0, 3], [1, 4], [2]], "20 tokens, but two of 10 hold only four"
+    assert deal_out([4, 4, 4, 4, 4], 10, 2, cost) == [[0, 4], [1], [2], [3]]
+    # two would do for these (6 + 6 and 4 + 4 + 4): balance comes before fullness
+    assert deal_out([6, 6, 4, 4, 4], 12, 1, cost) == [[0, 4], [1], [2, 3]]
+
+
+def test_a_document_longer_than_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="document 1 has 65 tokens: a micro-batch holds 1 to 64"):
+        plan_tokens([3, 65], 66, DocumentCost(1, 1), layout(1), sequence_multiple=4)
 
 
 @given(LENGTHS.filter(bool), st.integers(1, 4))

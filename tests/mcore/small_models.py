@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,10 +14,14 @@ from torch import Tensor
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.batch import Events, TokenBatch
-from ra3_megatron.mcore.model import build_model, language_model
+from ra3_megatron.mcore.model import build_model, chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
+
+# isort: split
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
 VOCAB = 150
 """No multiple of anything: the vocabulary is padded, at tensor-parallel size 2 mostly in the second share."""
@@ -159,7 +165,8 @@ def micro_batches(
         share = [list(rows[:1]), *([] for _ in range(ranks - 2)), list(rows[1:])]
     else:
         share = [list(rows[rank::ranks]) for rank in range(ranks)]
-    longest = -(-max(len(part) for part in share) // size) * size
+    multiple = size * runtime.micro_batch_multiple // ranks
+    longest = -(-max(len(part) for part in share) // multiple) * multiple
     mine = share[runtime.data_rank] + [[]] * (longest - len(share[runtime.data_rank]))
     return [pack_rows(mine[start : start + size]) for start in range(0, longest, size)]
 
@@ -173,43 +180,78 @@ def make_trainer(
     return Trainer(build(parallel, runtime, model), optimizer, parallel, runtime, steps)
 
 
-def whole(model: torch.nn.Module, values: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
-    """Tensors of one value a parameter, put together over the tensor-parallel group. Collective."""
-    parameters = dict(language_model(model).named_parameters())
-    result = {}
-    for name, value in values.items():
-        if runtime.tensor_size == 1:
-            result[name] = value.detach().clone()
-            continue
-        shards = [torch.empty_like(value) for _ in range(runtime.tensor_size)]
-        dist.all_gather(shards, value.detach().contiguous(), group=runtime.tensor_group)
-        if not getattr(parameters[name], "tensor_model_parallel", False):
-            assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs between ranks"
-            result[name] = shards[0]
-        elif "linear_fc1" in name:  # each shard holds its part of the gate, then of the up projection
-            result[name] = torch.cat([half for part in (0, 1) for half in [s.chunk(2)[part] for s in shards]])
-        else:
-            result[name] = torch.cat(shards, dim=parameters[name].partition_dim)
+Piece = tuple[str, tuple[int, ...], tuple[Any, ...], Tensor]
+"""Name of a tensor of the whole model, its shape, where in it a rank's piece lies, and the piece."""
+
+
+def pieces(model: torch.nn.Module, value_of: Callable[[torch.nn.Parameter], Tensor]) -> list[Piece]:
+    """What this process holds of the whole model, as its sharded state dict says."""
+    found: list[Piece] = []
+    seen: set[int] = set()
+    for chunk in chunks_of(model):
+        parameters = {parameter.data_ptr(): parameter for parameter in chunk.parameters()}
+        for entry in chunk.sharded_state_dict().values():
+            if isinstance(entry, ShardedObject):  # extra state
+                continue
+            parameter = parameters[entry.data.data_ptr()]
+            seen.add(id(parameter))
+            value = value_of(parameter).detach()
+            assert value.shape == parameter.shape
+            if isinstance(entry, ShardedTensorFactory):
+                built = entry.build_fn(entry.key, value, entry.replica_id, entry.flattened_range)
+                shards = list(nested_values(built))
+            else:
+                shards = [replace(entry, data=value, dtype=value.dtype)]
+            found += [(s.key, s.global_shape, s.global_slice(), s.data.clone()) for s in shards]
+        assert seen >= {id(parameter) for parameter in chunk.parameters()}, "every weight is in the state dict"
+    return found
+
+
+def whole(
+    model: torch.nn.Module, value_of: Callable[[torch.nn.Parameter], Tensor], runtime: Runtime
+) -> dict[str, Tensor]:
+    """A value of every parameter, put together over all processes and all layers. Collective.
+
+    value_of: tensor of a parameter's shape. Names and places are those of checkpoints, which know no layout: layers
+    (and experts) are stacked. Ranks that hold the same piece (replicas, tied embeddings) must agree bit for bit.
+    """
+    everybody: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(everybody, pieces(model, value_of))
+    return assembled(everybody)
+
+
+def assembled(everybody: Sequence[Sequence[Piece]]) -> dict[str, Tensor]:
+    """Whole tensors from every rank's pieces."""
+    result: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
+    for key, shape, place, piece in itertools.chain.from_iterable(everybody):
+        if key not in result:
+            result[key] = torch.zeros(shape, dtype=piece.dtype)
+            filled[key] = torch.zeros(shape, dtype=torch.bool)
+        assert result[key].shape == shape, f"ranks disagree on the shape of {key}"
+        taken = filled[key][place]
+        assert bool(taken.all()) or not bool(taken.any()), f"pieces of {key} overlap"
+        assert not taken.any() or torch.equal(result[key][place], piece), f"ranks disagree on {key} at {place}"
+        result[key][place] = piece
+        filled[key][place] = True
+    for key, mask in filled.items():
+        assert bool(mask.all()), f"no rank holds a part of {key}"
     return result
 
 
 def weights(model: torch.nn.Module, runtime: Runtime) -> dict[str, Tensor]:
     """The model's weights, whole. Collective."""
-    return whole(model, dict(language_model(model).named_parameters()), runtime)
+    return whole(model, lambda parameter: parameter, runtime)
 
 
 def gradients(trainer: Trainer, runtime: Runtime) -> dict[str, Tensor]:
     """Gradients of the last step, whole (after clipping). Collective."""
-    for group in trainer.model.bucket_groups:
-        if group.ddp_config.use_distributed_optimizer:  # each data-parallel rank holds its part of the sum
-            for bucket in group.buckets:
-                part = bucket.grad_data.chunk(runtime.data_size)[runtime.data_rank].clone()
-                dist.all_gather_into_tensor(
-                    bucket.grad_data, part, group=group.intra_distributed_optimizer_instance_group
-                )
-    named = language_model(trainer.model).named_parameters()
-    return whole(trainer.model, {name: parameter.main_grad for name, parameter in named}, runtime)
-
-
-def without_policy(batch: TokenBatch) -> TokenBatch:
-    return replace(batch, choices=None, advantage=None, entropy_weight=None, behaviour=None, decision=None)
+    for network in trainer.model if isinstance(trainer.model, torch.nn.ModuleList) else [trainer.model]:
+        for group in [*network.bucket_groups, *network.expert_parallel_bucket_groups]:
+            if not group.ddp_config.use_distributed_optimizer:
+                continue
+            processes = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:  # each rank holds its part of the sum
+                part = bucket.grad_data.chunk(processes.size())[processes.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, part, group=processes)
+    return whole(trainer.model, lambda parameter: parameter.main_grad, runtime)

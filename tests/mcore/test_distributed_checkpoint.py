@@ -1,7 +1,12 @@
-"""Checkpoints: training goes on bit for bit, at other layouts too; whole or absent, whatever happens while saving."""
+"""Checkpoints: training goes on bit for bit, at other layouts too; whole or absent, whatever happens while saving.
+
+Layouts here: tensor, data, distributed and replicated optimizers. Not covered here: pipeline, context and expert
+parallelism over several processes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -17,7 +22,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.loss import PolicyLoss
-from ra3_megatron.mcore.model import build_model
+from ra3_megatron.mcore.model import LanguageModel, build_model, language_model
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.mcore.trainer import Trainer
 from tests.mcore.small_models import (
@@ -33,12 +38,17 @@ from tests.mcore.small_models import (
 )
 from tests.processes import ProcessesFailed, run_processes
 
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
 SINGLE = ParallelConfig(threads=1)
 SINGLE_DISTRIBUTED = ParallelConfig(distributed_optimizer=True, threads=1)
 TP2 = ParallelConfig(tensor=2, threads=1)
 DP2 = ParallelConfig(data=2, threads=1)
 DP2_DISTRIBUTED = ParallelConfig(data=2, distributed_optimizer=True, threads=1)
 BF16 = MODEL.model_copy(update={"precision": "bf16", "init_std": 0.05})
+EXPERTS = MODEL.model_copy(update={"num_experts": 4, "experts_per_token": 2, "expert_ffn_hidden_size": 24})
 SAVED_AFTER, STEPS = 3, 6
 
 
@@ -66,6 +76,13 @@ def go_on(folder: Path, parallel: ParallelConfig, runtime: Runtime, model: Model
     train(trainer, runtime, 50, 52)
     assert checkpoint.load(folder, trainer.model, runtime, trainer)["step"] == SAVED_AFTER
     return train(trainer, runtime, SAVED_AFTER, STEPS)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, and the number of optimizer steps."""
+    loaded = dist_checkpointing.load_plain_tensors(str(folder))
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {**tensors, "steps": torch.tensor(loaded["optimizer"]["step"] if "optimizer" in loaded else 0)}
 
 
 def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -147,7 +164,21 @@ def in_two_processes(folder: Path) -> dict[str, Any]:
         found[key] = save_half_way(folder / key, DP2_DISTRIBUTED, runtime, model)
         found[f"{key} -> same"] = go_on(folder / key, DP2_DISTRIBUTED, runtime, model)
     found["one process -> distributed"] = go_on(folder / "one-distributed", DP2_DISTRIBUTED, runtime, MODEL)
+    found["tp1 replicated -> distributed"] = go_on(folder / "tp1", DP2_DISTRIBUTED, runtime, MODEL)
+    for name, model in (("fp32", MODEL), ("bf16", BF16)):  # back and forth, each copied by the other kind of optimizer
+        copy_checkpoint(folder / f"distributed {name}", folder / f"replicated {name}", DP2, runtime, model)
+        copy_checkpoint(folder / f"replicated {name}", folder / f"again {name}", DP2_DISTRIBUTED, runtime, model)
     return found
+
+
+def copy_checkpoint(
+    source: Path, target: Path, parallel: ParallelConfig, runtime: Runtime, model: ModelConfig = MODEL
+) -> None:
+    """Load with a trainer that had a history of its own, and save."""
+    trainer = make_trainer(parallel, runtime, STEPS, model)
+    train(trainer, runtime, 50, 51)
+    checkpoint.load(source, trainer.model, runtime, trainer)
+    checkpoint.save(target, trainer.model, runtime, {}, trainer)
 
 
 def fail_on_one_rank(folder: Path, runtime: Runtime) -> str:
@@ -177,14 +208,26 @@ def test_other_layouts(runtime: Runtime, tmp_path: Path) -> None:
     expected = save_half_way(tmp_path / "tp1", SINGLE, runtime, MODEL)
     save_half_way(tmp_path / "one-distributed", SINGLE_DISTRIBUTED, runtime, MODEL)
     found, second = run_processes(2, in_two_processes, tmp_path)
-    for name in ("tp1 -> tp2", "tp2", "tp2 -> dp2", "tp1 -> dp2", "one process -> distributed"):
+    for name in (
+        "tp1 -> tp2",
+        "tp2",
+        "tp2 -> dp2",
+        "tp1 -> dp2",
+        "one process -> distributed",
+        "tp1 replicated -> distributed",
+    ):
         assert_close(found[name], expected)
     assert_identical(found["tp2 -> tp2"], found["tp2"])
     for name in ("distributed fp32", "distributed bf16"):
         assert_identical(found[f"{name} -> same"], found[name])
+    for name in ("fp32", "bf16"):
+        original = stored(tmp_path / f"distributed {name}")
+        assert_identical(stored(tmp_path / f"replicated {name}"), original)
+        assert_identical(stored(tmp_path / f"again {name}"), original)
     # and back to one process
     assert_close(go_on(tmp_path / "tp2", SINGLE, runtime, MODEL), expected)
     assert_close(go_on(tmp_path / "distributed fp32", SINGLE_DISTRIBUTED, runtime, MODEL), expected)
+    assert_close(go_on(tmp_path / "distributed fp32", SINGLE, runtime, MODEL), expected)
     # a rank that could not write
     assert found["failure"] == second["failure"]
     assert "bad: cannot be written" in found["failure"] and "earlier checkpoints are kept" in found["failure"]
@@ -207,14 +250,33 @@ def test_folders_that_are_no_complete_checkpoint_are_refused(runtime: Runtime, t
         checkpoint.load(empty, model, runtime)
 
 
-def test_damaged_data_are_refused(runtime: Runtime, tmp_path: Path) -> None:
-    model = build(SINGLE, runtime)
-    checkpoint.save(tmp_path / "good", model, runtime, {})
-    (data,) = (tmp_path / "good").glob("*.distcp")
-    data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(UserError, match="good: cannot be loaded: ") as caught:
-        checkpoint.load(tmp_path / "good", model, runtime)
-    assert "\n" not in str(caught.value)
+def test_files_that_are_not_whole_are_refused(runtime: Runtime, tmp_path: Path) -> None:
+    """A missing or truncated file always, one of the right size when checksums are asked for."""
+    source, model = build(SINGLE, runtime, seed=5), build(SINGLE, runtime, seed=6)
+    good = tmp_path / "good"
+    checkpoint.save(good, source, runtime, {})
+    (data,) = good.glob("*.distcp")
+    before, content = weights(model, runtime), data.read_bytes()
+
+    def refusal(verify: bool = False) -> str:
+        with pytest.raises(UserError) as caught:
+            checkpoint.load(good, model, runtime, verify=verify)
+        assert "\n" not in str(caught.value)
+        assert_identical(weights(model, runtime), before)
+        return str(caught.value)
+
+    data.write_bytes(content[:1000])
+    assert f"{data}: is truncated: 1000 bytes instead of {len(content)}" in refusal()
+    data.unlink()
+    assert f"{data}: is missing" in refusal()
+    (good / "common.pt").rename(good / "elsewhere")
+    assert "__0_0.distcp: is missing (1 more files are not whole either)" in refusal()
+    (good / "elsewhere").rename(good / "common.pt")
+    data.write_bytes(bytes([*content[:-2000], content[-2000] ^ 1, *content[-1999:]]))
+    assert f"{data}: is damaged: its checksum" in refusal(verify=True)
+    data.write_bytes(content)
+    checkpoint.load(good, model, runtime, verify=True)
+    assert_identical(weights(model, runtime), weights(source, runtime))
 
 
 @pytest.mark.parametrize(
@@ -256,18 +318,81 @@ def test_a_run_of_other_length_or_precision_may_use_it(runtime: Runtime, tmp_pat
         assert torch.equal(found[name], expected[name].bfloat16()), name
 
 
+# -- distributed and replicated optimizers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [MODEL, BF16, EXPERTS], ids=["fp32", "bf16", "experts"])
 @pytest.mark.parametrize(("saved", "wanted"), [(SINGLE, SINGLE_DISTRIBUTED), (SINGLE_DISTRIBUTED, SINGLE)])
-def test_another_optimizer_is_refused(
-    runtime: Runtime, tmp_path: Path, saved: ParallelConfig, wanted: ParallelConfig
+def test_either_optimizer_takes_the_state_of_the_other(
+    runtime: Runtime, tmp_path: Path, saved: ParallelConfig, wanted: ParallelConfig, model: ModelConfig
 ) -> None:
-    trainer = make_trainer(saved, runtime)
-    train(trainer, runtime, 0, 1)
+    """Exactly: what it saves at once is what it loaded; and the steps that follow are the same."""
+    expected = save_half_way(tmp_path / "saved", saved, runtime, model)
+    copy_checkpoint(tmp_path / "saved", tmp_path / "copy", wanted, runtime, model)
+    original = stored(tmp_path / "saved")
+    assert_identical(stored(tmp_path / "copy"), original)
+    assert int(original["steps"]) == SAVED_AFTER
+    kinds = {name.split(".")[2] for name in original if name.startswith("optimizer.")}
+    assert kinds == {"exp_avg", "exp_avg_sq"} | ({"fp32_param"} if model is BF16 else set())
+    weight = "decoder.layers.self_attention.linear_qkv.weight"
+    assert original[f"optimizer.state.exp_avg.{weight}"].abs().max() > 0
+    if model is BF16:
+        master = original[f"optimizer.state.fp32_param.{weight}"]
+        assert master.dtype == torch.float32 and not torch.equal(master, master.bfloat16().float())
+        assert torch.equal(master.bfloat16(), original[weight])
+    found = go_on(tmp_path / "saved", wanted, runtime, model)
+    if model is BF16:  # rounding of the gradient norm can turn a last bit of a bf16 weight
+        torch.testing.assert_close(found["results"], expected["results"], rtol=1e-3, atol=1e-3)
+    else:
+        assert_close(found, expected)
+
+
+def test_optimizer_state_of_another_precision_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    trainer = make_trainer(SINGLE, runtime)
     checkpoint.save(tmp_path / "saved", trainer.model, runtime, {}, trainer)
-    other = make_trainer(wanted, runtime)
-    key = f"set parallel.distributed_optimizer={str(saved.distributed_optimizer).lower()}"
-    with pytest.raises(UserError, match=key):
+    other = make_trainer(SINGLE, runtime, model=BF16)
+    with pytest.raises(UserError, match=r"of a fp32 run, but model\.precision=bf16: set model\.precision=fp32"):
         checkpoint.load(tmp_path / "saved", other.model, runtime, other)
-    checkpoint.load(tmp_path / "saved", other.model, runtime)  # its weights are good for any
+    checkpoint.load(tmp_path / "saved", other.model, runtime)  # its weights are good for either
+
+
+def test_an_optimizer_that_has_made_no_step(runtime: Runtime, tmp_path: Path) -> None:
+    trainer = make_trainer(SINGLE, runtime, STEPS)
+    checkpoint.save(tmp_path / "saved", trainer.model, runtime, {}, trainer)
+    expected = train(trainer, runtime, 0, 2)
+    other = make_trainer(SINGLE, runtime, STEPS)
+    train(other, runtime, 50, 52)
+    checkpoint.load(tmp_path / "saved", other.model, runtime, other)
+    assert_identical(train(other, runtime, 0, 2), expected)
+
+
+# -- extra state of modules -------------------------------------------------------------------------------------------
+
+
+def test_extra_state_is_no_part_of_the_model(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's modules write more `_extra_state` entries than local ones, or fewer: both load."""
+    source, target = build(SINGLE, runtime, seed=5), build(SINGLE, runtime, seed=6)
+    describe = LanguageModel.sharded_state_dict
+
+    def with_more(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = describe(self, *args, **kwargs)
+        key = "decoder.final_layernorm._extra_state"
+        return {**state, key: ShardedObject(key, torch.tensor([1, 2]), (1,), (0,))}
+
+    def without_any(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return {k: v for k, v in describe(self, *args, **kwargs).items() if "_extra_state" not in k}
+
+    held = describe(language_model(source))
+    assert any("linear_qkv._extra_state" in key for key in held), "local linear layers have such entries"
+    for name, writer in (("more", with_more), ("none", without_any), ("as it is", describe)):
+        monkeypatch.setattr(LanguageModel, "sharded_state_dict", writer)
+        checkpoint.save(tmp_path / name, source, runtime, {})
+        for reader in (describe, with_more):
+            monkeypatch.setattr(LanguageModel, "sharded_state_dict", reader)
+            for parameter in target.parameters():
+                parameter.data.zero_()
+            checkpoint.load(tmp_path / name, target, runtime)
+            assert_identical(weights(target, runtime), weights(source, runtime))
 
 
 # -- trouble while saving ---------------------------------------------------------------------------------------------
@@ -288,7 +413,7 @@ def kill_while_saving(folder: Path, when: str) -> None:
     if when == "data":  # tensors are written, the index of them is not
         FileSystemWriterAsync.retrieve_write_results = die
     elif when == "record":  # everything is written, but perhaps not on the disk yet
-        checkpoint._sync = die  # type: ignore[assignment]
+        checkpoint.force_to_disk = die  # type: ignore[assignment]
     else:  # everything is on the disk under another name than the older checkpoint's
         rename = Path.rename
         Path.rename = lambda path, to: die() if Path(to).parent == folder else rename(path, to)  # type: ignore
@@ -303,7 +428,8 @@ def test_killed_while_saving(runtime: Runtime, tmp_path: Path, when: str) -> Non
     with pytest.raises(ProcessesFailed, match="exit code -9"):
         run_processes(1, kill_while_saving, tmp_path, when)
     name = "step-1" if when == "replacing" else "step-2"
-    assert sorted(os.listdir(tmp_path)) == ["step-1", f"{name}.partial"]
+    older, unfinished = sorted(os.listdir(tmp_path))
+    assert older == "step-1" and unfinished.startswith(f"{name}.") and unfinished.endswith(".partial")
     trainer = make_trainer(SINGLE, runtime, STEPS)
     train(trainer, runtime, 0, 1)
     after_one_step = weights(trainer.model, runtime)
@@ -355,5 +481,13 @@ def test_the_record_says_what_is_in_it(runtime: Runtime, tmp_path: Path) -> None
     train(trainer, runtime, 0, 1)
     checkpoint.save(tmp_path / "saved", trainer.model, runtime, {"position": {"epoch": 1}}, trainer)
     record = json.loads((tmp_path / "saved" / checkpoint.RECORD).read_text())
-    assert record["layout"] == {"tensor": 1, "data": 1} and record["position"] == {"epoch": 1}
-    assert record["architecture"]["model.hidden_size"] == 32 and record["optimizer"] == "replicated"
+    sizes = dict.fromkeys(("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data"), 1)
+    assert record["layout"] == {**sizes, "distributed_optimizer": False} and record["position"] == {"epoch": 1}
+    assert record["architecture"]["model.hidden_size"] == 32
+    assert record["optimizer"] == "replicated" and record["precision"] == "fp32"
+    files = {path.name: path for path in (tmp_path / "saved").iterdir() if path.name != checkpoint.RECORD}
+    assert record["files"].keys() == files.keys() == {"__0_0.distcp", ".metadata", "common.pt", "metadata.json"}
+    for name, path in files.items():
+        content = path.read_bytes()
+        facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert record["files"][name] == facts

@@ -22,7 +22,7 @@ PLACES: list[tuple[str, str, str, int]] = [
     ("in the warm start, behind a checkpoint", f"{STEPS}:PackedSteps.step", "before", 6),
     ("while saving, the weights not yet written", f"{CHECKPOINT}:dist_checkpointing.save", "before", 2),
     ("while saving, the weights written", f"{CHECKPOINT}:dist_checkpointing.save", "after", 2),
-    ("while saving, before the rename", f"{CHECKPOINT}:_sync", "before", 3),
+    ("while saving, before the rename", f"{CHECKPOINT}:force_to_disk", "before", 3),
     ("while an old checkpoint is deleted", "ra3_megatron.em.phases:Path.unlink", "after", 1),
     ("in the evaluation of the base", f"{LOOP}:evaluate", "before", 1),
     ("behind the evaluation's metrics, before its figures", f"{LOOP}:write_json", "before", 1),
@@ -50,6 +50,7 @@ def resumed(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for number, (place, target, when, call) in enumerate(PLACES):
         settings = [
             "checkpoint.interval=4" if number < 8 else "checkpoint.interval=1",
+            f"checkpoint.async_save={'true' if number % 2 else 'false'}",
             *(["--resume"] if number else []),
         ]
         outcome = ra3(*arguments, *settings, code=None, kill=[target, when, call])

@@ -43,6 +43,8 @@ def _compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> Non
     for line, (one, two) in enumerate(zip(expected, found, strict=True)):
         assert one.keys() == two.keys(), f"line {line}"
         for name, value in one.items():
+            if name == "fill_rate":
+                continue  # the one figure that is about the layout
             if isinstance(value, float):
                 assert two[name] == pytest.approx(value, rel=TOLERANCE, abs=1e-5), f"line {line}: {one['phase']} {name}"
             elif name not in ("message", "advice"):

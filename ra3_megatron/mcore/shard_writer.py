@@ -1,0 +1,129 @@
+"""Writes one process's shards of a checkpoint, here or in a forked process while training goes on.
+
+What is written are the values at the moment of the call. On a GPU they are copied to the host first; on a CPU a forked
+process sees the memory as it was when it was forked (pages are copied when either side writes to them). Memory that is
+shared between processes is no such memory: tensors in it are copied first.
+"""
+
+import gc
+import multiprocessing
+import pickle
+import queue
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from ra3_megatron.mcore.checkpoint_files import FileFacts, facts_of
+
+# Megatron hands results over through a manager process. It would cost seconds at the first save and 200 MB, and it
+# would outlive a run that is killed. Here a writer returns its results, and `hand_over` puts them where Megatron looks.
+filesystem_async._results_queue = queue.Queue()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer has done."""
+
+    results: Any
+    """Megatron's results, or the exception that ended it; None when this process had nothing to write."""
+    files: dict[str, FileFacts]
+    """The files it wrote."""
+
+    def hand_over(self) -> None:
+        """Let Megatron find the results, which it will when it finishes the checkpoint."""
+        while not filesystem_async._results_queue.empty():  # of a save that failed
+            filesystem_async._results_queue.get()
+        if self.results is not None:
+            filesystem_async._results_queue.put(self.results)
+
+
+class ShardWriter:
+    """Writing of one process's shards, begun by `start`."""
+
+    def __init__(self, request: AsyncRequest) -> None:
+        self._function = request.async_fn
+        self._arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            self._arguments[1] = request.preload_fn()  # from the GPU to the host; on a CPU the tensors themselves
+        self._written: Written | None = None
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def start(self, background: bool) -> None:
+        """Write now, or begin to in a process of its own."""
+        if self._function is None:
+            self._written = Written(None, {})
+        elif not background:
+            self._written = _write(self._function, self._arguments)
+        else:
+            self._arguments[1] = _without_shared_memory(self._arguments[1])
+            fork = multiprocessing.get_context("fork")
+            self._pipe, end = fork.Pipe(duplex=False)
+            self._process = fork.Process(target=_work, args=(end, self._function, self._arguments))
+            self._process.start()
+            end.close()
+        self._function, self._arguments = None, []  # a process that is forked holds the values
+
+    def is_done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._written is not None or bool(self._pipe.poll())
+
+    def result(self) -> Written:
+        """Wait for the end of writing. Errors are in the result."""
+        if self._written is None:
+            try:
+                self._written = pickle.loads(self._pipe.recv_bytes())
+                self._process.join()
+            except EOFError:
+                self._process.join()
+                code = self._process.exitcode
+                self._written = Written(RuntimeError(f"the writing process died (exit code {code})"), {})
+            self._pipe.close()
+        return self._written
+
+    def kill(self) -> None:
+        """End a background process; what it was writing is not finished."""
+        if self._process is not None and self._written is None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+
+
+def _write(function: Any, arguments: list[Any]) -> Written:
+    buckets = arguments[1]
+    results: queue.Queue[Any] = queue.Queue()
+    try:
+        function(arguments[0], buckets, results)
+        found = results.get_nowait()
+        if isinstance(found, Exception):
+            return Written(found, {})
+        return Written(found, {Path(bucket[0]).name: facts_of(Path(bucket[0])) for bucket in buckets})
+    except Exception as problem:
+        return Written(problem, {})
+
+
+def _work(pipe: Any, function: Any, arguments: list[Any]) -> None:
+    """The forked process: it must not touch CUDA, which a collection of the parent's garbage would."""
+    gc.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
+    written = _write(function, arguments)
+    try:
+        content = pickle.dumps(written)
+    except Exception:  # an exception that cannot be pickled
+        content = pickle.dumps(Written(RuntimeError(str(written.results)), {}))
+    pipe.send_bytes(content)
+    pipe.close()
+
+
+def _without_shared_memory(buckets: list[Any]) -> list[Any]:
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.is_shared() else tensor
+
+    return [
+        (path, key, (data, [(item, own(tensor)) for item, tensor in tensors])) for path, key, (data, tensors) in buckets
+    ]
