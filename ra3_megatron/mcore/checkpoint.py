@@ -77,7 +77,7 @@ def begin(
 
     Values that change after the call do not change the checkpoint. One save at a time: call `wait` before the next.
     """
-    partial = runtime.broadcast(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}"))
+    partial = runtime.broadcast(folder.with_name(f"{folder.name}.x{PARTIAL}"))
     error = ""
     if runtime.is_main:
         try:
@@ -154,7 +154,7 @@ class PendingSave:
     def _all_done(self) -> bool:
         busy = torch.tensor(int(not self._writer.is_done()))
         if self._runtime.world_size > 1:
-            pass
+            dist.all_reduce(busy)
         return not bool(busy)
 
     def _finish(self) -> None:

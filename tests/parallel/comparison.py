@@ -55,7 +55,17 @@ def differences(found: Numbers, expected: Numbers) -> list[str]:
     return lines
 
 
+def without_padding(name: str, found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (or gradients) of the vocabulary without the rows that only one layout has, which must be 0."""
+    if "word_embeddings" in name or "output_layer" in name:
+        rows = min(len(found), len(expected))
+        if not bool(found[rows:].any() | expected[rows:].any()):
+            return found[:rows], expected[:rows]
+    return found, expected
+
+
 def _difference(name: str, found: Tensor, expected: Tensor, tolerance: Tolerance) -> list[str]:
+    found, expected = without_padding(name, found, expected)
     if found.shape != expected.shape:
         return [f"{name}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}"]
     one, other = found.double(), expected.double()

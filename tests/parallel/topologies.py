@@ -17,6 +17,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"num_layers": 4, "tied_embeddings": False},
     "deep_tied": {"num_layers": 4, "tied_embeddings": True},
     "four_heads": {"num_layers": 2, "tied_embeddings": False, "num_query_groups": 4},
+    "three_groups": {
+        "num_layers": 2,
+        "tied_embeddings": False,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "head_dim": 4,
+        "ffn_hidden_size": 48,
+    },
     "experts": {
         "num_layers": 2,
         "tied_embeddings": False,
@@ -63,6 +71,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "tp2_sp": topology(tensor=2, sequence=True, ci=True),
     "tp2_sp_recompute_full": topology(tensor=2, sequence=True, recompute="full"),
     "tp2_sp_recompute_selective": topology(tensor=2, sequence=True, recompute="selective"),
+    "tp3": topology("three_groups", tensor=3),  # the vocabulary is padded to 384, not to 128
     "tp4_sp": topology("four_heads", tensor=4, sequence=True),
     # pipelines
     "pp2": topology(pipeline=2, splits=True),
