@@ -17,6 +17,8 @@ for _message in (
     "`load_state_dict` is deprecated and will be removed",
     "Please use DTensor instead",
     "When using async grad allreduce",
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
 ):
     warnings.filterwarnings("ignore", message=_message)
 

@@ -18,6 +18,7 @@ are safe from later steps; `PendingSave` is finished by `poll` or `wait`, which 
 import json
 import secrets
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def begin(
 
     Values that change after the call do not change the checkpoint. One save at a time: call `wait` before the next.
     """
-    partial = runtime.broadcast(folder.with_name(f"{folder.name}.x{PARTIAL}"))
+    partial = runtime.broadcast(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}"))
     error = ""
     if runtime.is_main:
         try:
@@ -111,7 +112,7 @@ def begin(
             writer.kill()
         raise
     assert writer is not None and request is not None
-    return PendingSave(folder, partial, description, request, writer, runtime)
+    return PendingSave(folder, partial, description, request.finalize_fns, writer, runtime)
 
 
 class PendingSave:
@@ -122,13 +123,13 @@ class PendingSave:
         folder: Path,
         partial: Path,
         description: dict[str, Any],
-        request: AsyncRequest,
+        finalize: Sequence[Callable[[], None]],
         writer: ShardWriter,
         runtime: Runtime,
     ) -> None:
         self.folder = folder
         self._partial, self._description = partial, description
-        self._request, self._writer, self._runtime = request, writer, runtime
+        self._finalize, self._writer, self._runtime = finalize, writer, runtime
         self._finished = False
 
     def poll(self) -> bool:
@@ -163,7 +164,7 @@ class PendingSave:
         written.hand_over()
         error = ""
         try:
-            for finalize in self._request.finalize_fns:
+            for finalize in self._finalize:
                 finalize()
         except (Exception, CheckpointException) as problem:
             error = _cause(problem)

@@ -3,8 +3,12 @@
 What is written are the values at the moment of the call. On a GPU they are copied to the host first; on a CPU a forked
 process sees the memory as it was when it was forked (pages are copied when either side writes to them). Memory that is
 shared between processes is no such memory: tensors in it are copied first.
+
+Megatron's own writer forks a process of its own for each file and cannot be stopped without leaving that behind; here
+its function for one file is called directly.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import pickle
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from ra3_megatron.mcore.checkpoint_files import FileFacts, facts_of
 
@@ -46,28 +51,30 @@ class ShardWriter:
     """Writing of one process's shards, begun by `start`."""
 
     def __init__(self, request: AsyncRequest) -> None:
-        self._function = request.async_fn
-        self._arguments = list(request.async_fn_args)
-        if request.preload_fn is not None:
-            self._arguments[1] = request.preload_fn()  # from the GPU to the host; on a CPU the tensors themselves
+        self._transforms: Any = []
+        self._buckets: list[Any] = []
+        if request.async_fn is not None:  # else this process has nothing to write
+            assert request.preload_fn is not None
+            self._transforms = request.async_fn.args[0]
+            self._buckets = request.preload_fn()  # from the GPU to the host; on a CPU the tensors themselves
         self._written: Written | None = None
         self._process: Any = None
         self._pipe: Any = None
 
     def start(self, background: bool) -> None:
         """Write now, or begin to in a process of its own."""
-        if self._function is None:
+        if not self._buckets:
             self._written = Written(None, {})
         elif not background:
-            self._written = _write(self._function, self._arguments)
+            self._written = _write(self._transforms, self._buckets)
         else:
-            self._arguments[1] = _without_shared_memory(self._arguments[1])
             fork = multiprocessing.get_context("fork")
             self._pipe, end = fork.Pipe(duplex=False)
-            self._process = fork.Process(target=_work, args=(end, self._function, self._arguments))
+            arguments = (end, self._transforms, _without_shared_memory(self._buckets))
+            self._process = fork.Process(target=_work, args=arguments)
             self._process.start()
             end.close()
-        self._function, self._arguments = None, []  # a process that is forked holds the values
+        self._buckets = []  # a process that is forked holds the values
 
     def is_done(self) -> bool:
         """Whether `result` would return at once."""
@@ -94,30 +101,37 @@ class ShardWriter:
             self._pipe.close()
 
 
-def _write(function: Any, arguments: list[Any]) -> Written:
-    buckets = arguments[1]
-    results: queue.Queue[Any] = queue.Queue()
+def _write(transforms: Any, buckets: list[Any]) -> Written:
+    """Write each bucket to its file."""
+    found: dict[int, Any] = {}
+    files = {}
     try:
-        function(arguments[0], buckets, results)
-        found = results.get_nowait()
-        if isinstance(found, Exception):
-            return Written(found, {})
-        return Written(found, {Path(bucket[0]).name: facts_of(Path(bucket[0])) for bucket in buckets})
+        for number, bucket in enumerate(buckets):
+            results: queue.Queue[Any] = queue.Queue()
+            count: queue.Queue[int] = queue.Queue()
+            count.put(number)
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, count, use_fsync=True)
+            _, found[number] = results.get_nowait()
+            if isinstance(found[number], Exception):
+                return Written(found[number], {})
+            path = Path(bucket[0])
+            files[path.name] = facts_of(path)
     except Exception as problem:
         return Written(problem, {})
+    return Written(found, files)
 
 
-def _work(pipe: Any, function: Any, arguments: list[Any]) -> None:
+def _work(pipe: Any, transforms: Any, buckets: list[Any]) -> None:
     """The forked process: it must not touch CUDA, which a collection of the parent's garbage would."""
     gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
-    written = _write(function, arguments)
+    written = _write(transforms, buckets)
     try:
         content = pickle.dumps(written)
     except Exception:  # an exception that cannot be pickled
         content = pickle.dumps(Written(RuntimeError(str(written.results)), {}))
-    pipe.send_bytes(content)
-    pipe.close()
+    with contextlib.suppress(BrokenPipeError):  # a parent that was killed
+        pipe.send_bytes(content)
 
 
 def _without_shared_memory(buckets: list[Any]) -> list[Any]:

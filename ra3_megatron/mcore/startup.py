@@ -171,6 +171,9 @@ def initialize(
             f"the layout needs parallel.tensor * pipeline * context * data = {parallel.world_size} processes, but "
             f"{world_size} were started: start {parallel.world_size}" + (f"; {fitting}" if fitting else "")
         )
+    if parallel.tensor > 1:
+        # messages start before the matrix products that they overlap with only where kernels keep their order
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

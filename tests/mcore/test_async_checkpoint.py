@@ -36,18 +36,28 @@ _write = FileSystemWriterAsync.write_preloaded_data
 def slow_down(gate: Path) -> None:
     """Writers of this process wait until the file `gate` exists (a minute at most).
 
-    `gate.writer` holds the id of the last one, which is in a process group of its own: it survives its parent's end.
+    Background ones are in sessions of their own, so they survive their parent. `gate.waiting` tells that one waits,
+    `gate.ended` that one has done what it could.
     """
 
+    parent = os.getpid()
+
     def write(*args: Any, **kwargs: Any) -> None:
-        os.setsid()
-        gate.with_suffix(".writer").write_text(str(os.getpid()))
+        if os.getpid() != parent:
+            os.setsid()
+        gate.with_suffix(".waiting").touch()
         end = time.monotonic() + 60
         while not gate.exists() and time.monotonic() < end:
             time.sleep(0.01)
         _write(*args, **kwargs)
+        gate.with_suffix(".ended").touch()
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Folders of checkpoints, whole or not."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("gate"))
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def test_it_holds_what_was_there_at_the_call(
     assert data[0] == data[1]
     other = make_trainer(parallel, runtime, STEPS, model)
     checkpoint.load(tmp_path / "background", other.model, runtime, other, verify=True)
-    assert sorted(os.listdir(tmp_path)) == ["background", "gate", "gate.writer", "synchronous"]
+    assert checkpoints(tmp_path) == ["background", "synchronous"]
 
 
 def test_shared_memory_is_copied(runtime: Runtime, tmp_path: Path, gate: Path) -> None:
@@ -130,7 +140,7 @@ def test_an_abandoned_one_stays_absent(runtime: Runtime, tmp_path: Path, gate: P
     gate.touch()
     assert not (tmp_path / "saved").exists()
     checkpoint.save(tmp_path / "saved", model, runtime, {})
-    assert sorted(os.listdir(tmp_path)) == ["gate", "gate.writer", "saved"]
+    assert checkpoints(tmp_path) == ["saved"]
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------------
@@ -158,7 +168,7 @@ def test_a_writer_that_dies_is_an_error(runtime: Runtime, tmp_path: Path, gate: 
     gate.touch()
     with pytest.raises(checkpoint.CheckpointWriteError, match=r"the writing process died \(exit code -9\)"):
         pending.wait()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("bad")]
+    assert checkpoints(tmp_path) == []
 
 
 def kill_while_writing(folder: Path, gate: Path) -> None:
@@ -170,7 +180,7 @@ def kill_while_writing(folder: Path, gate: Path) -> None:
     slow_down(gate)
     pending = checkpoint.begin(folder / "step-2", trainer.model, runtime, {"step": 2}, trainer, background=True)
     train(trainer, runtime, 51, 52)
-    while not gate.with_suffix(".writer").exists():
+    while not gate.with_suffix(".waiting").exists():
         assert not pending.poll()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,8 +193,6 @@ def test_killed_while_writing(runtime: Runtime, tmp_path: Path) -> None:
         run_processes(1, kill_while_writing, folder, gate)
     older, unfinished = sorted(os.listdir(folder))
     assert older == "step-1" and unfinished.startswith("step-2.") and unfinished.endswith(".partial")
-    writer = Path("/proc") / gate.with_suffix(".writer").read_text()
-    assert writer.exists()
     trainer = make_trainer(SINGLE, runtime, STEPS)
     assert checkpoint.load(folder / "step-1", trainer.model, runtime, trainer, verify=True)["step"] == 1
     train(trainer, runtime, 1, 2)
@@ -194,8 +202,9 @@ def test_killed_while_writing(runtime: Runtime, tmp_path: Path) -> None:
     while not pending._writer.is_done() and time.monotonic() < end:
         time.sleep(0.01)
     gate.touch()  # the writer of the killed run writes only now, before the new checkpoint has its name
-    while writer.exists() and time.monotonic() < end:
+    while not gate.with_suffix(".ended").exists() and time.monotonic() < end:
         time.sleep(0.01)
+    assert gate.with_suffix(".ended").exists()
     pending.wait()
     train(trainer, runtime, 2, 3)
     checkpoint.load(folder / "step-2", trainer.model, runtime, trainer, verify=True)
@@ -236,4 +245,4 @@ def test_two_processes_agree(runtime: Runtime, tmp_path: Path) -> None:
     first, second = run_processes(2, in_two_processes, tmp_path)
     assert first == second and "bad: cannot be written" in first[1]
     assert_identical(stored(tmp_path / "background"), stored(tmp_path / "synchronous"))
-    assert sorted(os.listdir(tmp_path)) == ["background", "gate", "gate.writer", "synchronous"]
+    assert checkpoints(tmp_path) == ["background", "synchronous"]

@@ -19,9 +19,9 @@ corpus: {source: folder, path: CORPUS, valid_fraction: 0.3}
 tokenizer: {vocab_size: 330}
 text: {max_latent_tokens: 5}
 model:
-  {num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2,
+  {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2,
    context_length: 160}
-warm_start: {steps: 24, global_batch_size: 4, micro_batch_size: 2, optimizer: {learning_rate: 0.03}}
+warm_start: {steps: 24, global_batch_size: 4, micro_batch_size: 2, optimizer: {learning_rate: 0.03, epsilon: 1.0e-4}}
 estep:
   {steps: 2, documents_per_step: 3, group_size: 3, micro_batch_size: 2,
    optimizer: {learning_rate: 0.003, epsilon: 1.0e-3}}  # so that Adam does not blow up rounding errors
