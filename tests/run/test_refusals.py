@@ -140,7 +140,8 @@ def test_damaged_checkpoints_are_refused(finished: Path, ra3: Ra3, config: Path,
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     end = next(i for i, line in enumerate(lines) if '"infuse", "iteration": 2' in line)
     (run / "metrics.jsonl").write_text("".join(lines[:end]))
-    assert ra3.refuses("train", config, f"run_dir={run}", "--resume").startswith(f"{final}: cannot be loaded: ")
+    message = ra3.refuses("train", config, f"run_dir={run}", "--resume")
+    assert message.startswith(f"{final / '__0_0.distcp'}: is truncated: ")
     # without its record, the folder is no checkpoint: the phase is done again, and the run ends as before
     (final / "checkpoint.json").unlink()
     shutil.rmtree(run / "evaluations")
