@@ -19,8 +19,9 @@ What changes, and why:
 Two fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
 
 - MoE: `te_general_gemm` is a name left undefined without Transformer Engine.
-- DistributedOptimizer checkpoints with torch's Adam assert a missing `step`, raise KeyError on loading, and then let
-  all parameters share ONE step tensor, which counts up once per parameter.
+- The distributed optimizer, when it is loaded, looks for the `step` of torch's Adam among the loaded tensors: KeyError.
+  (`mcore.optimizer_state` does the rest of what goes wrong there: with Megatron's own functions all parameters would
+  share ONE step tensor afterwards, which counts up once per parameter.)
 """
 
 import contextlib
@@ -323,24 +324,6 @@ def _fix_moe(module: Any) -> None:
 def _fix_distributed_optimizer(module: Any) -> None:
     if module.HAVE_APEX_OR_TE:
         return
-    optimizer_class = module.DistributedOptimizer
-    original_state_dict, original_load = optimizer_class.state_dict, optimizer_class.load_state_dict
-
-    def state_dict(self: Any) -> Any:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter.data)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-        return original_state_dict(self)
-
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        original_load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
 
     @torch.no_grad()
     def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
@@ -350,9 +333,7 @@ def _fix_distributed_optimizer(module: Any) -> None:
             if key != "step":
                 target.copy_(tensors[key])
 
-    optimizer_class.state_dict = state_dict
-    optimizer_class.load_state_dict = load_state_dict
-    optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
+    module.DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
 
 
 _FIXES: dict[str, tuple[Any, ...]] = {

@@ -56,6 +56,22 @@ def go_on(folder: Path, parallel: ParallelConfig, runtime: Runtime, model: Model
     return train(trainer, runtime, SAVED_AFTER, STEPS)
 
 
+def pass_on(start: Path, to: Path, parallel: ParallelConfig, runtime: Runtime, model: ModelConfig) -> None:
+    """Load a checkpoint and save it again."""
+    trainer = make_trainer(parallel, runtime, STEPS, model)
+    checkpoint.load(start, trainer.model, runtime, trainer)
+    checkpoint.save(to, trainer.model, runtime, {}, trainer)
+
+
+def stored(folder: Path) -> Numbers:
+    """Every tensor of a checkpoint, whole: weights and moments."""
+    from megatron.core import dist_checkpointing  # behind ra3_megatron.mcore
+
+    loaded = dist_checkpointing.load_plain_tensors(str(folder))
+    step = loaded["optimizer"]["step"]
+    return {"steps": torch.tensor(step), **{n: v for n, v in loaded.items() if isinstance(v, torch.Tensor)}}
+
+
 def in_processes(folder: Path, names: list[str]) -> dict[str, Numbers]:
     """What came behind one process's checkpoint at each topology; leaves a checkpoint of each."""
     found = {}
@@ -63,7 +79,9 @@ def in_processes(folder: Path, names: list[str]) -> dict[str, Numbers]:
         topology = TOPOLOGIES[name]
         runtime = initialize(topology.parallel, seed=1)
         model = stream_model(topology)
-        found[name] = go_on(folder / f"one process, {topology.model}", topology.parallel, runtime, model)
+        start = folder / f"one process, {topology.model}"
+        pass_on(start, folder / f"passed on by {name}", topology.parallel, runtime, model)
+        found[name] = go_on(start, topology.parallel, runtime, model)
         save_on_the_way(folder / name, topology.parallel, runtime, model)
     return found if dist.get_rank() == 0 else {}
 
@@ -127,6 +145,20 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_one_processs_checkpoint_goes_on_at_any_layout(moves: Moves, name: str) -> None:
     assert_same(moves.found(name), moves.expected[TOPOLOGIES[name].model])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_layout_passes_on_is_the_same_bit_for_bit(moves: Moves, name: str) -> None:
+    """Weights, moments and the number of steps, loaded and saved again."""
+    moves.found(name)
+    expected = stored(moves.folder / f"one process, {TOPOLOGIES[name].model}")
+    found = stored(moves.folder / f"passed on by {name}")
+    assert found.keys() == expected.keys() and len(found) > 20 and int(found["steps"]) == SAVED_AFTER
+    for key, value in expected.items():
+        one, other = without_padding(key, found[key], value)
+        assert torch.equal(one, other), key
 
 
 @pytest.mark.multiprocess
