@@ -17,6 +17,7 @@ for _message in (
     "`load_state_dict` is deprecated and will be removed",
     "Please use DTensor instead",
     "When using async grad allreduce",
+    "If you are using transformer_engine as the transformer implementation, the core_attn",
     r"`torch\.distributed\.\w+` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",
 ):

@@ -16,8 +16,9 @@ What changes, and why:
   gloo knows equal sizes only.
 - Rotary positions under context parallelism do without `pin_memory=True`, which CPU builds refuse.
 
-Two fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
+Three fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
 
+- Recomputing norms: "no FP8" is passed on as False, taken for "FP8", and a name of Transformer Engine is missing.
 - MoE: `te_general_gemm` is a name left undefined without Transformer Engine.
 - The distributed optimizer, when it is loaded, looks for the `step` of torch's Adam among the loaded tensors: KeyError.
   (`mcore.optimizer_state` does the rest of what goes wrong there: with Megatron's own functions all parameters would
@@ -249,6 +250,18 @@ def _fix_random(module: Any) -> None:
     module.model_parallel_cuda_manual_seed = model_parallel_cuda_manual_seed
 
 
+def _fix_recompute(module: Any) -> None:
+    if module.HAVE_TE:
+        return
+    checkpoint = module.CheckpointWithoutOutput
+    original = checkpoint.__init__
+
+    def __init__(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    checkpoint.__init__ = __init__
+
+
 def _fix_norm(module: Any) -> None:
     if torch.cuda.is_available():
         return
@@ -338,7 +351,7 @@ def _fix_distributed_optimizer(module: Any) -> None:
 
 _FIXES: dict[str, tuple[Any, ...]] = {
     "megatron.core.tensor_parallel.mappings": (_fix_mappings,),
-    "megatron.core.tensor_parallel.random": (_fix_random,),
+    "megatron.core.tensor_parallel.random": (_fix_random, _fix_recompute),
     "megatron.core.transformer.torch_norm": (_fix_norm,),
     "megatron.core.models.common.embeddings.rope_utils": (_fix_rope,),
     "megatron.core.transformer.moe.moe_utils": (_fix_moe,),

@@ -71,6 +71,9 @@ TOPOLOGIES: dict[str, Topology] = {
     "tp2_sp": topology(tensor=2, sequence=True, ci=True),
     "tp2_sp_recompute_full": topology(tensor=2, sequence=True, recompute="full"),
     "tp2_sp_recompute_selective": topology(tensor=2, sequence=True, recompute="selective"),
+    "tp2_sp_recompute_modules": topology(
+        tensor=2, sequence=True, recompute="selective", recompute_modules=["core_attn", "mlp", "layernorm"]
+    ),
     "tp3": topology("three_groups", tensor=3),  # the vocabulary is padded to 384, not to 128
     "tp4_sp": topology("four_heads", tensor=4, sequence=True),
     # pipelines
@@ -131,6 +134,8 @@ TOPOLOGIES: dict[str, Topology] = {
     "ep2_cp2": topology("experts", context=2, expert=2),
     "experts_dp2": topology("experts", data=2),
     "experts_pp2": topology("experts", pipeline=2),
+    "experts_recompute_moe": topology("experts", data=2, expert=2, recompute="selective", recompute_modules=["moe"]),
+    "experts_recompute_full": topology("experts", tensor=2, sequence=True, recompute="full"),
     "experts_tp2_sp": topology("experts", tensor=2, sequence=True),
     "ep2_tp2_sp": topology("experts", data=2, tensor=2, sequence=True, expert=2, ci=True),
     "ep2_tp2_sp_expert_tensor1": topology("experts", data=2, tensor=2, sequence=True, expert=2, expert_tensor=1),
