@@ -256,10 +256,10 @@ def _fix_recompute(module: Any) -> None:
     checkpoint = module.CheckpointWithoutOutput
     original = checkpoint.__init__
 
-    def __init__(self: Any, fp8: Any = None) -> None:
+    def initialize(self: Any, fp8: Any = None) -> None:
         original(self, fp8 or None)
 
-    checkpoint.__init__ = __init__
+    checkpoint.__init__ = initialize
 
 
 def _fix_norm(module: Any) -> None:
