@@ -42,7 +42,8 @@ class ModelConfig(Section):
     """Epsilon of RMSNorm."""
 
     num_experts: int | None = Field(default=None, ge=2)
-    """Experts of each feed-forward layer (a mixture of experts); none: dense layers."""
+    """Experts of each feed-forward layer (a mixture of experts); none: dense layers. There is no load-balancing loss,
+    as its statistics would depend on the split into micro-batches: start from a model whose routers are trained."""
 
     experts_per_token: int = Field(default=2, ge=1)
     """Experts that each token is sent to; their weights are a softmax over these."""

@@ -172,8 +172,8 @@ class LanguageModel(GPTModel):
         return F.linear(hidden, self._output_weight())
 
     def _output_weight(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            return self.embedding.word_embeddings.weight
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())  # Megatron's DDP waits there for weights that are being gathered
         return self.output_layer.weight

@@ -10,7 +10,9 @@ learning-rate schedule, which sets them before every step.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -115,7 +117,8 @@ def _weights_in_buffers(part: DistributedOptimizer) -> Iterator[torch.nn.Paramet
 def _sharded_distributed(
     part: DistributedOptimizer, weights: dict[str, Any], metadata: dict[str, Any], loading: bool
 ) -> dict[str, Any]:
-    state = part.sharded_param_state_fully_reshardable(weights, loading, metadata)
+    with _places_without_padding(part):
+        state = part.sharded_param_state_fully_reshardable(weights, loading, metadata)
     result: dict[str, Any] = {}
     for index, weight in enumerate(_weights_in_buffers(part)):
         tensors = dict(state[index])
@@ -125,6 +128,28 @@ def _sharded_distributed(
             tensors[MASTER] = replace(master, key=f"{_PREFIX}.{MASTER}.{name}")
         result[str(index)] = tensors
     return result
+
+
+@contextmanager
+def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
+    """Let buffers say where each weight stands when the padding between their buckets is left out.
+
+    Megatron gathers the state without that padding, and then looks weights up where they stand with it: behind the
+    first bucket with padding, it would take parts of other weights' state.
+    """
+    padded = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        shifts = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
+        buffer.param_index_map = {
+            weight: (start + shifts[bucket], end + shifts[bucket], bucket)
+            for weight, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(part.buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def _allocate(adam: torch.optim.Optimizer) -> None:

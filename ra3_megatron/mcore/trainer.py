@@ -48,7 +48,10 @@ class StepResult:
 
 
 class Trainer:
-    """A model (`build_model`) in Megatron's DDP with its optimizer and learning-rate schedule over `steps` steps."""
+    """A model (`build_model`) in Megatron's DDP with its optimizer and learning-rate schedule over `steps` steps.
+
+    A model has one trainer: DDP puts hooks on its parameters.
+    """
 
     def __init__(
         self,

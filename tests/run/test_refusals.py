@@ -67,6 +67,21 @@ def test_documents_longer_than_the_context_are_counted(ra3: Ra3, config: Path, t
         assert (lost["cut"] > 0) == (way == "cut") and (lost["dropped"] > 0) == (way == "drop"), lost
 
 
+def test_layouts_that_do_not_fit(ra3: Ra3, config: Path, tmp_path: Path) -> None:
+    """Before any process starts; tests/config has all the rules."""
+    cases = {
+        "parallel.tensor=3": "parallel.tensor=3 does not divide",
+        "parallel.pipeline=4": "parallel.pipeline=4 does not divide model.num_layers=2",
+        "parallel.virtual_pipeline=2": "parallel.virtual_pipeline=2 needs parallel.pipeline >= 2",
+        "parallel.expert=2": "parallel.expert=2 needs a mixture of experts: set model.num_experts",
+        "parallel.data=3": "warm_start.global_batch_size=4 is not a multiple of",
+    }
+    for setting, start in cases.items():
+        problem = ra3.refuses("train", config, f"run_dir={tmp_path / 'run'}", setting)
+        assert problem.startswith(start), problem
+        assert not (tmp_path / "run").exists()
+
+
 # -- the run folder -----------------------------------------------------------------------------------------------
 
 
@@ -129,6 +144,7 @@ def test_checkpoints_that_do_not_fit(finished: Path, ra3: Ra3, config: Path, tmp
     assert not (tmp_path / "out/infused").exists()
 
 
+@pytest.mark.multiprocess
 def test_damaged_checkpoints_are_refused(finished: Path, ra3: Ra3, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -142,6 +158,9 @@ def test_damaged_checkpoints_are_refused(finished: Path, ra3: Ra3, config: Path,
     (run / "metrics.jsonl").write_text("".join(lines[:end]))
     message = ra3.refuses("train", config, f"run_dir={run}", "--resume")
     assert message.startswith(f"{final / '__0_0.distcp'}: is truncated: ")
+    shard.unlink()
+    message = ra3.refuses("train", config, f"run_dir={run}", "--resume", "parallel.context=2")
+    assert message == f"{shard}: is missing: use another checkpoint", "once, of two processes"
     # without its record, the folder is no checkpoint: the phase is done again, and the run ends as before
     (final / "checkpoint.json").unlink()
     shutil.rmtree(run / "evaluations")
