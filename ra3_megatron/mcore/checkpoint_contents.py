@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.mcore.checkpoint import RECORD, is_partial, read_record
 from ra3_megatron.mcore.checkpoint_files import wrong_contents, wrong_sizes
+from ra3_megatron.mcore.names import EXTRA_STATE
 
 INDEX = ".metadata"
 """File that says where each shard is."""
@@ -45,7 +46,7 @@ class Problem:
     name: str
     problem: str
     tensors: tuple[str, ...] = ()
-    """Tensors that have a shard in it."""
+    """Weights and optimizer state that have a shard in it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def find_problems(contents: Contents) -> list[Problem]:
         wrong[INDEX] = "cannot be read"
     places = _places(contents.index)
     problems = [
-        Problem(name, problem, tuple(sorted({tensor for tensor, _ in places.get(name, [])})))
+        Problem(name, problem, tuple(sorted({t for t, _ in places.get(name, []) if EXTRA_STATE not in t})))
         for name, problem in sorted(wrong.items())
     ]
     bad: dict[str, list[str]] = {}
