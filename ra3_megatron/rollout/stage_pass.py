@@ -25,13 +25,9 @@ class StagePass:
         self.runtime = runtime
         self.chunks: list[LanguageModel] = chunks_of(model)
         self.config = self.chunks[0].config
-        self._attentions = [[m for m in chunk.modules() if isinstance(m, CachedAttention)] for chunk in self.chunks]
-        self._meets = runtime.expert_size > 1
-
-    @property
-    def attentions(self) -> list[CachedAttention]:
+        self.attentions = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, CachedAttention)]
         """Attention of every layer of this process, in order."""
-        return [attention for chunk in self._attentions for attention in chunk]
+        self._meets = runtime.expert_size > 1
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch, caches: Sequence[LayerCache], view: CacheView) -> Tensor:
@@ -68,24 +64,18 @@ class StagePass:
         return bool(flag.item())
 
     def _through(self, batch: TokenBatch) -> Tensor:
-        runtime, tokens = self.runtime, batch.ids.shape[1]
-        hidden: Tensor | None = None
+        runtime, config, tokens = self.runtime, self.config, batch.ids.shape[1]
+        hidden = torch.empty(0)
         for chunk in self.chunks:
             if not chunk.pre_process:
-                hidden = torch.empty(
-                    tokens, 1, self.config.hidden_size, dtype=self.config.params_dtype, device=runtime.device
-                )
-                dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=self._group)
+                hidden = torch.empty(tokens, 1, config.hidden_size, dtype=config.params_dtype, device=runtime.device)
+                source = parallel_state.get_pipeline_model_parallel_prev_rank()
+                dist.recv(hidden, src=source, group=runtime.pipeline_group)
                 chunk.set_input_tensor(hidden)
             hidden = chunk(batch, hidden_only=True)
             if not chunk.post_process:
-                dist.send(
-                    hidden.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=self._group
-                )
-                hidden = hidden.new_zeros(1, 1, 1)
-        assert hidden is not None
-        return hidden[:, 0] if runtime.is_last_stage else hidden[0].expand(tokens, self.config.hidden_size)
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        return self.runtime.pipeline_group
+                target = parallel_state.get_pipeline_model_parallel_next_rank()
+                dist.send(hidden.contiguous(), dst=target, group=runtime.pipeline_group)
+        if runtime.is_last_stage:
+            return hidden[:, 0]
+        return hidden.new_zeros(1, 1).expand(tokens, config.hidden_size)

@@ -48,13 +48,17 @@ def saves(runtime: Runtime, tmp_path: Path) -> _Saves:
     return _Saves(run, tmp_path / "phase", trainer.model, trainer)
 
 
-def test_older_ones_are_kept_until_a_newer_one_is_complete(saves: _Saves, tmp_path: Path, gate: Path) -> None:
-    folder = tmp_path / "phase"
+def one_complete_one_begun(saves: _Saves, gate: Path) -> None:
     gate.touch()
     saves.begin("step_000001", {"step": 1})
     saves.wait()
     gate.unlink()
     saves.begin("step_000002", {"step": 2})
+
+
+def test_older_ones_are_kept_until_a_newer_one_is_complete(saves: _Saves, tmp_path: Path, gate: Path) -> None:
+    folder = tmp_path / "phase"
+    one_complete_one_begun(saves, gate)
     saves.poll()
     assert latest_checkpoint(folder) == folder / "step_000001", "the newer one is not complete"
     gate.touch()
@@ -73,11 +77,7 @@ def test_older_ones_are_kept_until_a_newer_one_is_complete(saves: _Saves, tmp_pa
 
 def test_one_that_is_abandoned_leaves_the_older_one(saves: _Saves, tmp_path: Path, gate: Path) -> None:
     folder = tmp_path / "phase"
-    gate.touch()
-    saves.begin("step_000001", {"step": 1})
-    saves.wait()
-    gate.unlink()
-    saves.begin("step_000002", {"step": 2})
+    one_complete_one_begun(saves, gate)
     saves.abandon()
     gate.touch()
     assert latest_checkpoint(folder) == folder / "step_000001"

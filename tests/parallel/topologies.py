@@ -62,6 +62,14 @@ def topology(
     return Topology(ParallelConfig(threads=1, **parallel), model, ci, splits, micro_batch_tokens)
 
 
+OVERLAP = {
+    "distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "grad_bucket_size": 2000,
+}
+"""Every message of the optimizer overlapped, in several buckets with padding between them."""
+
 TOPOLOGIES: dict[str, Topology] = {
     # one process, against another run of it
     "single": topology(splits=True, ci=True),
@@ -106,47 +114,18 @@ TOPOLOGIES: dict[str, Topology] = {
     "dp2_micro_batch_tokens": topology(data=2, micro_batch_tokens=80, ci=True),
     "dp2_distributed_optimizer": topology(data=2, distributed_optimizer=True),
     "dp2_overlap_grad_reduce": topology(data=2, splits=True, overlap_grad_reduce=True),
-    "dp2_distributed_optimizer_overlap": topology(
-        data=2,
-        distributed_optimizer=True,
-        overlap_grad_reduce=True,
-        overlap_param_gather=True,
-        grad_bucket_size=2000,
-        ci=True,
-    ),
-    "dp2_pp2_distributed_optimizer_overlap": topology(
-        "tied",
-        data=2,
-        pipeline=2,
-        distributed_optimizer=True,
-        overlap_grad_reduce=True,
-        overlap_param_gather=True,
-        grad_bucket_size=2000,
-    ),
+    "dp2_distributed_optimizer_overlap": topology(data=2, ci=True, **OVERLAP),
+    "dp2_pp2_distributed_optimizer_overlap": topology("tied", data=2, pipeline=2, **OVERLAP),
     "dp2_tp2": topology(data=2, tensor=2),
     "dp2_tp2_sp_distributed_optimizer": topology("tied", data=2, tensor=2, sequence=True, distributed_optimizer=True),
     "dp2_pp2": topology("tied", data=2, pipeline=2, splits=True),
     "dp2_pp2_vpp2_distributed_optimizer_overlap": topology(
-        "deep_tied",
-        data=2,
-        pipeline=2,
-        virtual_pipeline=2,
-        distributed_optimizer=True,
-        overlap_grad_reduce=True,
-        overlap_param_gather=True,
+        "deep_tied", data=2, pipeline=2, virtual_pipeline=2, **OVERLAP
     ),
     # mixtures of experts
     "ep2": topology("experts", data=2, expert=2, ci=True),
     "ep2_distributed_optimizer": topology("experts", data=2, expert=2, distributed_optimizer=True),
-    "ep2_distributed_optimizer_overlap": topology(
-        "experts",
-        data=2,
-        expert=2,
-        distributed_optimizer=True,
-        overlap_grad_reduce=True,
-        overlap_param_gather=True,
-        grad_bucket_size=2000,
-    ),
+    "ep2_distributed_optimizer_overlap": topology("experts", data=2, expert=2, **OVERLAP),
     "ep2_cp2": topology("experts", context=2, expert=2),
     "experts_dp2": topology("experts", data=2),
     "experts_pp2": topology("experts", pipeline=2),
