@@ -18,25 +18,28 @@ from ra3_megatron.config.describe import field_of, is_section
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.problems import path_problem, problems, unknown_key
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.config.yaml_io import dump, parse, parse_override
+from ra3_megatron.config.yaml_io import dump, parse, parse_override, scalar_text
 
 __all__ = ["dump_config", "load_config"]
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), resolved: bool = False) -> RunConfig:
     """The configuration in `path` (none: the defaults) with `overrides` such as `estep.steps=5` on top.
 
-    Raises `UserError` with one line for each problem.
+    With `model.hf`, the folder's `config.json` decides the architecture. resolved: the file is what `dump_config`
+    wrote, so that has been done. Raises `UserError` with one line for each problem.
     """
-    values = RunConfig().model_dump()
-    if path is not None:
-        _merge(values, _read(path))
+    given: dict[str, Any] = {} if path is None else _read(path)
     wrong: list[str] = []
     for override in overrides:
         try:
-            _apply(values, override)
+            _apply(given, override)
         except UserError as error:
             wrong.append(str(error))
+    values = RunConfig().model_dump()
+    _merge(values, given)
+    if not resolved and not wrong:
+        wrong += _apply_hf(values, given)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -50,6 +53,38 @@ def dump_config(config: RunConfig) -> str:
     """Every key of `config` as YAML; `load_config` of that text gives an equal configuration."""
     header = f"# Resolved configuration of a run, written by ra3 {__version__}. Every key is explained by\n"
     return header + "# `ra3 config --describe` and in docs/configuration.md.\n" + dump(config.model_dump())
+
+
+def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Fill in what the folder `model.hf` decides; lines on keys that say something else. given: the user's own keys."""
+    model, asked = values.get("model"), given.get("model")
+    if not isinstance(model, dict) or not isinstance(asked, dict) or not isinstance(model.get("hf"), str):
+        return []
+    from ra3_megatron.hf.families import read_folder  # the one arrow that points back: it reads JSON only
+
+    folder = model["hf"]
+    try:
+        _, keys, longest = read_folder(Path(folder))
+    except UserError as error:
+        return [f"model.hf={folder}: {line}" for line in str(error).splitlines()]
+    wrong = []
+    for key, value in keys.items():
+        own = asked.get(key)
+        said = {**value, **own} if isinstance(value, dict) and isinstance(own, dict) else own
+        if own is not None and said != value:
+            wrong.append(
+                f"model.{key}={scalar_text(own)}: model.hf={folder} has {scalar_text(value)}: leave model.{key} out"
+            )
+        _merge(model, {key: value})
+    length = model.get("context_length")
+    if isinstance(length, int) and length > longest:
+        wrong.append(f"model.context_length={length}: model.hf={folder} reads at most {longest} tokens")
+    if not given.get("tokenizer"):
+        values["tokenizer"] |= {"kind": "hf", "path": folder}
+    warm_start = given.get("warm_start")
+    if not isinstance(warm_start, dict) or "steps" not in warm_start:
+        values["warm_start"]["steps"] = 0  # the base model is there already
+    return wrong
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,8 +11,45 @@ _RECOMPUTE_KEYS = {"selective": ("recompute_modules",), "full": ("recompute_meth
 """Keys that are read only with one value of `parallel.recompute`."""
 
 
+class RopeScalingConfig(Section):
+    """How rotary frequencies are changed so that a model reads further than it was first trained to."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """`linear`: every frequency is divided by `factor`; `llama3`: the low ones are, the high ones are kept, those
+    between are interpolated (Llama 3.1)."""
+
+    factor: float = Field(default=1.0, gt=0)
+    """By how much frequencies are divided."""
+
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """`llama3`: wavelengths above `original_context_length` / this are scaled fully."""
+
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """`llama3`: wavelengths below `original_context_length` / this are kept."""
+
+    original_context_length: int = Field(default=8192, ge=1)
+    """`llama3`: the context before scaling, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScalingConfig":
+        if self.kind == "none" and self.factor != 1.0:
+            raise ValueError(f"factor={self.factor} is not read with kind=none: use linear or llama3")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """A Llama-shaped decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    hf: str | None = None
+    """Hugging Face folder to start from. Its `config.json` decides the architecture (the keys below may be left out, or
+    must agree with it), its weights are the base model, its tokenizer is used."""
+
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Tokens of the embedding and the output layer; none: as many as the tokenizer has."""
 
     num_layers: int = Field(default=4, ge=1)
     """Transformer layers."""
@@ -38,6 +75,15 @@ class ModelConfig(Section):
     rope_base: float = Field(default=10_000.0, gt=0)
     """Base of the rotary position embedding."""
 
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    """Scaling of rotary frequencies."""
+
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections (Qwen2)."""
+
+    qk_norm: bool = False
+    """RMSNorm over the channels of each query and key head, before rotation (Qwen3)."""
+
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of RMSNorm."""
 
@@ -46,7 +92,10 @@ class ModelConfig(Section):
     as its statistics would depend on the split into micro-batches: start from a model whose routers are trained."""
 
     experts_per_token: int = Field(default=2, ge=1)
-    """Experts that each token is sent to; their weights are a softmax over these."""
+    """Experts that each token is sent to."""
+
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts are a softmax over these (they sum to 1), not over all experts."""
 
     expert_ffn_hidden_size: int | None = Field(default=None, ge=8)
     """Width of each expert; none: `ffn_hidden_size`."""

@@ -86,6 +86,16 @@ class RunConfig(Section):
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
                 "use strip or keep, or a finite price"
             )
+        if self.model.hf is not None and self.warm_start.checkpoint is not None:
+            yield (
+                f"warm_start.checkpoint={self.warm_start.checkpoint} does not go with model.hf={self.model.hf}: "
+                "give one of them to start from"
+            )
+        if self.model.vocab_size is not None and self.tokenizer.kind != "hf":
+            yield (
+                f"model.vocab_size={self.model.vocab_size} goes with tokenizer.kind=hf only: leave it out, the model "
+                "has the tokenizer's vocabulary"
+            )
         lines = list(layout_problems(self.model, self.parallel))
         if lines:
             advice = self.layout_advice(self.parallel.world_size)

@@ -122,7 +122,7 @@ def open_corpus(config: RunConfig, folder: Path) -> Corpus:
     if manifest.config_hash != config_hash(config):
         raise UserError(f"{folder}: the corpus of another configuration (see {MANIFEST} there)")
     check_files(folder, manifest.files)
-    tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", config.model.vocab_size)
     return Corpus(folder, manifest, tokenizer, build_format(config.text, tokenizer))
 
 
@@ -174,7 +174,7 @@ def _build(config: RunConfig, folder: Path, progress: Progress) -> None:
 def _make_tokenizer(config: RunConfig, folder: Path, train_bytes: int, progress: Progress) -> Tokenizer:
     target = folder / "tokenizer"
     if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer, target)
+        tokenizer = load_tokenizer(config.tokenizer, target, config.model.vocab_size)
         tokenizer.save(target)
         return tokenizer
     task = progress.task("training the tokenizer", total=1)

@@ -30,6 +30,7 @@ from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
+from ra3_megatron.mcore.rotary import inverse_frequencies
 from ra3_megatron.mcore.startup import Runtime, seed_everything
 from ra3_megatron.mcore.vocab_parallel import VocabularyShard, event_log_probs, shard_sets
 
@@ -63,6 +64,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -79,6 +82,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=(model.expert_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else None,
         moe_router_topk=model.experts_per_token,
+        moe_router_pre_softmax=not model.normalize_expert_weights,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32" if model.num_experts else None,
         moe_token_dispatcher_type="alltoall",
@@ -137,6 +141,8 @@ class LanguageModel(GPTModel):
     vocabulary: VocabularyShard
     architecture: dict[str, Any]
     """What weights must agree on to fit: configuration keys and their values."""
+    frequencies: Tensor
+    """Of rotary positions, fp32 [head_dim / 2]."""
 
     def forward(self, batch: TokenBatch, hidden_only: bool = False) -> Tensor:
         if hidden_only:
@@ -180,8 +186,7 @@ class LanguageModel(GPTModel):
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
         decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        inverse = self.rotary_pos_emb.inv_freq.to(position_ids.device)
-        angles = position_ids.t()[:, :, None, None].float() * inverse  # [s, b, 1, d / 2]
+        angles = position_ids.t()[:, :, None, None].float() * self.frequencies  # [s, b, 1, d / 2]
         rotary = torch.cat((angles, angles), dim=-1)
         return decoder_input, rotary, None, None, None, None
 
@@ -252,14 +257,15 @@ class LanguageModel(GPTModel):
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, runtime: Runtime, vocab_size: int, sets: Any, seed: int
+    model: ModelConfig, parallel: ParallelConfig, runtime: Runtime, vocab_size: int, sets: Any, seed: int | None
 ) -> torch.nn.ModuleList:
     """A freshly initialised model on this process's device: the chunks of this pipeline stage, first to last.
 
     vocab_size: tokens of the tokenizer; sets: token sets of the latent format, bool [R, vocab_size]; seed: of the
-    initial weights, which are the same in every layout. In bf16 each chunk is wrapped in Float16Module.
+    initial weights, which are the same in every layout; None: weights are left as they happen to be, to be loaded. In
+    bf16 each chunk is wrapped in Float16Module.
     """
-    seed_everything(seed)
+    seed_everything(seed or 0)
     config = transformer_config(model, parallel)
     size = padded_vocabulary(vocab_size, parallel.tensor)
     table = torch.as_tensor(sets, dtype=torch.bool, device=runtime.device)
@@ -281,9 +287,11 @@ def build_model(
             vp_stage=stage,
         ).to(runtime.device)
         chunk.architecture = architecture_of(model, vocab_size)
+        chunk.frequencies = inverse_frequencies(model).to(runtime.device)
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
-    draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
+    if seed is not None:
+        draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
     return torch.nn.ModuleList(Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks)
 
 
@@ -304,17 +312,19 @@ def language_model(model: torch.nn.Module) -> LanguageModel:
 
 def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """What weights must agree on to fit: configuration keys and their values."""
-    keys = model.model_dump(exclude={"context_length", "init_std", "precision"})
+    keys = model.model_dump(exclude={"hf", "vocab_size", "context_length", "init_std", "precision"})
     keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
     if model.num_experts is None:
-        keys["experts_per_token"] = keys["expert_ffn_hidden_size"] = None
+        keys["experts_per_token"] = keys["expert_ffn_hidden_size"] = keys["normalize_expert_weights"] = None
     elif model.expert_ffn_hidden_size is None:
         keys["expert_ffn_hidden_size"] = model.ffn_hidden_size
     return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}
 
 
 def _layer_spec(model: ModelConfig) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(num_experts=model.num_experts, moe_grouped_gemm=False, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
     spec.submodules.self_attention.submodules.core_attention = CachedAttention
     spec.submodules.sharded_state_dict_keys_map = keys_map(experts=model.num_experts is not None)
     return spec

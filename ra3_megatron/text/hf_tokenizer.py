@@ -29,8 +29,11 @@ class HFTokenizer:
 
     FILE: ClassVar[str] = "tokenizer.json"
 
-    def __init__(self, files: dict[str, bytes], source: str) -> None:
-        """`files`: contents of `tokenizer.json` and those of `CONFIG_FILES` that are there; `source`: for errors."""
+    def __init__(self, files: dict[str, bytes], source: str, vocab_size: int | None = None) -> None:
+        """`files`: contents of `tokenizer.json` and those of `CONFIG_FILES` that are there; `source`: for errors.
+
+        `vocab_size`: tokens of the model that it goes with, when these are more; those behind have no text.
+        """
         self._files = files
         spec = _read_json(files[self.FILE], f"{source}/{self.FILE}")
         if not isinstance(spec, dict) or "model" not in spec:
@@ -43,6 +46,13 @@ class HFTokenizer:
         self._tokenizer = _build(spec, source)
         vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
+        if vocab_size is not None:
+            if vocab_size < self.vocab_size:
+                raise UserError(
+                    f"{source}/tokenizer.json: has {self.vocab_size} tokens, but model.vocab_size={vocab_size}: use "
+                    "the tokenizer that belongs to the model"
+                )
+            self.vocab_size = vocab_size
         self.special = {name: vocab[name] for name in MARKERS if name in added}
         self._vocabulary = _vocabulary(spec, vocab, added, self.vocab_size, source)
         self.token_bytes = self._vocabulary.token_bytes
@@ -62,7 +72,7 @@ class HFTokenizer:
         return (Path(folder) / cls.FILE).is_file()
 
     @classmethod
-    def load(cls, path: str | Path) -> "HFTokenizer":
+    def load(cls, path: str | Path, vocab_size: int | None = None) -> "HFTokenizer":
         """Read a `tokenizer.json` and the files beside it, or a folder with them."""
         path = Path(path)
         file = path / cls.FILE if path.is_dir() else path
@@ -70,7 +80,7 @@ class HFTokenizer:
             raise UserError(f"tokenizer.path={path}: no tokenizer.json there")
         beside = {name: file.parent / name for name in CONFIG_FILES}
         files = {cls.FILE: file.read_bytes()} | {n: p.read_bytes() for n, p in beside.items() if p.is_file()}
-        return cls(files, str(file.parent))
+        return cls(files, str(file.parent), vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos and eos."""

@@ -63,14 +63,17 @@ class Tokenizer(Protocol):
         """Write `tokenizer.json` and `tokenizer_config.json` for Hugging Face transformers and vLLM."""
 
 
-def load_tokenizer(config: TokenizerConfig, folder: str | Path) -> Tokenizer:
+def load_tokenizer(config: TokenizerConfig, folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer saved in `folder` (a run's own copy) when there is one, else the one at `config.path`.
 
+    vocab_size: tokens of the model, where it has more than the tokenizer; the rest are tokens without text.
     Raises UserError when neither is there: with `kind=sentencepiece` and no path, one has to be trained first.
     """
     kind = SentencePieceTokenizer if config.kind == "sentencepiece" else HFTokenizer
-    if kind.saved_in(folder):
-        return kind.load(folder)
-    if config.path is None:
+    if not kind.saved_in(folder) and config.path is None:
         raise UserError(f"{folder} holds no {kind.FILE}: train the tokenizer first, or set tokenizer.path")
-    return kind.load(config.path)
+    place = folder if kind.saved_in(folder) else config.path
+    assert place is not None
+    if kind is HFTokenizer:
+        return HFTokenizer.load(place, vocab_size)
+    return kind.load(place)

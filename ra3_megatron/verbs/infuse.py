@@ -37,7 +37,7 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
         own = _run_of(checkpoint)
         if own is None:
             raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
-        config = load_config(own.config, overrides)
+        config = load_config(own.config, overrides, resolved=True)
     _check_out(checkpoint, out, config)
     if runs_here(config):
         _infuse_here(checkpoint, out, config)

@@ -64,7 +64,7 @@ def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     """Call `function(config, arguments)` in one of the processes of `start_processes`; returns the exit code."""
     file, errors, *arguments = sys.argv[1:]
     try:
-        function(load_config(Path(file), []), arguments)
+        function(load_config(Path(file), [], resolved=True), arguments)
     except UserError as error:
         write_text(Path(errors) / f"error.{int(os.environ['RANK']):06d}", str(error))
         return 2

@@ -35,7 +35,7 @@ def check_folder(config: RunConfig, resume: bool) -> None:
         return
     if not folder.checkpoints.is_dir():
         return
-    changed = _differences(load_config(folder.config, []), config)
+    changed = _differences(load_config(folder.config, [], resolved=True), config)
     if changed:
         raise UserError(
             f"run_dir={config.run_dir}: holds a run with another configuration ({'; '.join(changed[:3])}"
