@@ -87,6 +87,7 @@ class Toy:
             ffn_hidden_size=32,
             num_attention_heads=4,
             num_query_groups=2,
+            head_dim=32,  # the smallest that vLLM computes
             context_length=64,
             init_std=0.3,
             tied_embeddings=False,

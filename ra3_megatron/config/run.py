@@ -10,7 +10,7 @@ from ra3_megatron.config.base import Section
 from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
 from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.runtime import CheckpointConfig, LoggingConfig, RolloutConfig
+from ra3_megatron.config.runtime import CheckpointConfig, ExportConfig, LoggingConfig, RolloutConfig
 from ra3_megatron.config.training import (
     EMConfig,
     EStepConfig,
@@ -59,6 +59,8 @@ class RunConfig(Section):
     """Signs of failure."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
+    export: ExportConfig = ExportConfig()
+    """What a run leaves for others."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics and progress."""
 
@@ -85,6 +87,11 @@ class RunConfig(Section):
             yield (
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
                 "use strip or keep, or a finite price"
+            )
+        if self.rollout.max_staleness and self.estep.importance_cap is None and self.estep.clip_ratio is None:
+            yield (
+                f"rollout.max_staleness={self.rollout.max_staleness} trains on transcripts of older weights: set "
+                "estep.importance_cap (2, say) or estep.clip_ratio"
             )
         if self.model.hf is not None and self.warm_start.checkpoint is not None:
             yield (

@@ -2,16 +2,53 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
+
+
+class VllmConfig(Section):
+    """The vLLM processes (`rollout.engine=vllm`)."""
+
+    start_timeout: float = Field(default=600.0, gt=0)
+    """Seconds until an engine must be ready."""
+
+    call_timeout: float = Field(default=600.0, gt=0)
+    """Seconds until an engine must have answered a batch; one that has not is taken for hung and ended."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel size of each engine."""
+
+    max_sequences: int = Field(default=256, ge=1)
+    """Sequences that an engine computes at once."""
+
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Memory of an engine's key/value cache."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of an engine; none: its share of the cores (`colocated`: cores / engines)."""
+
+    refit_bucket_mb: int = Field(default=256, ge=1)
+    """Weights travel to the engines in buckets of this many megabytes."""
 
 
 class RolloutConfig(Section):
     """Sampling of latents."""
 
-    engine: Literal["megatron"] = "megatron"
-    """`megatron`: key/value-cache sampler on the live model."""
+    engine: Literal["megatron", "vllm"] = "megatron"
+    """`megatron`: key/value-cache sampler on the live model; `vllm`: vLLM processes, whose weights are renewed before
+    they sample."""
+
+    placement: Literal["colocated", "server"] = "colocated"
+    """Where vLLM runs. `colocated`: one process beside each replica of the model, on its devices, for that replica's
+    documents; `server`: `replicas` processes on the node of the main process, among which all documents are routed."""
+
+    replicas: int = Field(default=1, ge=1)
+    """vLLM processes with `placement=server`."""
+
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """1: the transcripts of the next E-step update are sampled while this one trains, with weights that are one update
+    old when they are used (needs `engine=vllm` and an importance correction, such as `estep.importance_cap=2`)."""
 
     sampler: Literal["jump_ahead", "naive"] = "jump_ahead"
     """`jump_ahead`: one teacher-forced pass decides all lines up to the next thought; `naive`: one request a line."""
@@ -20,7 +57,26 @@ class RolloutConfig(Section):
     """Temperature of decisions and thoughts."""
 
     batch_size: int = Field(default=128, ge=1)
-    """Transcripts sampled at once on one process."""
+    """Transcripts sampled at once on one process (with vLLM: by one engine)."""
+
+    vllm: VllmConfig = VllmConfig()
+    """The vLLM processes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RolloutConfig":
+        problems = []
+        if self.engine != "vllm":
+            if self.max_staleness:
+                problems.append(
+                    f"max_staleness={self.max_staleness} needs rollout.engine=vllm: it samples beside training"
+                )
+            if self.placement != "colocated":
+                problems.append(f"placement={self.placement} needs rollout.engine=vllm")
+        if self.replicas > 1 and self.placement != "server":
+            problems.append(f"replicas={self.replicas} needs rollout.placement=server")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class CheckpointConfig(Section):
@@ -37,6 +93,17 @@ class CheckpointConfig(Section):
 
     verify: bool = False
     """Compare the checksums of a checkpoint's files before it is loaded; sizes are always compared."""
+
+
+class ExportConfig(Section):
+    """What a run leaves for others."""
+
+    hf: bool = False
+    """At the end, write the trained models as Hugging Face folders: `<run>/hf/ra3`, and `<run>/hf/ntp` for the
+    control."""
+
+    max_shard_size: str = "5GB"
+    """Largest safetensors file of an exported model."""
 
 
 class LoggingConfig(Section):

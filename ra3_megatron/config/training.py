@@ -200,4 +200,5 @@ class MonitorConfig(Section):
     """Below this mean entropy of the decisions (nats), q has collapsed."""
 
     max_log_prob_mismatch: float = Field(default=0.05, gt=0)
-    """Above this mean |ratio - 1| between rollout engine and trainer, the two disagree."""
+    """Above this mean |q_trainer / q_engine - 1| of the same weights, rollout engine and trainer disagree, and the run
+    stops."""

@@ -11,6 +11,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.build import Corpus
 from ra3_megatron.em.latent_stats import BlankTokens
 from ra3_megatron.em.monitors import Alarm
+from ra3_megatron.em.policy import LatentPolicy, live_policy
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.report.metrics import MetricsWriter, read_metrics
@@ -32,16 +33,20 @@ class RunContext:
     identity: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint says of the model and the tokenizer."""
 
-    def new_model(self) -> torch.nn.Module:
-        """A model with the run's initial weights."""
+    def new_model(self, drawn: bool = True) -> torch.nn.Module:
+        """A model with the run's initial weights; with `drawn=False`, one to load weights into."""
         return build_model(
             self.config.model,
             self.config.parallel,
             self.runtime,
             self.corpus.tokenizer.vocab_size,
             self.corpus.format.sets,
-            self.config.seed,
+            self.config.seed if drawn else None,
         )
+
+    def policy(self, model: torch.nn.Module, weight_version: int = 0) -> LatentPolicy:
+        """q: what samples from `model` (with its present weights, until the next `publish`). Collective."""
+        return live_policy(model, self.config, self.runtime, self.corpus.format, self.corpus.tokenizer, weight_version)
 
     def log(self, phase: str, iteration: int, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics."""

@@ -47,6 +47,7 @@ class EStep:
         self.config = config.estep
         self.temperature = config.rollout.temperature
         self.policy = policy
+        self.latents = policy.latents
         self.trainer = trainer
         self.scorer = scorer
         self.blank = blank
@@ -55,9 +56,13 @@ class EStep:
         self.loss = PolicyLoss(self.config.clip_ratio, self.config.importance_cap)
 
     def step(self, documents: Sequence[Transcript], keys: Sequence[Sequence[int]]) -> tuple[dict[str, float], Rollouts]:
-        """One update on these documents; metrics of it and the rollouts behind them."""
-        self.trainer.synchronize()  # the sampler reads the weights of the last update
-        transcripts = self.policy.sample(documents, keys, self.config.group_size)
+        """One update on these documents, from sampling on; metrics of it and the rollouts behind them."""
+        self.trainer.synchronize()  # what samples reads the weights of the last update
+        self.policy.publish(self.policy.weight_version + 1)
+        return self.update(self.policy.sample(documents, keys, self.config.group_size))
+
+    def update(self, transcripts: list[Transcript]) -> tuple[dict[str, float], Rollouts]:
+        """One update on these transcripts, which come in groups of G; metrics of it, and what they earned."""
         rollouts = self.reward(transcripts)
         plan = self.planner.plan(transcripts)
         batches = policy_batches(
@@ -65,7 +70,7 @@ class EStep:
             rollouts.advantages,
             plan,
             self.runtime,
-            self.policy.latents,
+            self.latents,
             self.config.entropy_coefficient,
             self.temperature,
         )
@@ -77,6 +82,9 @@ class EStep:
             "learning_rate": result.learning_rate,
             "decision_entropy": first.mean(Stat.DECISION_ENTROPY, Stat.DECISIONS) or 0.0,
             "log_prob_mismatch": first.mean(Stat.MISMATCH, Stat.CHOICES) or 0.0,
+            "log_prob_difference": first.mean(Stat.LOG_DIFFERENCE, Stat.CHOICES) or 0.0,
+            "largest_log_prob_difference": first.stats[Stat.LARGEST_DIFFERENCE],
+            "truncated_fraction": result.mean(Stat.TRUNCATED, Stat.CHOICES) or 0.0,
             "clip_fraction": result.mean(Stat.CLIPPED, Stat.CHOICES) or 0.0,
             "tokens": plan.tokens,
             "fill_rate": plan.fill_rate,
@@ -86,7 +94,7 @@ class EStep:
     def reward(self, transcripts: list[Transcript]) -> Rollouts:
         """Rewards and advantages of transcripts that come in groups of G."""
         plan = self.planner.plan(transcripts)
-        scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.policy.latents)
+        scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.latents)
         likelihoods, rewards, advantages = [], [], []
         for start in range(0, len(transcripts), self.config.group_size):
             group = transcripts[start : start + self.config.group_size]

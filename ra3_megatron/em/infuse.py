@@ -89,7 +89,7 @@ def infuse(
     if runtime.is_main:
         parts = [read_json(folder / f"{name}.stats.json") for name in names]
         total = {field: sum(part[field] for part in parts) for field in parts[0]}
-        version = policy.engine.weight_version
+        version = policy.weight_version
         record = {"chunks": names, "documents": len(documents), "weight_version": version, **total}
         write_json(folder / RECORD, record)
     runtime.barrier()

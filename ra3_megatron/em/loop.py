@@ -13,8 +13,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
@@ -26,8 +24,8 @@ from ra3_megatron.em.monitors import check_mstep
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.order import DocumentOrder, Ordered, Stream, order_seed
 from ra3_megatron.em.phases import Phase, final_of, is_done, train_phase
-from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
+from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.em.steps import EStepSteps, PackedSteps
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.trainer import Trainer
@@ -95,7 +93,7 @@ class EM:
         def steps(trainer: Trainer) -> PackedSteps:
             return PackedSteps(MStep(self.config, settings, trainer, Ordered(store, order.of(1))))
 
-        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
+        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(start is None), start, steps)
 
     def estep(self, iteration: int, pi: Path) -> Path:
         """q_i: policy gradient from pi_{i-1}, rewarded by pi_{i-1}."""
@@ -106,7 +104,7 @@ class EM:
             return pi
         if is_done(run, phase):
             return final_of(run, phase)
-        scorer = run.new_model()
+        scorer = run.new_model(drawn=False)
         checkpoint.load(pi, scorer, run.runtime, verify=self.config.checkpoint.verify)
         scorer.requires_grad_(False)
 
@@ -114,17 +112,16 @@ class EM:
         key = (self.config.seed, Stream.ESTEP, iteration)
 
         def steps(trainer: Trainer) -> EStepSteps:
-            policy = self._policy(trainer.model)
-            return EStepSteps(
-                run, iteration, EStep(self.config, policy, trainer, scorer, run.blank), self.train, sampler, key
-            )
+            policy = run.policy(trainer.model)
+            queue = RolloutQueue(policy, self.train, sampler, key, self.config)
+            return EStepSteps(run, iteration, EStep(self.config, policy, trainer, scorer, run.blank), queue)
 
         return train_phase(
             run,
             phase,
             settings.steps,
             settings.optimizer,
-            run.new_model(),
+            run.new_model(drawn=False),
             pi,
             steps,
             updates_per_step=settings.updates_per_rollout,
@@ -137,11 +134,11 @@ class EM:
         if run.has_logged(phase.name, iteration):  # the last thing that an infusion does
             return InfusedCorpus(folder)
         documents = self._documents(iteration)
-        model = run.new_model()
+        model = run.new_model(drawn=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
-                self._policy(model, record["weight_version"]),
+                run.policy(model, record["weight_version"]),
                 documents,
                 (self.config.seed, Stream.INFUSE, iteration),
                 folder,
@@ -166,7 +163,7 @@ class EM:
         def steps(trainer: Trainer) -> PackedSteps:
             return PackedSteps(MStep(self.config, settings, trainer, documents, settings.thought_weight))
 
-        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(), start, steps)
+        return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(drawn=False), start, steps)
 
     def evaluate(self, arm: str, iteration: int, model_of: Path) -> dict[str, Any]:
         """Held-out figures of a checkpoint, once; later calls read them."""
@@ -174,13 +171,13 @@ class EM:
         path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
         if run.runtime.broadcast(path.is_file()):
             return dict(read_json(path))
-        model = run.new_model()
+        model = run.new_model(drawn=False)
         record = checkpoint.load(model_of, model, run.runtime, verify=self.config.checkpoint.verify)
         count = min(self.config.evaluation.documents, len(self.valid))
         documents = [self.valid[index] for index in range(count)]
         keys = [(self.config.seed, Stream.EVALUATION, index) for index in range(count)]
         task = run.progress.task(f"evaluating {arm} {iteration}" if iteration else f"evaluating {arm}", total=1)
-        result = evaluate(model, self._policy(model, record["weight_version"]), documents, keys, self.config, run.blank)
+        result = evaluate(model, run.policy(model, record["weight_version"]), documents, keys, self.config, run.blank)
         task.advance(1)
         figures = dict(result.figures)
         require_finite(figures, model_of)
@@ -231,10 +228,6 @@ class EM:
 
     def _say(self, text: str) -> None:
         self.run_context.progress.message(text)
-
-    def _policy(self, model: torch.nn.Module, weight_version: int = 0) -> LatentPolicy:
-        run = self.run_context
-        return LatentPolicy(model, self.config, run.runtime, run.corpus.format, run.corpus.tokenizer, weight_version)
 
 
 def require_finite(figures: dict[str, float | None], model_of: Path) -> None:

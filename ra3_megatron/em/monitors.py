@@ -7,6 +7,8 @@ in TensorBoard and in the report.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import MonitorConfig
 
 
@@ -41,16 +43,22 @@ def check_estep(metrics: Mapping[str, float], config: MonitorConfig) -> list[Ala
             )
         )
     alarms += _degenerate(metrics, config)
-    mismatch = metrics["log_prob_mismatch"]
-    if mismatch > config.max_log_prob_mismatch:
-        alarms.append(
-            Alarm(
-                "log-probability mismatch",
-                f"rollout engine and trainer differ by {mismatch:.1%} (more than {config.max_log_prob_mismatch:.0%})",
-                "use the same precision for both, refit the engine every step, or set estep.importance_cap",
-            )
-        )
     return alarms
+
+
+def require_agreement(where: str, metrics: Mapping[str, float], config: RunConfig) -> None:
+    """UserError when what sampled and the trainer give the same choices other probabilities: training would be on
+    transcripts of another policy. Stale transcripts differ by what was learned since, which is not held against them.
+    """
+    limit, mismatch = config.monitors.max_log_prob_mismatch, metrics["log_prob_mismatch"]
+    if metrics["staleness"] == 0 and mismatch > limit:
+        mean, most = metrics["log_prob_difference"], metrics["largest_log_prob_difference"]
+        raise UserError(
+            f"{where}: rollout engine and trainer disagree: mean |q_trainer / q_engine - 1| is {mismatch:.1%} (limit "
+            f"monitors.max_log_prob_mismatch={limit:g}), |log q_trainer - log q_engine| {mean:.3g} on average, "
+            f"{most:.3g} at most; likely causes: weights that did not reach the engine, another precision, attention or "
+            "RoPE; in bf16 rounding alone may do it: then raise the limit and set estep.importance_cap"
+        )
 
 
 def check_mstep(

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.em.estep import EStep, Rollouts
-from ra3_megatron.em.monitors import check_estep
+from ra3_megatron.em.monitors import check_estep, require_agreement
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
+from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.report.transcripts import write_transcripts
 
 
@@ -34,25 +34,18 @@ class PackedSteps:
 class EStepSteps:
     """Steps of the E-step for `train_phase`."""
 
-    def __init__(
-        self,
-        run: RunContext,
-        iteration: int,
-        estep: EStep,
-        documents: Any,
-        sampler: DocumentSampler,
-        key: tuple[int, ...],
-    ) -> None:
-        self.run, self.iteration, self.estep = run, iteration, estep
-        self.documents, self.sampler, self.key = documents, sampler, key
+    def __init__(self, run: RunContext, iteration: int, estep: EStep, queue: RolloutQueue) -> None:
+        self.run, self.iteration, self.estep, self.queue = run, iteration, estep, queue
         self.last: list[str] = []
 
     def step(self, step: int) -> dict[str, float]:
         settings = self.run.config.estep
-        documents = [self.documents[index] for index in self.sampler.next(settings.documents_per_step)]
-        self.last = [d.document for d in documents]
-        self.estep.policy.engine.weight_version = step
-        metrics, rollouts = self.estep.step(documents, [(*self.key, step, place) for place in range(len(documents))])
+        self.estep.trainer.synchronize()  # what samples reads the weights of the last update
+        transcripts, sampling = self.queue.next(step)
+        self.last = [t.document for t in transcripts[:: settings.group_size]]
+        metrics, rollouts = self.estep.update(transcripts)
+        metrics |= sampling
+        require_agreement(f"estep-{self.iteration} step {step + 1}", metrics, self.run.config)
         if step + 1 == settings.steps:
             self._finish(step + 1, metrics, rollouts)
         return metrics
@@ -74,10 +67,10 @@ class EStepSteps:
             write_transcripts(run.folder.path, f"estep-{self.iteration}-{step:04d}", records)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.sampler.state_dict())
+        return self.queue.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)  # type: ignore[arg-type]
+        self.queue.load_state_dict(state)
 
     def describe_batch(self) -> Sequence[str]:
         return self.last

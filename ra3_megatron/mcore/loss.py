@@ -48,6 +48,16 @@ class Stat(IntEnum):
     DECISION_ENTROPY = 8
     CHOICE_ENTROPY = 9
     CLIPPED = 10
+    LOG_DIFFERENCE = 11
+    """|log q - log q_behaviour|."""
+    TRUNCATED = 12
+    """Choices whose importance weight is cut."""
+    LARGEST_DIFFERENCE = 13
+    """The largest |log q - log q_behaviour|: a maximum, not a sum."""
+
+
+MAXIMA = [Stat.LARGEST_DIFFERENCE]
+"""Those that are maxima over micro-batches and processes."""
 
 
 def local_counts(batches: list[TokenBatch]) -> Tensor:
@@ -76,8 +86,11 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         mask = batch.choices.mask
         ratio = torch.ones_like(choice_log_prob)
         if batch.behaviour is not None:
-            ratio = torch.where(mask, choice_log_prob - batch.behaviour, 0.0).exp()
+            difference = torch.where(mask, choice_log_prob - batch.behaviour, 0.0)
+            ratio = difference.exp()
             stats[Stat.MISMATCH] = (ratio.detach() - 1).abs()[mask].sum()
+            sizes = difference.detach().abs()
+            stats[Stat.LOG_DIFFERENCE], stats[Stat.LARGEST_DIFFERENCE] = sizes.sum(), sizes.max()
         if policy.clip_ratio is None:
             objective = batch.advantage * choice_log_prob
         else:
@@ -86,6 +99,7 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
             stats[Stat.CLIPPED] = (clipped != ratio)[mask].sum()
         if policy.importance_cap is not None:
             objective = objective * ratio.detach().clamp(max=policy.importance_cap)
+            stats[Stat.TRUNCATED] = (ratio.detach() > policy.importance_cap)[mask].sum()
         bonus = 0.0 if batch.entropy_weight is None else batch.entropy_weight * entropy
         loss = loss - torch.where(mask, objective + bonus, 0.0).sum() / max(counts.decisions, 1e-30)
         stats[Stat.CHOICES], stats[Stat.DECISIONS] = mask.sum(), batch.decision.sum()

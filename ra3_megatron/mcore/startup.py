@@ -114,6 +114,12 @@ class Runtime:
             dist.all_reduce(values, group=self.replica_group)
         return values
 
+    def max_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over the data- and context-parallel ranks, in place."""
+        if self.replica_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.replica_group)
+        return values
+
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """The last pipeline stage's values on every stage, in place (of a contiguous tensor)."""
         if self.pipeline_size > 1:

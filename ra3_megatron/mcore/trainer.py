@@ -24,7 +24,7 @@ from torch import Tensor
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.batch import TokenBatch
-from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, local_counts, stream_loss
+from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_counts, stream_loss
 from ra3_megatron.mcore.sequence_split import gather_outputs
 from ra3_megatron.mcore.startup import Runtime
 
@@ -128,9 +128,13 @@ class Trainer:
         loss = partial(_training_loss, counts=counts, policy=policy or PolicyLoss())
         results = _run(self.model, shares, self.runtime, loss)
         sums = torch.zeros(len(Stat), dtype=torch.float64, device=self.runtime.device)
+        largest = sums[MAXIMA]
         if results:  # on the last pipeline stage
-            sums += torch.stack(results).double().sum(0)
-        sums = self.runtime.from_last_stage(self.runtime.sum_replicas(sums))
+            sums = torch.stack(results).double().sum(0)
+            largest = torch.stack(results).double()[:, MAXIMA].amax(0)
+        sums = self.runtime.sum_replicas(sums)
+        sums[MAXIMA] = self.runtime.max_replicas(largest)
+        sums = self.runtime.from_last_stage(sums)
         stats = {stat: float(sums[stat]) for stat in Stat}
         if not torch.isfinite(sums).all():
             raise NonFiniteLoss(f"loss is {stats[Stat.LOSS]}")

@@ -52,7 +52,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.em.identity import check_fit
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.order import Stream
-    from ra3_megatron.em.policy import LatentPolicy
+    from ra3_megatron.em.policy import live_policy
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
@@ -66,14 +66,12 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             tokenizer = corpus.tokenizer
             record = check_fit(checkpoint, "--checkpoint", config, tokenizer)
             on_main(runtime, lambda: _describe(checkpoint, out, config))
-            model = build_model(
-                config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, config.seed
-            )
+            model = build_model(config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, None)
             checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
             with progress.task("infusing", total=len(documents), unit="tokens") as task:
                 infused = infusion.infuse(
-                    LatentPolicy(model, config, runtime, corpus.format, tokenizer, record["weight_version"]),
+                    live_policy(model, config, runtime, corpus.format, tokenizer, record["weight_version"]),
                     documents,
                     (config.seed, Stream.INFUSE, 0),
                     out / "infused",

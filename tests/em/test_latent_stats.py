@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from toy import LARGE, Toy
 
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import MonitorConfig
 from ra3_megatron.em.latent_stats import LatentStats, blank_tokens, latent_stats
-from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep
+from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep, require_agreement
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.latents import compose
 
@@ -76,7 +78,6 @@ def test_blank_tokens(runtime: Runtime) -> None:
 QUIET = {
     "think_rate": 0.8,
     "decision_entropy": 0.01,
-    "log_prob_mismatch": 0.05,
     "thoughts": 20,
     "identical_thoughts": 0.5,
     "copied_thoughts": 0.5,
@@ -99,7 +100,6 @@ def test_at_the_thresholds_no_alarm_is_given() -> None:
     [
         ("think_rate", 0.81, "latent price too low", "81%"),
         ("decision_entropy", 0.009, "entropy collapse", "0.0090"),
-        ("log_prob_mismatch", 0.06, "log-probability mismatch", "6.0%"),
         ("identical_thoughts", 0.51, "degenerate latents", "one and the same"),
         ("copied_thoughts", 0.51, "degenerate latents", "copy the line"),
     ],
@@ -110,16 +110,30 @@ def test_each_sign_of_an_estep(key: str, value: float, name: str, said: str) -> 
 
 
 def test_thresholds_are_those_of_the_configuration() -> None:
-    config = MonitorConfig(
-        max_think_rate=0.5, max_identical_thoughts=0.2, min_decision_entropy=0.3, max_log_prob_mismatch=0.01
-    )
+    config = MonitorConfig(max_think_rate=0.5, max_identical_thoughts=0.2, min_decision_entropy=0.3)
     assert names(check_estep(QUIET, config)) == [
         "latent price too low",
         "entropy collapse",
         "degenerate latents",
         "degenerate latents",
-        "log-probability mismatch",
     ]
+
+
+DIFFERENT = {"log_prob_mismatch": 0.06, "log_prob_difference": 0.07, "largest_log_prob_difference": 0.4}
+
+
+def test_an_engine_that_disagrees_with_the_trainer_stops_the_run() -> None:
+    with pytest.raises(UserError) as error:
+        require_agreement("estep-1 step 3", DIFFERENT | {"staleness": 0.0}, RunConfig())
+    message = str(error.value)
+    for part in ("estep-1 step 3", "6.0%", "monitors.max_log_prob_mismatch=0.05", "0.07", "0.4", "likely causes"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_small_difference_and_what_was_learned_since_stop_nothing() -> None:
+    require_agreement("estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.05, "staleness": 0.0}, RunConfig())
+    require_agreement("estep-1 step 3", DIFFERENT | {"staleness": 1.0}, RunConfig())
 
 
 def test_few_thoughts_say_nothing_about_degeneration() -> None:

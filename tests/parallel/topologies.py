@@ -33,6 +33,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "experts_per_token": 2,
         "expert_ffn_hidden_size": 24,
     },
+    "biases_norms": {  # of queries and keys; and scaled rotary frequencies
+        "num_layers": 2,
+        "tied_embeddings": False,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_context_length": 16},
+    },
+    "experts_norms": {
+        "num_layers": 2,
+        "tied_embeddings": True,
+        "num_experts": 4,
+        "normalize_expert_weights": False,
+        "qk_norm": True,
+    },
 }
 """Toy models: what they change in the architectures of matrix.py."""
 
@@ -84,6 +98,8 @@ TOPOLOGIES: dict[str, Topology] = {
         tensor=2, sequence=True, recompute="selective", recompute_modules=["core_attn", "mlp", "layernorm"]
     ),
     "tp3": topology("three_groups", tensor=3),  # the vocabulary is padded to 384, not to 128
+    "tp2_biases_norms": topology("biases_norms", tensor=2, ci=True),
+    "tp2_sp_biases_norms": topology("biases_norms", tensor=2, sequence=True, distributed_optimizer=True),
     "tp4_sp": topology("four_heads", tensor=4, sequence=True),
     # pipelines
     "pp2": topology(pipeline=2, splits=True),
@@ -105,6 +121,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "cp2_distributed_optimizer": topology("tied", context=2, distributed_optimizer=True),
     "cp2_tp2_sp": topology(context=2, tensor=2, sequence=True),
     "cp2_tp2": topology("tied", context=2, tensor=2),
+    "cp2_biases_norms": topology("biases_norms", context=2),
     "cp2_pp2": topology("tied", context=2, pipeline=2),
     "cp4": topology(context=4),
     "cp2_dp2": topology(context=2, data=2, splits=True, distributed_optimizer=True, ci=True),
@@ -134,5 +151,6 @@ TOPOLOGIES: dict[str, Topology] = {
     "experts_tp2_sp": topology("experts", tensor=2, sequence=True),
     "ep2_tp2_sp": topology("experts", data=2, tensor=2, sequence=True, expert=2, ci=True),
     "ep2_tp2_sp_expert_tensor1": topology("experts", data=2, tensor=2, sequence=True, expert=2, expert_tensor=1),
+    "ep2_tp2_sp_norms": topology("experts_norms", data=2, tensor=2, sequence=True, expert=2),
     "ep2_pp2": topology("experts", data=2, pipeline=2, expert=2, splits=True),
 }

@@ -1,0 +1,92 @@
+"""Who samples which documents: every process with the live model, or vLLM processes on behalf of them.
+
+`Sampling` is what the E-step, infusion and evaluation use: `publish` makes it sample with the model's present weights,
+`start` begins with a batch, and what that returns waits for it and gives every process all transcripts. A transcript
+depends on the weights and its key alone, so it does not matter who samples it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from ra3_megatron.config.runtime import RolloutConfig
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.text.transcript import Transcript
+
+ByDocument = dict[int, list[Transcript]]
+"""Transcripts of each document, by its place in the batch."""
+Wait = Callable[[], ByDocument]
+
+
+class Sampling(Protocol):
+    """Samples transcripts of one model. All calls are collective."""
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights it samples with."""
+        ...
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Sample with the model's present weights from now on, and stamp them `version`; metrics of it."""
+        ...
+
+    def mine(self, documents: int) -> Sequence[int]:
+        """Which documents of a batch of `documents` this process has to bring the jobs of."""
+        ...
+
+    def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
+        """Begin to sample the jobs of each of `mine`. With `background`, training may go on meanwhile.
+
+        One batch at a time: wait before the next `start` or `publish`.
+        """
+        ...
+
+
+class LiveSampling:
+    """Every process of a replica samples the replica's documents from the model that is being trained."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        runtime: Runtime,
+        latents: LatentFormat,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        max_tokens: int,
+    ) -> None:
+        self.runtime = runtime
+        self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.temperature)
+        self._sampler = LatentSampler(self.engine, latents, tokenizer, max_tokens, config.batch_size, config.sampler)
+
+    @property
+    def weight_version(self) -> int:
+        return self.engine.weight_version
+
+    def publish(self, version: int) -> dict[str, float]:
+        self.engine.weight_version = version
+        self.engine.forget()
+        return {}
+
+    def mine(self, documents: int) -> Sequence[int]:
+        return range(self.runtime.replica_rank, documents, self.runtime.replica_size)
+
+    def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
+        if background:
+            raise ValueError("the model that is being trained cannot be sampled from at the same time")
+        sampled = sample_groups(self._sampler, jobs)
+        self.engine.finish()
+        everything: ByDocument = {}
+        for share in self.runtime.gather_replicas(sampled):
+            everything |= share
+        return lambda: everything
+
+
+def sample_groups(sampler: LatentSampler, jobs: Mapping[int, list[Job]]) -> ByDocument:
+    """The transcripts of each document's jobs."""
+    transcripts = iter(sampler.sample([job for group in jobs.values() for job in group]))
+    return {document: [next(transcripts) for _ in group] for document, group in jobs.items()}
