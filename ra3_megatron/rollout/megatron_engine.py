@@ -16,6 +16,7 @@ from torch import Tensor
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import event_log_probs
+from ra3_megatron.rollout.choice import choose, last_of_sets
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
 from ra3_megatron.rollout.stage_pass import StagePass
@@ -46,8 +47,7 @@ class MegatronEngine:
         self.weight_version = 0
         self._vocab_size = vocab_size
         self._sets = torch.as_tensor(latents.sets, device=runtime.device)
-        places = torch.arange(vocab_size, device=runtime.device)
-        self._last_of_set = torch.where(self._sets, places, 0).amax(-1)
+        self._last = last_of_sets(self._sets)
         self._session = KVSession(self.stage)
         self._keys: list[int] = []
         self._cached: list[list[int]] = []
@@ -256,16 +256,8 @@ class MegatronEngine:
         chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
         if self.runtime.is_last_stage:
             logits = self._logits(hidden)
-            inside = logits.masked_fill(~self._sets[allowed], -torch.inf)
-            cumulative = inside.double().softmax(-1).cumsum(-1)
-            point = torch.as_tensor(draws, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
-            tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-            # a uniform next to 1 can round past the last token that has any probability
-            tokens = torch.minimum(tokens, self._last_of_set[allowed])
-            if greedy is not None and any(greedy):
-                tokens = torch.where(torch.tensor(greedy, device=tokens.device), inside.argmax(-1), tokens)
-            within = logits.masked_fill(~self._sets[universe], -torch.inf).log_softmax(-1)
-            chosen[0], chosen[1] = tokens, within.gather(1, tokens[:, None])[:, 0]
+            uniforms = torch.as_tensor(draws, dtype=torch.float64, device=logits.device)
+            chosen[0], chosen[1] = choose(logits, self._sets, self._last, allowed, universe, uniforms, greedy)
         tokens, values = self.runtime.agree(chosen)
         return tokens.long().tolist(), values.tolist()
 

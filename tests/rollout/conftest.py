@@ -1,8 +1,9 @@
-"""The process group of one process."""
+"""The process group of one process, and the end of the vLLM processes."""
 
 from collections.abc import Iterator
 
 import pytest
+from vllm_processes import close_engines
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore.startup import Runtime, initialize, shutdown
@@ -12,3 +13,9 @@ from ra3_megatron.mcore.startup import Runtime, initialize, shutdown
 def runtime() -> Iterator[Runtime]:
     yield initialize(ParallelConfig(threads=1), seed=1)
     shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_end() -> Iterator[None]:
+    yield
+    close_engines()

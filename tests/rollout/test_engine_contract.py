@@ -105,7 +105,7 @@ def test_a_result_depends_on_its_request_alone(candidate: Candidate) -> None:
 
 
 def test_new_weights_give_new_samples_and_a_new_version(toy: Toy, make: Maker, candidate: Candidate) -> None:
-    candidate.engine.weight_version = 3
+    candidate.publish(candidate.model, version=3)
     before = candidate.engine.generate(requests())
     candidate.publish(toy.model(seed=8), version=4)
     after = candidate.engine.generate(requests())
@@ -224,5 +224,5 @@ def test_an_engine_may_be_asked_line_by_line(toy: Toy, candidate: Candidate) -> 
 
 def test_advance_stamps_its_version(toy: Toy, candidate: Candidate) -> None:
     lines = planned(toy, toy.document(CODE))
-    candidate.engine.weight_version = 12
+    candidate.publish(candidate.model, version=12)
     assert advance(candidate, lines, draws(toy, [1.0] * len(lines))).weight_version == 12

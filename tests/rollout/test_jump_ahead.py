@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from engines import ENGINES, Maker, megatron
 from toy import FORMATS, LARGE, Toy
 
 from ra3_megatron.mcore.model import LanguageModel
@@ -15,12 +16,18 @@ from ra3_megatron.text.latents import Document
 from ra3_megatron.text.transcript import Transcript
 
 LEANS = {"never": -30.0, "seldom": -1.5, "often": 2.0, "always": 30.0}
+TEMPERATURE = 0.9
 LINES = ("a = b\n", "  ab(c):\n", "   b\n\n", "c\n", "\tdd\n", " d(a)\n  \n", "ab=ab\n", "    b(a):\n")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def toy(request: pytest.FixtureRequest, runtime: Runtime) -> Toy:
     return Toy(runtime, request.param, LARGE, max_latent_tokens=4)
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def make(request: pytest.FixtureRequest) -> Maker:
+    return ENGINES[request.param]
 
 
 def documents(toy: Toy, count: int) -> list[Document]:
@@ -35,8 +42,10 @@ def jobs_of(toy: Toy) -> list[Job]:
     return [Job(document, (11, d, g)) for d, document in enumerate(documents(toy, 5)) for g in range(4)]
 
 
-def sample(toy: Toy, model: LanguageModel, jobs: list[Job], **settings: object) -> list[Transcript]:
-    engine = MegatronEngine(model, toy.runtime, toy.latents, toy.tokenizer.vocab_size, temperature=0.9)
+def sample(
+    toy: Toy, model: LanguageModel, jobs: list[Job], make: Maker = megatron, **settings: object
+) -> list[Transcript]:
+    engine = make(toy, model, TEMPERATURE).engine
     options = {"max_tokens": 96, "batch_size": 8} | settings
     return LatentSampler(engine, toy.latents, toy.tokenizer, **options).sample(jobs)  # type: ignore[arg-type]
 
@@ -50,21 +59,22 @@ def assert_same(one: list[Transcript], other: list[Transcript]) -> None:
 
 
 @pytest.mark.parametrize("lean", LEANS.values(), ids=LEANS.keys())
-def test_jump_ahead_is_naive(toy: Toy, lean: float) -> None:
+def test_jump_ahead_is_naive(toy: Toy, make: Maker, lean: float) -> None:
+    """Every engine draws the transcripts that the first one draws line by line without a cache."""
     model, jobs = toy.model(seed=2, lean=lean), jobs_of(toy)
     expected = sample(toy, model, jobs, method="naive", naive_cache=False)
     think = np.concatenate([t.think for t in expected])
     assert {-30.0: think.mean() == 0, 30.0: think.mean() > 0.4}.get(lean, 0.02 < think.mean() < 0.95)
-    assert_same(sample(toy, model, jobs, method="naive"), expected)
-    assert_same(sample(toy, model, jobs), expected)
+    assert_same(sample(toy, model, jobs, make, method="naive"), expected)
+    assert_same(sample(toy, model, jobs, make), expected)
 
 
 @pytest.mark.parametrize("look_ahead", [0.1, 1.0, 5.0, 1000.0])
-def test_look_ahead_changes_nothing(toy: Toy, look_ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_ahead_changes_nothing(toy: Toy, make: Maker, look_ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, jobs = toy.model(seed=2, lean=1.0), jobs_of(toy)
     expected = sample(toy, model, jobs)
     monkeypatch.setattr(latent_sampler, "LOOK_AHEAD", look_ahead)
-    assert_same(sample(toy, model, jobs), expected)
+    assert_same(sample(toy, model, jobs, make), expected)
 
 
 def test_sharing_the_first_pass_changes_nothing(toy: Toy) -> None:
@@ -75,32 +85,32 @@ def test_sharing_the_first_pass_changes_nothing(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_batches_and_their_order_change_nothing(toy: Toy, batch_size: int) -> None:
+def test_batches_and_their_order_change_nothing(toy: Toy, make: Maker, batch_size: int) -> None:
     model, jobs = toy.model(seed=2, lean=1.0), jobs_of(toy)
     expected = sample(toy, model, jobs)
     order = random.Random(1).sample(range(len(jobs)), len(jobs))
-    shuffled = sample(toy, model, [jobs[i] for i in order], batch_size=batch_size)
+    shuffled = sample(toy, model, [jobs[i] for i in order], make, batch_size=batch_size)
     assert_same([shuffled[order.index(i)] for i in range(len(jobs))], expected)
 
 
-def test_the_key_decides_the_transcript(toy: Toy) -> None:
+def test_the_key_decides_the_transcript(toy: Toy, make: Maker) -> None:
     model, document = toy.model(seed=2, lean=2.0), documents(toy, 3)[-1]
-    same = sample(toy, model, [Job(document, (3, 1)), Job(document, (3, 1))])
+    same = sample(toy, model, [Job(document, (3, 1)), Job(document, (3, 1))], make)
     assert same[0] == same[1]
-    others = sample(toy, model, [Job(document, (3, n)) for n in range(20)])
+    others = sample(toy, model, [Job(document, (3, n)) for n in range(20)], make)
     assert len({tuple(t.ids.tolist()) for t in others}) > 10
 
 
-def test_one_engine_serves_one_batch_after_another(toy: Toy) -> None:
+def test_one_engine_serves_one_batch_after_another(toy: Toy, make: Maker) -> None:
     """Caches of a batch, and of weights that are gone, are never taken for the next one's."""
     jobs = jobs_of(toy)
     model, other = toy.model(seed=2, lean=1.0), toy.model(seed=4, lean=1.0)
-    engine = MegatronEngine(model, toy.runtime, toy.latents, toy.tokenizer.vocab_size, temperature=0.9)
-    sampler = LatentSampler(engine, toy.latents, toy.tokenizer, max_tokens=96, batch_size=8)
-    assert_same(sampler.sample(jobs), sample(toy, model, jobs))
-    assert_same(sampler.sample(jobs[::-1]), sample(toy, model, jobs)[::-1])
-    model.load_state_dict(other.state_dict())
-    engine.weight_version = 9
+    expected = sample(toy, model, jobs), sample(toy, other, jobs)
+    candidate = make(toy, model, TEMPERATURE)
+    sampler = LatentSampler(candidate.engine, toy.latents, toy.tokenizer, max_tokens=96, batch_size=8)
+    assert_same(sampler.sample(jobs), expected[0])
+    assert_same(sampler.sample(jobs[::-1]), expected[0][::-1])
+    candidate.publish(other, version=9)
     after = sampler.sample(jobs)
-    assert_same(after, sample(toy, other, jobs))
+    assert_same(after, expected[1])
     assert {t.weight_version for t in after} == {9}
