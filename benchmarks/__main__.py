@@ -14,17 +14,20 @@ from benchmarks.measure import ratio
 from ra3_megatron.cli import prepare_threads
 
 if TYPE_CHECKING:
+    from benchmarks.conversion import ConversionResult
+    from benchmarks.engines import EngineResult
     from benchmarks.estep import EStepResult
     from benchmarks.layouts import LayoutResult
     from benchmarks.mstep import MStepResult
     from benchmarks.packing import PackingResult
+    from benchmarks.refit import RefitResult
     from benchmarks.rollout import RolloutResult
 
 prepare_threads()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ["mstep", "packing", "rollouts", "estep", "layouts"]
+SECTIONS = ["mstep", "packing", "rollouts", "estep", "engines", "layouts", "refit", "conversion"]
 
 
 def main() -> None:
@@ -35,12 +38,15 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each side")
     parser.add_argument("--documents", type=int, default=16, help="documents of rollouts and E-step")
+    parser.add_argument(
+        "--checkpoint", choices=["0.4 GB", "3 GB"], default="0.4 GB", help="size of the checkpoint that is converted"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="file of the table (default: results/DATE-MACHINE.md)")
     arguments = parser.parse_args()
 
     # imported here: --help needs no torch
-    from benchmarks import estep, layouts, mstep, packing, rollout
+    from benchmarks import conversion, engines, estep, layouts, mstep, packing, refit, rollout
     from ra3_megatron.config.model import ParallelConfig
     from ra3_megatron.mcore import startup
 
@@ -49,7 +55,7 @@ def main() -> None:
     name, repeats = arguments.rollout_model, arguments.repeats
     parts = []
     try:
-        if not {"rollouts", "estep"}.isdisjoint(arguments.sections):
+        if not {"rollouts", "estep", "engines"}.isdisjoint(arguments.sections):
             with tempfile.TemporaryDirectory() as folder:
                 work = rollout.load(name, Path(folder), arguments.documents)
         if "mstep" in arguments.sections:
@@ -65,11 +71,22 @@ def main() -> None:
         if "estep" in arguments.sections:
             console.print("E-step …")
             parts.append(_estep(estep.measure(work, runtime, repeats), name))
+        if "engines" in arguments.sections:
+            console.print("rollout engines …")
+            with tempfile.TemporaryDirectory() as folder:
+                parts.append(_engines(engines.measure(work, runtime, repeats, Path(folder)), name))
     finally:
         startup.shutdown()
     if "layouts" in arguments.sections:
         console.print("layouts …")
         parts.append(_layouts(layouts.measure(arguments.models[-1], repeats), arguments.models[-1]))
+    if "refit" in arguments.sections:
+        console.print("refit …")
+        parts.append(_refit(refit.measure(repeats)))
+    if "conversion" in arguments.sections:
+        console.print("conversion …")
+        with tempfile.TemporaryDirectory() as folder:
+            parts.append(_conversion(conversion.measure(arguments.checkpoint, Path(folder), repeats)))
     text = "\n".join([_head(repeats), *parts])
     out = arguments.out or RESULTS / f"{date.today().isoformat()}-{_machine()}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +190,26 @@ def _estep(result: "EStepResult", model: str) -> str:
     )
 
 
+def _engines(result: "EngineResult", model: str) -> str:
+    from benchmarks.engines import IN_TURN, UPDATES
+
+    lines = [
+        f"## Rollout engines: documents/s of E-step updates, {model} model, 8 transcripts a document",
+        "",
+        f"{UPDATES} updates of {result.documents} documents; refit included. Trainer and engine have one thread each.",
+        "",
+        "| rollouts | documents/s | of vLLM in turn | thinking rate |",
+        "|---|---|---|---|",
+    ]
+    for side, timing in result.timings.items():
+        middle, least, most = ratio(timing, result.timings[IN_TURN])
+        speed = timing.rate(UPDATES * result.documents)
+        lines.append(
+            f"| {side} | {speed} | {middle:.2f} ({least:.2f} to {most:.2f}) | {result.think_rates[side]:.0%} |"
+        )
+    return _text(*lines)
+
+
 def _layouts(result: "LayoutResult", model: str) -> str:
     one, *others = result.timings.items()
     lines = [
@@ -188,6 +225,45 @@ def _layouts(result: "LayoutResult", model: str) -> str:
     for label, timing in others:
         share = one[1].median / timing.median
         lines.append(f"| {label} | {timing.rate(result.tokens)} | {share:.2f} |")
+    return _text(*lines)
+
+
+def _refit(result: "RefitResult") -> str:
+    size, sent = f"{result.parameters / 1e6:.0f}M", result.nbytes / 1e9
+    lines = [
+        f"## Refit: weights of a {size} model into a process beside the trainer, {sent:.2f} GB in fp32",
+        "",
+        "Trainer processes and receiver have one thread each. The receiver copies every tensor out of the buckets and",
+        "drops it: an engine's own loading comes on top. A copy of as many bytes within one process is the measure.",
+        "",
+        "| trainer | seconds | GB/s | copy, GB/s | share of the copy rate |",
+        "|---|---|---|---|---|",
+    ]
+    for label, sides in result.timings.items():
+        refit, copy = sides["refit"], sides["copy"]
+        share = copy.median / refit.median
+        lines.append(f"| {label} | {refit.median:.2f} | {refit.rate(sent)} | {copy.rate(sent)} | {share:.0%} |")
+    return _text(*lines)
+
+
+def _conversion(result: "ConversionResult") -> str:
+    copy, *others = result.timings.items()
+    bound = 1.3 * result.largest_shard + result.largest_tensor
+    lines = [
+        f"## Conversion: MB/s, a checkpoint of {result.bytes / 1e9:.1f} GB in bf16",
+        "",
+        f"Largest shard {result.largest_shard / 1e6:,.0f} MB, largest tensor {result.largest_tensor / 1e6:,.0f} MB; "
+        f"memory must stay below 1.3 shards and a tensor, {bound / 1e6:,.0f} MB.",
+        "",
+        "| side | MB/s | of the copy | peak memory, MB |",
+        "|---|---|---|---|",
+        f"| {copy[0]} | {copy[1].rate(result.bytes / 1e6)} | | |",
+    ]
+    for label, timing in others:
+        share, least, most = ratio(timing, copy[1])
+        memory = f"{result.memory[label] / 1e6:,.0f}" if label in result.memory else ""
+        rate = timing.rate(result.bytes / 1e6)
+        lines.append(f"| {label} | {rate} | {share:.2f} ({least:.2f} to {most:.2f}) | {memory} |")
     return _text(*lines)
 
 

@@ -18,7 +18,7 @@ from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.config.training import EStepConfig, OptimizerConfig
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
-from ra3_megatron.em.policy import live_policy
+from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
@@ -56,7 +56,7 @@ def measure(work: Workload, runtime: Runtime, repeats: int) -> EStepResult:
             estep=EStepConfig(group_size=GROUP, documents_per_step=len(documents), optimizer=STILL),
             rollout=RolloutConfig(sampler=sampler),  # type: ignore[arg-type]
         )
-        policy = live_policy(trainer.model, config, runtime, work.latents, work.tokenizer)
+        policy = latent_policy(trainer.model, config, runtime, work.latents, work.tokenizer)
         policy.sampling.engine.share_first_pass = policy.sampling._sampler.naive_cache = cache
         return partial(update, EStep(config, policy, trainer, scorer, blank_tokens(work.tokenizer)))
 

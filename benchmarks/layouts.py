@@ -5,17 +5,16 @@ layout costs: messages between processes, bubbles, and narrower matrices. Every 
 rows.
 """
 
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import ra3_megatron.mcore  # noqa: F401
 from benchmarks.measure import Timing, alternate
 from benchmarks.mstep import SIZES, VOCABULARY, packed_batches
+from benchmarks.processes import launch
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore import startup
@@ -54,18 +53,8 @@ def measure(name: str, repeats: int) -> LayoutResult:
 
 
 def _launch(processes: int, name: str, layouts: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Timing]:
-    layout = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    results: dict[int, dict[str, Timing]] = elastic_launch(layout, _in_process)(name, layouts, repeats)
-    return results[0]
+    timings: dict[str, Timing] = launch(processes, _in_process, name, layouts, repeats)
+    return timings
 
 
 def _in_process(name: str, layouts: list[tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Timing]:

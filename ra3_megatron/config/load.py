@@ -75,9 +75,11 @@ def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
             wrong.append(
                 f"model.{key}={scalar_text(own)}: model.hf={folder} has {scalar_text(value)}: leave model.{key} out"
             )
-        _merge(model, {key: value})
+        model[key] = value
     length = model.get("context_length")
-    if isinstance(length, int) and length > longest:
+    if "context_length" not in asked:
+        model["context_length"] = min(int(length or longest), longest)
+    elif isinstance(length, int) and length > longest:
         wrong.append(f"model.context_length={length}: model.hf={folder} reads at most {longest} tokens")
     if not given.get("tokenizer"):
         values["tokenizer"] |= {"kind": "hf", "path": folder}

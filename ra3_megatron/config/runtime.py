@@ -41,7 +41,8 @@ class RolloutConfig(Section):
 
     placement: Literal["colocated", "server"] = "colocated"
     """Where vLLM runs. `colocated`: one process beside each replica of the model, on its devices, for that replica's
-    documents; `server`: `replicas` processes on the node of the main process, among which all documents are routed."""
+    documents; `server`: `replicas` processes on the node of the main process, on the GPUs behind the trainer's, among
+    which all documents are routed."""
 
     replicas: int = Field(default=1, ge=1)
     """vLLM processes with `placement=server`."""
@@ -102,8 +103,11 @@ class ExportConfig(Section):
     """At the end, write the trained models as Hugging Face folders: `<run>/hf/ra3`, and `<run>/hf/ntp` for the
     control."""
 
-    max_shard_size: str = "5GB"
-    """Largest safetensors file of an exported model."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Data type of the exported weights; none: `model.precision`."""
+
+    max_shard_gb: float = Field(default=5.0, gt=0)
+    """Gigabytes of tensors in one safetensors file at most."""
 
 
 class LoggingConfig(Section):

@@ -11,12 +11,13 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.build import Corpus
 from ra3_megatron.em.latent_stats import BlankTokens
 from ra3_megatron.em.monitors import Alarm
-from ra3_megatron.em.policy import LatentPolicy, live_policy
+from ra3_megatron.em.policy import LatentPolicy, latent_policy
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.report.metrics import MetricsWriter, read_metrics
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, write_json
+from ra3_megatron.rollout.engine_pool import EnginePool
 
 
 @dataclass
@@ -32,6 +33,10 @@ class RunContext:
     metrics: MetricsWriter | None
     identity: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint says of the model and the tokenizer."""
+    base: Path | None = None
+    """Checkpoint to start from; None: from initial weights."""
+    engines: EnginePool | None = None
+    """vLLM processes that sample; None: the model itself is sampled from."""
 
     def new_model(self, drawn: bool = True) -> torch.nn.Module:
         """A model with the run's initial weights; with `drawn=False`, one to load weights into."""
@@ -45,8 +50,9 @@ class RunContext:
         )
 
     def policy(self, model: torch.nn.Module, weight_version: int = 0) -> LatentPolicy:
-        """q: what samples from `model` (with its present weights, until the next `publish`). Collective."""
-        return live_policy(model, self.config, self.runtime, self.corpus.format, self.corpus.tokenizer, weight_version)
+        """q: what samples from `model`, with the run's engines. Collective."""
+        latents, tokenizer = self.corpus.format, self.corpus.tokenizer
+        return latent_policy(model, self.config, self.runtime, latents, tokenizer, weight_version, self.engines)
 
     def log(self, phase: str, iteration: int, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics."""

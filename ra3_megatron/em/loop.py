@@ -86,9 +86,10 @@ class EM:
         store = run.corpus.store("warm", "train")
         length = self.config.model.context_length
         order = DocumentOrder(store, settings, length, order_seed(self.config.seed, Stream.WARM_ORDER))
-        start = None if settings.checkpoint is None else Path(settings.checkpoint)
+        start = run.base
         if start is not None:
-            check_fit(start, "warm_start.checkpoint", self.config, run.corpus.tokenizer)
+            name = "model.hf" if settings.checkpoint is None else "warm_start.checkpoint"
+            check_fit(start, name, self.config, run.corpus.tokenizer)
 
         def steps(trainer: Trainer) -> PackedSteps:
             return PackedSteps(MStep(self.config, settings, trainer, Ordered(store, order.of(1))))

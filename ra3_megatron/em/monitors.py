@@ -56,8 +56,8 @@ def require_agreement(where: str, metrics: Mapping[str, float], config: RunConfi
         raise UserError(
             f"{where}: rollout engine and trainer disagree: mean |q_trainer / q_engine - 1| is {mismatch:.1%} (limit "
             f"monitors.max_log_prob_mismatch={limit:g}), |log q_trainer - log q_engine| {mean:.3g} on average, "
-            f"{most:.3g} at most; likely causes: weights that did not reach the engine, another precision, attention or "
-            "RoPE; in bf16 rounding alone may do it: then raise the limit and set estep.importance_cap"
+            f"{most:.3g} at most; likely causes: weights that did not reach the engine, another precision, attention "
+            "or RoPE; in bf16 rounding alone may do it: then raise the limit and set estep.importance_cap"
         )
 
 

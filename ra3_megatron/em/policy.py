@@ -10,6 +10,7 @@ import torch
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout.engine_pool import EnginePool
 from ra3_megatron.rollout.latent_sampler import Job
 from ra3_megatron.rollout.sampling import LiveSampling, Sampling
 from ra3_megatron.text.latents import LatentFormat
@@ -77,15 +78,25 @@ class LatentPolicy:
         )
 
 
-def live_policy(
+def latent_policy(
     model: torch.nn.Module,
     config: RunConfig,
     runtime: Runtime,
     latents: LatentFormat,
     tokenizer: Tokenizer,
     weight_version: int = 0,
+    engines: EnginePool | None = None,
 ) -> LatentPolicy:
-    """q, sampled from `model` itself in every process."""
-    sampling = LiveSampling(model, runtime, latents, tokenizer, config.rollout, config.model.context_length)
-    sampling.publish(weight_version)
-    return LatentPolicy(sampling, runtime, config, latents, tokenizer)
+    """q: what samples from `model` with its present weights, until the next `publish`. Collective.
+
+    engines: vLLM processes, which serve one model at a time, the one of the policy that was made last; None: the model
+    itself is sampled from in every process.
+    """
+    sampling: Sampling
+    if engines is None:
+        sampling = LiveSampling(model, runtime, latents, tokenizer, config.rollout, config.model.context_length)
+    else:
+        sampling = engines.sampling(model)
+    policy = LatentPolicy(sampling, runtime, config, latents, tokenizer)
+    policy.publish(weight_version)
+    return policy

@@ -11,13 +11,13 @@ the vocabulary is 0.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
+
+from ra3_megatron.mcore.shards import shards_of
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -30,7 +30,7 @@ def draw_weights(
     """Overwrite every matrix of this process's model chunks. vocab_size: tokens that exist."""
     for chunk in chunks:
         drawn: tuple[str, Tensor] | None = None
-        for shard in _shards(chunk, metadata):
+        for shard in shards_of(chunk, metadata):
             fixed = shard.prepend_axis_num
             shape, offset = list(shard.global_shape[fixed:]), shard.global_offset[fixed:]
             if len(shape) < 2:
@@ -46,14 +46,6 @@ def draw_weights(
             piece = drawn[1][here]
             shard.data.zero_()
             shard.data[: piece.shape[0]].copy_(piece)
-
-
-def _shards(chunk: Any, metadata: dict[str, Any]) -> Iterator[ShardedTensor]:
-    state = chunk.sharded_state_dict(metadata=dict(metadata))
-    apply_factories(state)
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor):
-            yield value
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -100,6 +100,14 @@ class Runtime:
         """`item` of each replica of the model, in the order of `replica_rank`, on every process."""
         return self._gather(item, self.replica_size, lambda: self.replica_group)
 
+    def gather_all(self, item: Any) -> list[Any]:
+        """`item` of every process, in rank order, on every process."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
     @staticmethod
     def _gather(item: Any, size: int, group: Callable[[], dist.ProcessGroup]) -> list[Any]:
         if size == 1:

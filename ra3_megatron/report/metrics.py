@@ -9,7 +9,8 @@ uninterrupted one, except for `TIME_FIELDS`.
 Names that the report draws (any other name is stored all the same):
     phases     warm_start, estep, infuse, mstep, ntp (the control), evaluation (with the string `arm`: base, ntp, ra3)
     training   loss, code_ce, thought_ce, grad_norm, learning_rate, tokens_per_second, seconds
-    E-step     reward, think_rate, mean_thought_tokens, decision_entropy, advantage_std, log_prob_mismatch
+    E-step     reward, think_rate, mean_thought_tokens, decision_entropy, advantage_std, log_prob_mismatch,
+               largest_log_prob_difference, refit_seconds
     monitors   a line with the strings `monitor`, `message` and `advice` says that a sign of failure was seen
 Also stored of every training step: tokens, and fill_rate, the share of the positions of its micro-batches that hold one
 (the only value, times aside, that depends on the layout and on the size of micro-batches).
@@ -29,7 +30,9 @@ from ra3_megatron.report.run_folder import RunFolder, read_json_lines, write_tex
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-TIME_FIELDS = frozenset({"time", "seconds", "tokens_per_second", "documents_per_second"})
+TIME_FIELDS = frozenset(
+    {"time", "seconds", "tokens_per_second", "documents_per_second", "refit_seconds", "refit_bytes_per_second"}
+)
 """Fields that depend on the clock; all others are the same in a resumed and an uninterrupted run."""
 
 RESERVED_FIELDS = frozenset({"phase", "iteration", "step", "global_step", "nonfinite", "time"})

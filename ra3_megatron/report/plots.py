@@ -38,7 +38,9 @@ ESTEP_CURVES = {
     "decision_entropy": "decision entropy (nats)",
     "advantage_std": "advantage, standard deviation",
     "grad_norm": "gradient norm",
-    "log_prob_mismatch": "log-probability mismatch (mean |ratio - 1|)",
+    "log_prob_mismatch": "engine against trainer (mean |ratio - 1|)",
+    "largest_log_prob_difference": "engine against trainer (largest |log ratio|, nats)",
+    "refit_seconds": "weights into the engines (s)",
 }
 """Metric of the E-step and the title of its panel."""
 

@@ -199,3 +199,26 @@ def _bars(console: Console) -> RichProgress:
 
 def _figure(value: float | int | str) -> str:
     return value if isinstance(value, str) else number(value)
+
+
+def bytes_progress(progress: Progress, name: str) -> Callable[[int], Callable[[int], None]]:
+    """Shows work that is counted in bytes as megabytes: call it with the total, and what it gives with each part."""
+
+    def start(total: int) -> Callable[[int], None]:
+        return _Megabytes(progress.task(name, total=-(-total // 10**6), unit="B"), total)
+
+    return start
+
+
+class _Megabytes:
+    """Counts bytes, shows megabytes."""
+
+    def __init__(self, task: Task, total: int) -> None:
+        self._task, self._total = task, total
+        self._done = self._shown = 0
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = -(-self._done // 10**6) if self._done == self._total else self._done // 10**6
+        self._task.advance(now - self._shown, units=count)
+        self._shown = now

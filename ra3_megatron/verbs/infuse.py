@@ -17,6 +17,7 @@ from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
+from ra3_megatron.verbs.base import hf_source
 from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import disk_full
 
@@ -52,11 +53,12 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.em.identity import check_fit
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.order import Stream
-    from ra3_megatron.em.policy import live_policy
+    from ra3_megatron.em.policy import latent_policy
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
     from ra3_megatron.text.latents import code_text, full_text
+    from ra3_megatron.verbs.engines import rollout_engines
 
     console = Console()
     runtime = startup.initialize(config.parallel, config.seed, advice=config.layout_advice)
@@ -69,9 +71,13 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             model = build_model(config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, None)
             checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
-            with progress.task("infusing", total=len(documents), unit="tokens") as task:
+            with (
+                rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint, config)) as engines,
+                progress.task("infusing", total=len(documents), unit="tokens") as task,
+            ):
+                version = record["weight_version"]
                 infused = infusion.infuse(
-                    live_policy(model, config, runtime, corpus.format, tokenizer, record["weight_version"]),
+                    latent_policy(model, config, runtime, corpus.format, tokenizer, version, engines),
                     documents,
                     (config.seed, Stream.INFUSE, 0),
                     out / "infused",
@@ -101,6 +107,14 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
         if (parent / "config.yaml").is_file():
             return RunFolder(parent)
     return None
+
+
+def _hf_source(checkpoint: Path, config: RunConfig) -> Path | None:
+    """The small files of the Hugging Face folder that the model came from, if any."""
+    run = _run_of(checkpoint)
+    if config.model.hf is None:
+        return None
+    return Path(config.model.hf) if run is None else hf_source(run)
 
 
 def _source(checkpoint: Path, config: RunConfig) -> dict[str, Any]:

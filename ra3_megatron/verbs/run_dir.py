@@ -14,8 +14,17 @@ from ra3_megatron.config.yaml_io import scalar_text
 from ra3_megatron.report.run_folder import RunFolder, write_json, write_text
 from ra3_megatron.verbs.processes import on_main
 
-RESULT_FREE = ("logging", "parallel", "checkpoint", "run_dir")
-"""Sections that may change when a run is resumed: they do not decide what it computes."""
+RESULT_FREE = (
+    "logging",
+    "parallel",
+    "checkpoint",
+    "export",
+    "rollout.placement",
+    "rollout.replicas",
+    "rollout.vllm",
+    "run_dir",
+)
+"""Sections and keys that may change when a run is resumed: they do not decide what it computes."""
 LOCK = ".lock"
 """File in the run folder that the process writing there holds locked."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -111,7 +120,7 @@ def _differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{key}={scalar_text(before.get(key))} there, {scalar_text(after.get(key))} here"
         for key in before
-        if before[key] != after.get(key) and key.split(".")[0] not in RESULT_FREE
+        if before[key] != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in RESULT_FREE)
     ]
 
 

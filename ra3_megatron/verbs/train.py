@@ -45,26 +45,36 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.report.progress import Progress
     from ra3_megatron.report.summary import write_summary
     from ra3_megatron.report.terminal import print_summary
+    from ra3_megatron.verbs.base import base_checkpoint, hf_source
+    from ra3_megatron.verbs.engines import rollout_engines
+    from ra3_megatron.verbs.export import check_export, export_models
 
     console = Console()
     folder = RunFolder(Path(config.run_dir))
+    check_export(config)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)
             identity = identity_of(corpus.tokenizer)
             blank = blank_tokens(corpus.tokenizer)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
-            run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity)
-            try:
-                EM(run).run()
-            finally:
-                if writer is not None:
-                    writer.close()
+            base = base_checkpoint(config, folder, runtime, progress)
+            source = hf_source(folder) if config.model.hf is not None else None
+            with rollout_engines(config, runtime, corpus, folder.path, source) as engines:
+                run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity, base, engines)
+                try:
+                    EM(run).run()
+                    exported = export_models(run)
+                finally:
+                    if writer is not None:
+                        writer.close()
         if runtime.is_main:
             summary = summarize(run)
             write_summary(folder.path, summary)
             report = build_report(folder.path)
             print_summary(summary, console, folder.path)
+            for path in exported:
+                console.print(f"[bold]exported[/bold]    {path}", soft_wrap=True)
             console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
         runtime.barrier()
 

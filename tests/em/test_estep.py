@@ -15,7 +15,7 @@ from ra3_megatron.em import estep
 from ra3_megatron.em.estep import EStep, Rollouts
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.packing import plan_rows, policy_batches
-from ra3_megatron.em.policy import live_policy
+from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, stream_loss
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
@@ -31,7 +31,7 @@ FROZEN = OptimizerConfig(learning_rate=1e-20, schedule="constant", warmup_fracti
 
 def make_estep(toy: Toy, model: LanguageModel, scorer: LanguageModel, **settings: Any) -> EStep:
     config = toy.config(estep=EStepConfig(optimizer=FROZEN, **settings))
-    policy = live_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+    policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
     trainer = Trainer(model, FROZEN, ParallelConfig(), toy.runtime, steps=1000)
     return EStep(config, policy, trainer, scorer, blank_tokens(toy.tokenizer))
 

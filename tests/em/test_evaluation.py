@@ -13,7 +13,7 @@ from toy import FORMATS, LARGE, Toy
 from ra3_megatron.config.training import EStepConfig
 from ra3_megatron.em.evaluation import evaluate
 from ra3_megatron.em.latent_stats import blank_tokens
-from ra3_megatron.em.policy import live_policy
+from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.em.readable import transcript_records
 from ra3_megatron.em.scoring import malformed_thoughts
 from ra3_megatron.mcore.startup import Runtime
@@ -37,7 +37,7 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
     model = toy.model(seed=14, lean=1.0)
     estep = EStepConfig(latent_price=0.3, format_penalty=0.7, likelihood=likelihood)
     config = toy.config(estep=estep, evaluation={"samples": 5})
-    policy = live_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+    policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
     blank = blank_tokens(toy.tokenizer)
     keys = [(4, d) for d in range(len(CODES))]
     found = evaluate(model, policy, documents(toy), keys, config, blank)
@@ -84,7 +84,7 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
 def test_a_model_that_never_thinks_has_no_thought_to_measure(toy: Toy) -> None:
     model = toy.model(seed=14, lean=-40.0)
     config = toy.config(evaluation={"samples": 2})
-    policy = live_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+    policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
     found = evaluate(model, policy, documents(toy), [(0,), (1,), (2,)], config, blank_tokens(toy.tokenizer)).figures
     assert found["thought_ce"] is None and found["mean_thought_tokens"] is None
     assert found["think_rate"] == 0.0
@@ -93,7 +93,7 @@ def test_a_model_that_never_thinks_has_no_thought_to_measure(toy: Toy) -> None:
 
 def test_records_say_what_was_sampled(toy: Toy) -> None:
     model = toy.model(seed=14, lean=1.0)
-    policy = live_policy(model, toy.config(), toy.runtime, toy.latents, toy.tokenizer)
+    policy = latent_policy(model, toy.config(), toy.runtime, toy.latents, toy.tokenizer)
     policy.publish(6)
     transcripts = policy.sample(documents(toy), [(0,), (1,), (2,)], 4)
     values = [np.arange(t.num_lines, dtype=np.float32) for t in transcripts]

@@ -15,7 +15,7 @@ from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.objective import group_advantages, truncated_returns
 from ra3_megatron.em.packing import plan_rows, policy_batches
-from ra3_megatron.em.policy import live_policy
+from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, stream_loss
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
@@ -83,7 +83,7 @@ def make_estep(toy: Toy, q: LanguageModel, temperature: float) -> EStep:
         rollout={"temperature": temperature, "batch_size": 2000},
     )
     trainer = Trainer(q, FROZEN, ParallelConfig(), toy.runtime, steps=1000)
-    policy = live_policy(q, config, toy.runtime, toy.latents, toy.tokenizer)
+    policy = latent_policy(q, config, toy.runtime, toy.latents, toy.tokenizer)
     return EStep(config, policy, trainer, toy.model(seed=8), blank_tokens(toy.tokenizer))
 
 

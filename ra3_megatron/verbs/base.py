@@ -1,0 +1,40 @@
+"""The weights that a run starts from: a checkpoint, or a Hugging Face folder that is converted into the run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.em.phases import FINAL
+from ra3_megatron.hf.files import keep_small_files
+from ra3_megatron.hf.importing import import_hf
+from ra3_megatron.hf.origin import RUN_FOLDER
+from ra3_megatron.mcore.checkpoint import RECORD
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.report.progress import bytes_progress
+from ra3_megatron.report.run_folder import RunFolder
+from ra3_megatron.verbs.processes import on_main
+
+
+def hf_source(folder: RunFolder) -> Path:
+    """Where a run keeps the small files of the Hugging Face folder that it started from."""
+    return folder.path / RUN_FOLDER
+
+
+def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, progress: Any) -> Path | None:
+    """The checkpoint to start from; None: initial weights. Collective.
+
+    Raises UserError when the folder `model.hf` cannot be converted.
+    """
+    if config.model.hf is None:
+        return None if config.warm_start.checkpoint is None else Path(config.warm_start.checkpoint)
+    source, target = Path(config.model.hf), folder.checkpoints / "hf" / FINAL
+
+    def convert_once() -> None:
+        if (target / RECORD).is_file():  # the Hugging Face folder need not be there any more
+            return
+        keep_small_files(source, hf_source(folder))
+        shown = bytes_progress(progress, f"converting {source.name}, MB")
+        import_hf(source, target, config.model.precision, progress=shown)
+
+    on_main(runtime, convert_once)
+    return target

@@ -1,0 +1,162 @@
+"""Whole runs that vLLM samples for: the transcripts of the live model; resumed; and when an engine or trainer dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import Ra3, metrics, weights
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+
+MODEL = ("model.head_dim=32", "em.iterations=1", "em.control=false")  # vLLM has no smaller heads
+STALE = ("rollout.engine=vllm", "rollout.max_staleness=1", "estep.importance_cap=2", "estep.steps=4")
+
+
+@pytest.fixture(scope="module")
+def live(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that samples from the model that it trains."""
+    run = tmp_path_factory.mktemp("live") / "run"
+    ra3("train", config, *MODEL, f"run_dir={run}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def ahead(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that samples one update ahead."""
+    run = tmp_path_factory.mktemp("ahead") / "run"
+    ra3("train", config, *MODEL, *STALE, f"run_dir={run}")
+    return run
+
+
+def infused(run: Path) -> dict[str, bytes]:
+    files = [path for path in (run / "infused").rglob("*") if path.suffix in (".bin", ".idx")]
+    assert files
+    return {path.name: path.read_bytes() for path in files}
+
+
+def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """The same lines, numbers as close as two ways to compute the same probabilities are."""
+    assert [line["phase"] for line in one] == [line["phase"] for line in other]
+    for left, right in zip(one, other, strict=True):
+        for name in left.keys() & right.keys() - {"log_prob_mismatch", "log_prob_difference"}:
+            if name == "largest_log_prob_difference":
+                assert right[name] < 1e-4
+            elif isinstance(left[name], str):
+                assert right[name] == left[name]
+            else:
+                assert right[name] == pytest.approx(left[name], rel=2e-3, abs=1e-4), (left["phase"], name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("rollout.vllm.refit_bucket_mb=1",),
+        ("rollout.placement=server", "rollout.replicas=2", "parallel.tensor=2"),
+    ],
+    ids=["colocated", "two_servers_of_a_tensor_parallel_trainer"],
+)
+def test_vllm_samples_what_the_live_model_samples(
+    ra3: Ra3, config: Path, live: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    ra3("train", config, *MODEL, "rollout.engine=vllm", *settings, f"run_dir={run}")
+    close(metrics(live), metrics(run))
+    if len(settings) == 1:  # of the same weights, to the bit
+        assert infused(run) == infused(live)
+    steps = [line for line in read(run) if line["phase"] == "estep" and "refit_seconds" in line]
+    assert len(steps) == 2 and all(line["refit_bytes_per_second"] > 0 for line in steps)
+    assert not engines_of(run), "no engine is left behind"
+
+
+def test_a_run_ahead_says_how_old_its_transcripts_are(ahead: Path, live: Path) -> None:
+    steps = [line for line in metrics(ahead) if line["phase"] == "estep" and "staleness" in line]
+    assert [line["staleness"] for line in steps] == [0.0, 1.0, 1.0, 1.0]
+    assert steps[0]["log_prob_mismatch"] < 1e-4 < max(line["log_prob_mismatch"] for line in steps)
+    first = next(line for line in metrics(live) if line["phase"] == "estep")
+    assert steps[0]["reward"] == pytest.approx(first["reward"], rel=1e-4), "the first update is on-policy"
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
+    ra3: Ra3, config: Path, ahead: Path, tmp_path: Path, call: int
+) -> None:
+    arguments = ("train", config, *MODEL, *STALE, f"run_dir={tmp_path / 'run'}", "checkpoint.interval=1")
+    killed = ra3(*arguments, code=None, kill=["ra3_megatron.em.steps:EStepSteps.step", "before", call])
+    assert killed.code == -signal.SIGKILL
+    ra3(*arguments, "--resume")
+    assert metrics(tmp_path / "run") == metrics(ahead)
+    one, other = (weights(run / "checkpoints" / "mstep-1" / "final") for run in (tmp_path / "run", ahead))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not engines_of(tmp_path / "run")
+
+
+def test_the_end_of_an_engine_is_the_end_of_the_run(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*MODEL, "rollout.engine=vllm", "warm_start.steps=1", "estep.steps=100000", f"run_dir={run}"]
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "ra3_megatron", "train", str(config), *settings, "checkpoint.interval=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert trainer.stdout is not None and trainer.stderr is not None
+    for line in trainer.stdout:
+        if line.startswith("estep-1"):
+            break
+    (engine,) = engines_of(run)
+    os.kill(engine, signal.SIGKILL)
+    trainer.stdout.read()
+    message = [line for line in trainer.stderr.read().splitlines() if line.startswith("ra3: ")]
+    assert trainer.wait() == 2 and len(message) == 1
+    assert "rollout.engine=vllm" in message[0] and "SIGKILL" in message[0] and "engine-0-0.log" in message[0]
+    assert not engines_of(run)
+    assert list((run / "checkpoints" / "estep-1").glob("step_*/checkpoint.json")), "the run can go on"
+
+
+def test_a_killed_trainer_leaves_no_engine(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*MODEL, "rollout.engine=vllm", "warm_start.steps=1", "estep.steps=100000", f"run_dir={run}"]
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "ra3_megatron", "train", str(config), *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert trainer.stdout is not None
+    for line in trainer.stdout:
+        if line.startswith("estep-1"):
+            break
+    (engine,) = engines_of(run)
+    end = os.pidfd_open(engine)
+    trainer.kill()
+    trainer.wait()
+    assert select.select([end], [], [], 60)[0], "the engine ends with its trainer"
+    os.close(end)
+    assert not engines_of(run)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def engines_of(run: Path) -> list[int]:
+    """Processes that still run and write to an engine's log of this run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            target = os.readlink(process / "fd" / "1")
+            zombie = ") Z " in (process / "stat").read_text()
+        except OSError:
+            continue
+        if target.startswith(str(run / "vllm")) and not zombie:
+            found.append(int(process.name))
+    return found
