@@ -6,7 +6,7 @@ from typing import Any
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em.phases import FINAL
 from ra3_megatron.hf.files import keep_small_files
-from ra3_megatron.hf.importing import import_hf
+from ra3_megatron.hf.importing import HF_FOLDER, import_hf
 from ra3_megatron.hf.origin import RUN_FOLDER
 from ra3_megatron.mcore.checkpoint import RECORD
 from ra3_megatron.mcore.startup import Runtime
@@ -15,9 +15,10 @@ from ra3_megatron.report.run_folder import RunFolder
 from ra3_megatron.verbs.processes import on_main
 
 
-def hf_source(folder: RunFolder) -> Path:
-    """Where a run keeps the small files of the Hugging Face folder that it started from."""
-    return folder.path / RUN_FOLDER
+def hf_source(folder: RunFolder) -> Path | None:
+    """The small files of the Hugging Face folder that a run started from; None when it started from none."""
+    kept = folder.path / RUN_FOLDER
+    return kept if kept.is_dir() else None
 
 
 def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, progress: Any) -> Path | None:
@@ -25,14 +26,20 @@ def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, prog
 
     Raises UserError when the folder `model.hf` cannot be converted.
     """
+    kept = folder.path / RUN_FOLDER
     if config.model.hf is None:
-        return None if config.warm_start.checkpoint is None else Path(config.warm_start.checkpoint)
+        if config.warm_start.checkpoint is None:
+            return None
+        checkpoint = Path(config.warm_start.checkpoint)
+        if (checkpoint / HF_FOLDER).is_dir():  # it was converted
+            on_main(runtime, lambda: keep_small_files(checkpoint / HF_FOLDER, kept))
+        return checkpoint
     source, target = Path(config.model.hf), folder.checkpoints / "hf" / FINAL
 
     def convert_once() -> None:
         if (target / RECORD).is_file():  # the Hugging Face folder need not be there any more
             return
-        keep_small_files(source, hf_source(folder))
+        keep_small_files(source, kept)
         shown = bytes_progress(progress, f"converting {source.name}, MB")
         import_hf(source, target, config.model.precision, progress=shown)
 

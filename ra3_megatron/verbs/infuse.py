@@ -17,7 +17,6 @@ from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
-from ra3_megatron.verbs.base import hf_source
 from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import disk_full
 
@@ -72,7 +71,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
             with (
-                rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint, config)) as engines,
+                rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint)) as engines,
                 progress.task("infusing", total=len(documents), unit="tokens") as task,
             ):
                 version = record["weight_version"]
@@ -109,12 +108,14 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
     return None
 
 
-def _hf_source(checkpoint: Path, config: RunConfig) -> Path | None:
+def _hf_source(checkpoint: Path) -> Path | None:
     """The small files of the Hugging Face folder that the model came from, if any."""
+    from ra3_megatron.hf.importing import HF_FOLDER
+    from ra3_megatron.verbs.base import hf_source
+
     run = _run_of(checkpoint)
-    if config.model.hf is None:
-        return None
-    return Path(config.model.hf) if run is None else hf_source(run)
+    kept = checkpoint / HF_FOLDER if run is None else hf_source(run)
+    return kept if kept is not None and kept.is_dir() else None
 
 
 def _source(checkpoint: Path, config: RunConfig) -> dict[str, Any]:

@@ -59,8 +59,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
             blank = blank_tokens(corpus.tokenizer)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             base = base_checkpoint(config, folder, runtime, progress)
-            source = hf_source(folder) if config.model.hf is not None else None
-            with rollout_engines(config, runtime, corpus, folder.path, source) as engines:
+            with rollout_engines(config, runtime, corpus, folder.path, hf_source(folder)) as engines:
                 run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity, base, engines)
                 try:
                     EM(run).run()

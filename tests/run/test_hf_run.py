@@ -50,8 +50,7 @@ def run(ra3: Ra3, bare: Path, folder: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_run_starts_from_the_folder(ra3: Ra3, run: Path, folder: Path) -> None:
-    base = run / "checkpoints" / "warm_start" / "final"
-    assert "all equal" in ra3("convert", "check", "--hf", folder, "--checkpoint", base).output
+    assert "all equal" in ra3("convert", "check", "--hf", folder, "--checkpoint", base_of(run)).output
     assert (run / "corpus" / "tokenizer" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert not [line for line in metrics(run) if line["phase"] == "warm_start"], "no step is taken before the E-step"
 
@@ -81,6 +80,20 @@ def test_the_run_needs_the_folder_no_more(ra3: Ra3, bare: Path, folder: Path, ru
     ra3(*arguments, "--resume")
     one, other = (weights(place_ / "checkpoints" / "mstep-1" / "final") for place_ in (place, run))
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_a_converted_checkpoint_is_a_start_like_any_other(ra3: Ra3, config: Path, folder: Path, tmp_path: Path) -> None:
+    converted, place = tmp_path / "converted", tmp_path / "run"
+    ra3("convert", "hf-to-megatron", "--hf", folder, "--out", converted)
+    settings = (f"warm_start.checkpoint={converted}", "warm_start.steps=0", "tokenizer.kind=hf")
+    small = ("method=ntp", "em.iterations=1", "mstep.steps=1", "evaluation.documents=2", "export.hf=true")
+    ra3("train", config, *settings, f"tokenizer.path={folder}", *small, f"run_dir={place}")
+    assert "all equal" in ra3("convert", "check", "--hf", folder, "--checkpoint", base_of(place)).output
+    assert (place / "hf" / "ntp" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def base_of(run: Path) -> Path:
+    return run / "checkpoints" / "warm_start" / "final"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,546 @@
+"""Conversions as files: what they write, that they are whole or absent, resume, and use several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+from hf_models import contents, load, make
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ra3_megatron.cli import app
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.hf import conversion, exporting, importing
+from ra3_megatron.hf.distcp import ShardReader
+from ra3_megatron.hf.exporting import export_hf
+from ra3_megatron.hf.importing import import_hf, model_of
+from ra3_megatron.hf.weights import Link
+from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_contents import read_contents
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.text.tokenizer import HFTokenizer
+from ra3_megatron.verbs.convert import parse_size
+
+# isort: split
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+ROOT = Path(__file__).parents[2]
+SINGLE = ParallelConfig(threads=1)
+SMALL = 50_000
+"""Bytes of a unit or a shard: several of each."""
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts in shards, with a tokenizer."""
+    return make("qwen3-moe", tmp_path_factory.mktemp("source") / "hf", max_shard_size="150KB", tokenizer=True)
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "UNIT_BYTES", SMALL)
+
+
+def command(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["convert", *map(str, words)])
+    assert result.exit_code == code, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ra3: ")]
+    assert len(errors) == (code == 2)
+    return errors[0] if code == 2 else result.stdout
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_what_megatron_writes(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
+    """Its tensors, shards and records are those of `checkpoint.save`; extra states, which hold nothing, are absent."""
+    import_hf(hf, tmp_path / "converted")
+    network = load(tmp_path / "converted", hf, SINGLE, runtime)
+    checkpoint.save(tmp_path / "saved", network, runtime, {})
+
+    def described(folder: Path) -> dict[str, Any]:
+        index = FileSystemReader(folder).read_metadata()
+        return {
+            name: (entry.size, entry.properties, sorted((c.offsets, c.sizes) for c in entry.chunks))
+            for name, entry in index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    assert described(tmp_path / "converted") == described(tmp_path / "saved")
+    mine, theirs = (checkpoint.read_record(tmp_path / name) for name in ("converted", "saved"))
+    for key in ("version", "layout", "architecture", "precision", "optimizer"):
+        assert mine[key] == theirs[key]
+    assert mine["hf"] == {"family": "qwen3_moe", "dtype": "fp32"} and mine["weight_version"] == mine["step"] == 0
+    assert mine["tokenizer"] == HFTokenizer.load(hf, 300).fingerprint
+    assert (tmp_path / "converted" / "metadata.json").read_text() == (tmp_path / "saved" / "metadata.json").read_text()
+    common = [torch.load(tmp_path / name / "common.pt", weights_only=True) for name in ("converted", "saved")]
+    assert common[0] == common[1]
+
+
+def test_small_files_are_kept_on_the_way_and_back(hf: Path, tmp_path: Path) -> None:
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    names = {path.name for path in hf.iterdir()} - {path.name for path in hf.glob("model*")}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
+    for name in names:
+        assert (tmp_path / "checkpoint" / "hf" / name).read_bytes() == (hf / name).read_bytes()
+        assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+    # a folder that the user names wins
+    other = shutil.copytree(hf, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")
+    export_hf(tmp_path / "checkpoint", tmp_path / "again", template=other)
+    assert (tmp_path / "again" / "generation_config.json").read_text() == "{}"
+
+
+def test_shards_of_a_size(hf: Path, tmp_path: Path) -> None:
+    """Files hold at most that, an index names them all; transformers reads the folder."""
+    import_hf(hf, tmp_path / "checkpoint")
+    options = ("--out", tmp_path / "b", "--max-shard-size", "50KB")
+    command("megatron-to-hf", "--checkpoint", tmp_path / "checkpoint", *options)
+    files = {path.name: load_file(path) for path in (tmp_path / "b").glob("*.safetensors")}
+    original = {name: tensor for path in hf.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert sorted(files)[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 5
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
+    for tensors in files.values():
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
+        assert all(torch.equal(tensor, original[name]) for name, tensor in tensors.items())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert torch.equal(model.model.norm.weight, original["model.norm.weight"])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fp16_and_mixtures_become_fp32(mixed: bool, tmp_path: Path) -> None:
+    """fp32 holds both exactly; as bf16 when asked to."""
+    make("llama", tmp_path / "hf", torch.bfloat16 if mixed else torch.float16)
+    original = load_file(tmp_path / "hf" / "model.safetensors")
+    if mixed:
+        original["model.norm.weight"] = original["model.norm.weight"].float() + 1e-5
+        save_file(original, tmp_path / "hf" / "model.safetensors")
+    for dtype, kind in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        import_hf(tmp_path / "hf", tmp_path / f"checkpoint-{dtype}", dtype)
+        export_hf(tmp_path / f"checkpoint-{dtype}", tmp_path / f"back-{dtype}")
+        found = load_file(tmp_path / f"back-{dtype}" / "model.safetensors")
+        assert all(torch.equal(found[name], original[name].to(kind)) for name in original)
+        assert {tensor.dtype for tensor in found.values()} == {kind}
+        config = json.loads((tmp_path / f"back-{dtype}" / "config.json").read_text())
+        assert config["dtype"] == str(kind).removeprefix("torch.")
+
+
+def test_sizes() -> None:
+    found = [parse_size(text) for text in ("5GB", "200MB", "1.5 KB", "2GiB", "1kib")]
+    assert found == [5 * 10**9, 200 * 10**6, 1500, 2 * 2**30, 1024]
+    for text in ("5", "GB", "-1GB", "0MB", "5 apples"):
+        with pytest.raises(UserError, match="must be a size such as 5GB"):
+            parse_size(text)
+
+
+# -- whole or absent --------------------------------------------------------------------------------------------------
+
+KILLED = """
+import signal, sys
+from pathlib import Path
+import ra3_megatron.mcore
+from ra3_megatron.hf import exporting, importing
+importing.UNIT_BYTES = {small}
+kind, (source, out) = sys.argv[1], map(Path, sys.argv[2:])
+job = importing._Import if kind == "import" else exporting._Export
+run = job.run
+def stop_at_the_third(self, unit, folder, on_bytes):
+    if unit < 2:
+        return run(self, unit, folder, on_bytes)
+    run(self, unit, folder, on_bytes)  # its file is there, the journal does not have it
+    print("here", flush=True)
+    signal.pause()
+job.run = stop_at_the_third
+if kind == "import":
+    importing.import_hf(source, out)
+else:
+    exporting.export_hf(source, out, max_shard_bytes={small})
+"""
+
+
+def killed(kind: str, source: Path, out: Path) -> None:
+    """A conversion that is killed in its third unit."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED.format(small=SMALL), kind, str(source), str(out)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_a_killed_conversion_goes_on(
+    kind: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: None
+) -> None:
+    source = hf
+    if kind == "export":
+        source = tmp_path / "checkpoint"
+        import_hf(hf, source)
+    job: Any = importing._Import if kind == "import" else exporting._Export
+    ran: list[int] = []
+    run = job.run
+    monkeypatch.setattr(job, "run", lambda self, unit, *rest: (ran.append(unit), run(self, unit, *rest))[1])
+
+    def convert(out: Path) -> bool:
+        if kind == "import":
+            return import_hf(source, out)
+        return export_hf(source, out, max_shard_bytes=SMALL)
+
+    out = tmp_path / "out"
+    killed(kind, source, out)
+    partial = tmp_path / "out.partial"
+    assert not out.exists() and partial.is_dir()
+    assert not (partial / "checkpoint.json").exists() and not (partial / "config.json").exists()
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        checkpoint.read_record(partial)
+    with (partial / "journal.jsonl").open("a") as journal:
+        journal.write('{"unit": 2, "resu')  # a torn line
+    killed_once = contents(partial)
+
+    assert convert(out)
+    assert min(ran) == 2 and not partial.exists()
+    number = len(ran) + 2
+    ran.clear()
+    assert convert(tmp_path / "whole") and sorted(ran) == list(range(number))
+    assert contents(out) == contents(tmp_path / "whole")
+
+    # the same command once more finds it done; another is refused, and neither changes anything
+    ran.clear()
+    assert not convert(out)
+    with pytest.raises(UserError, match="exists already"):
+        (import_hf if kind == "import" else export_hf)(source, out, "bf16")
+    assert contents(out) == contents(tmp_path / "whole") and not ran
+
+    # other options, or another source, begin anew; a file that is not whole is written again
+    for changed in ("file", "dtype", "source"):
+        shutil.rmtree(out, ignore_errors=True)
+        for name, content in killed_once.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        ran.clear()
+        if changed == "file":
+            torn = json.loads((partial / "journal.jsonl").read_text().splitlines()[1])["result"]["file"]
+            os.truncate(partial / torn, 100)
+            assert convert(out) and min(ran) == 1 and contents(out) == contents(tmp_path / "whole")
+            continue
+        if changed == "dtype":
+            (import_hf if kind == "import" else export_hf)(source, out, "bf16")
+        elif kind == "import":
+            other = Path(shutil.copytree(hf, tmp_path / "other"))
+            os.utime(next(other.glob("*.safetensors")), (1, 1))
+            import_hf(other, out)
+        else:
+            record = json.loads((source / "checkpoint.json").read_text())
+            (source / "checkpoint.json").write_text(json.dumps({**record, "step": 7}))
+            export_hf(source, out, max_shard_bytes=SMALL)
+        assert min(ran) == 0
+
+
+@pytest.mark.multiprocess
+def test_several_processes_write_the_same(hf: Path, tmp_path: Path, small_units: None) -> None:
+    import_hf(hf, tmp_path / "one")
+    seen: list[int] = []
+
+    def progress(total: int) -> conversion.OnBytes:
+        seen.append(-total)
+        return seen.append
+
+    import_hf(hf, tmp_path / "two", workers=2, progress=progress)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and sum(seen) == 0 and len(seen) > 10
+    export_hf(tmp_path / "one", tmp_path / "hf-one", max_shard_bytes=SMALL)
+    export_hf(tmp_path / "one", tmp_path / "hf-two", max_shard_bytes=SMALL, workers=2)
+    assert contents(tmp_path / "hf-one") == contents(tmp_path / "hf-two")
+
+
+ORPHANS = """
+import signal, sys
+from pathlib import Path
+import ra3_megatron.mcore
+from ra3_megatron.hf import importing
+importing.UNIT_BYTES = {small}
+def progress(total):
+    def stop(count):
+        print("here", flush=True)
+        signal.pause()
+    return stop
+if __name__ == "__main__":
+    importing.import_hf(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, progress=progress)
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_end_when_the_conversion_is_killed(hf: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS.format(small=SMALL))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(hf), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"here\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_are_taken(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "file"):
+        error = command("hf-to-megatron", "--hf", hf, "--out", tmp_path / name, code=2)
+        assert f"{tmp_path / name}: exists already" in error
+    assert (tmp_path / "folder" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "folder").rename(tmp_path / "other.partial")
+    error = command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "other", code=2)
+    assert f"{tmp_path / 'other.partial'}: exists and is no unfinished conversion" in error
+    assert (tmp_path / "other.partial" / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "empty")
+    again = command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "empty")
+    assert again == f"{tmp_path / 'empty'} (complete since an earlier run)\n"
+
+
+def test_two_conversions_to_one_place(hf: Path, tmp_path: Path) -> None:
+    """While one is at work, another is refused, and disturbs nothing."""
+    started = []
+
+    def progress(total: int) -> conversion.OnBytes:
+        code = (
+            "import sys; from ra3_megatron.cli import main; "
+            "sys.argv = ['ra3', 'convert', 'hf-to-megatron', '--hf', sys.argv[1], '--out', sys.argv[2]]; main()"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-c", code, str(hf), str(tmp_path / "out")]
+        started.append(subprocess.run(words, env=environment, capture_output=True, text=True))
+        return lambda count: None
+
+    assert import_hf(hf, tmp_path / "out", progress=progress)
+    assert started[0].returncode == 2 and "another process is writing there" in started[0].stderr
+    checkpoint.read_record(tmp_path / "out")
+
+
+def test_a_full_disk_keeps_what_is_complete(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: None
+) -> None:
+    run = importing._Import.run
+
+    def full(self: Any, unit: int, *rest: Any) -> Any:
+        if unit == 2:
+            raise OSError(28, "No space left on device", str(tmp_path))
+        return run(self, unit, *rest)
+
+    monkeypatch.setattr(importing._Import, "run", full)
+    error = command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "out", code=2)
+    assert "No space left on device): make room and run the same command again: it goes on where it was" in error
+    assert len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) == 2
+    monkeypatch.undo()
+    command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "out")
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import ra3_megatron.mcore
+from ra3_megatron.hf import exporting, importing
+importing.UNIT_BYTES = 2**25
+hf, work = map(Path, sys.argv[1:])
+importing.import_hf(hf, work / "checkpoint")
+exporting.export_hf(work / "checkpoint", work / "back", max_shard_bytes=2**26)
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+@pytest.mark.multiprocess
+def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
+    """160 MB of weights, of which the largest tensor has 16 MB, need little more than weights of 1 MB do."""
+    make("llama", tmp_path / "large" / "hf", hidden_size=1024, intermediate_size=2048, num_hidden_layers=6)
+    make("llama", tmp_path / "small" / "hf")
+    assert (tmp_path / "large" / "hf" / "model.safetensors").stat().st_size > 150 * 2**20
+
+    def peak(work: Path) -> int:
+        words = [sys.executable, "-c", MEMORY, str(work / "hf"), str(work)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return 1024 * int(subprocess.run(words, env=environment, capture_output=True, check=True).stdout)
+
+    assert peak(tmp_path / "large") - peak(tmp_path / "small") < 64 * 2**20
+
+
+# -- checkpoints that cannot be exported ------------------------------------------------------------------------------
+
+
+def test_refused_exports(hf: Path, tmp_path: Path) -> None:
+    import_hf(hf, tmp_path / "good")
+    out = tmp_path / "out"
+
+    def refusal(*options: object) -> str:
+        error = command("megatron-to-hf", "--checkpoint", tmp_path / "bad", "--out", out, *options, code=2)
+        assert not out.exists() and not (tmp_path / "out.partial").exists()
+        return error
+
+    def bad() -> Path:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        return Path(shutil.copytree(tmp_path / "good", tmp_path / "bad"))
+
+    assert "no such folder" in refusal()
+    (file,) = bad().glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert f"{file}: is truncated" in refusal()
+    (file,) = bad().glob("*.distcp")
+    index = FileSystemReader(tmp_path / "bad").read_metadata()
+    place = next(info for key, info in index.storage_data.items() if "linear_qkv.weight" in key.fqn)
+    content = bytearray(file.read_bytes())
+    content[place.offset + place.length // 2] ^= 64
+    file.write_bytes(content)
+    assert f"{file}: is damaged: a shard of decoder.layers.self_attention.linear_qkv.weight" in refusal()
+    (bad() / ".metadata").unlink()
+    assert ".metadata: is missing" in refusal()
+    (bad() / "checkpoint.json").unlink()
+    assert "is no complete checkpoint" in refusal()
+    shutil.rmtree(bad() / "hf")
+    assert "neither it nor a run around it holds a config.json: name a folder that has one, with --hf" in refusal()
+    assert "hf/chat_template.jinja: is missing" in refusal("--hf", hf)  # the record names it
+    record = json.loads((tmp_path / "bad" / "checkpoint.json").read_text())
+    record["files"] = {name: facts for name, facts in record["files"].items() if not name.startswith("hf/")}
+    (tmp_path / "bad" / "checkpoint.json").write_text(json.dumps(record))
+    other = make("qwen3-moe", tmp_path / "other", num_hidden_layers=1)
+    assert "holds a model with model.num_layers=2, but this model has model.num_layers=1" in refusal("--hf", other)
+    shutil.copytree(hf, other, dirs_exist_ok=True)
+    (other / "tokenizer_config.json").write_text('{"eos_token": "<|other|>"}')
+    assert f"was trained with another tokenizer than the one in {other}" in refusal("--hf", other)
+    assert "--max-shard-size=many" in refusal("--max-shard-size", "many")
+    command("megatron-to-hf", "--checkpoint", tmp_path / "bad", "--out", out, "--hf", hf)
+
+
+def test_tensors_that_are_not_those_of_the_model(hf: Path, tmp_path: Path) -> None:
+    """A shard that the index lacks, a tensor that is not there, and one that nobody asks for."""
+    import_hf(hf, tmp_path / "checkpoint")
+    family, model, vocab_size = model_of(hf)
+    links = family.links(model, vocab_size)
+    norm, fc1 = "decoder.final_layernorm.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+
+    def refusal(change: Callable[[dict[str, Any]], object], links: list[Link]) -> str:
+        found = read_contents(tmp_path / "checkpoint")
+        assert found.index is not None
+        change(found.index.state_dict_metadata)
+        with pytest.raises(UserError) as caught:
+            ShardReader(found, links)
+        return str(caught.value)
+
+    assert f"holds no whole {fc1} at [1, 3] of shape [96, 64]" in refusal(lambda e: e[fc1].chunks.pop(), links)
+    assert f"holds no whole {norm} of shape [64]" in refusal(lambda e: e[norm].chunks.clear(), links)
+    assert "holds output_layer.weight, which this family's map does not know" in refusal(lambda e: None, links[:-1])
+
+
+def test_numbers_that_are_not_finite_are_not_exported(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
+    import_hf(hf, tmp_path / "good")
+    network = load(tmp_path / "good", hf, SINGLE, runtime)
+    with torch.no_grad():
+        dict(network.named_parameters())["0.decoder.final_layernorm.weight"][3] = torch.inf
+    checkpoint.save(tmp_path / "bad", network, runtime, {})
+    with pytest.raises(UserError, match=r"bad: model.norm.weight holds NaN or infinite numbers"):
+        export_hf(tmp_path / "bad", tmp_path / "out", template=hf)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+# -- the check, and the scripts ---------------------------------------------------------------------------------------
+
+
+def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.multiprocess
+def test_the_scripts(hf: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "checkpoint", tmp_path / "back"
+    result = script("convert_hf_to_megatron.py", "--hf", hf, "--out", there, "--dtype", "bf16")
+    assert result.returncode == 0 and result.stdout == f"{there}\n", result.stderr
+    assert "B/s" in result.stderr
+    result = script("convert_megatron_to_hf.py", "--checkpoint", there, "--out", back, "--max-shard-size", "100KB")
+    assert result.returncode == 0 and len(list(back.glob("*.safetensors"))) > 3, result.stderr
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    result = script("check_conversion.py", "--hf", hf, "--checkpoint", there)
+    assert result.returncode == 0, result.stderr
+    assert "tensors: all equal (45 tensors compared in bf16)" in result.stdout
+    assert "logits: largest difference" in result.stdout and "within the tolerance" in result.stdout
+    inspected = CliRunner().invoke(app, ["inspect", str(there), "--verify"])
+    assert inspected.exit_code == 0 and "converted" in inspected.stdout and "whole: every file" in inspected.stdout
+
+
+@pytest.mark.multiprocess
+def test_the_check_finds_differences(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
+    """A weight that differs, and a rotary scaling that is lost although all tensors are equal."""
+    import_hf(hf, tmp_path / "good")
+    network = load(tmp_path / "good", hf, SINGLE, runtime)
+    with torch.no_grad():
+        dict(network.named_parameters())["0.decoder.layers.1.self_attention.linear_proj.weight"][5, 7] += 0.25
+    checkpoint.save(tmp_path / "bad", network, runtime, {})
+    result = script("check_conversion.py", "--hf", hf, "--checkpoint", tmp_path / "bad")
+    assert result.returncode == 1, result.stderr
+    assert "tensors: 1 differ" in result.stdout
+    assert "model.layers.1.self_attn.o_proj.weight: largest difference 0.25" in result.stdout
+    assert "above the tolerance" in result.stdout
+    assert command("check", "--hf", hf, "--checkpoint", tmp_path / "bad", "--tensors-only", code=1).endswith(
+        "logits: not compared (--tensors-only)\n"
+    )
+    other = make("llama", tmp_path / "other")
+    error = command("check", "--hf", other, "--checkpoint", tmp_path / "good", code=2)
+    assert "does not fit" in error
+
+
+def test_the_check_sees_positions(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With frequencies that lack the scaling, far positions differ."""
+    from ra3_megatron.hf.checking import Check
+    from ra3_megatron.mcore import model
+    from ra3_megatron.mcore.rotary import inverse_frequencies
+
+    make("llama", tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    none = type(model.ModelConfig().rope_scaling)()
+    plain = lambda config: inverse_frequencies(config.model_copy(update={"rope_scaling": none}))  # noqa: E731
+    monkeypatch.setattr(model, "inverse_frequencies", plain)
+    result = Check(tmp_path / "hf", tmp_path / "checkpoint").logits(runtime)
+    assert not result.passes and result.sequence % 2 == 1
+
+
+def test_the_vocabulary_is_padded_with_zeros(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
+    import_hf(hf, tmp_path / "checkpoint")
+    found = read_contents(tmp_path / "checkpoint")
+    assert {t.name: t.shape for t in found.tensors}["embedding.word_embeddings.weight"] == (384, 64)
+    parameters = dict(load(tmp_path / "checkpoint", hf, SINGLE, runtime).named_parameters())
+    for name in ("0.embedding.word_embeddings.weight", "0.output_layer.weight"):
+        assert bool((parameters[name][:300] != 0).any(-1).all()) and not bool(parameters[name][300:].any())
