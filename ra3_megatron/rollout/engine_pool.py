@@ -1,4 +1,4 @@
-"""The vLLM processes of a run, and sampling through them.
+"""The vLLM processes of a run.
 
 `colocated`: the lowest rank of every replica of the model has one engine for its documents; `server`: rank 0 has
 `rollout.replicas` of them, among which a router deals out all documents. The other processes only help to send weights
@@ -11,8 +11,7 @@ started them.
 
 import importlib.util
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +23,12 @@ from ra3_megatron.hf.families import family_for, read_folder
 from ra3_megatron.hf.files import write_config
 from ra3_megatron.hf.weights import Link
 from ra3_megatron.mcore.startup import Runtime, available_cores
-from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.engine_sampling import EngineSampling, raise_anywhere
+from ra3_megatron.rollout.latent_sampler import LatentSampler
 from ra3_megatron.rollout.protocol import RolloutEngine
-from ra3_megatron.rollout.refit.errors import RefitError
 from ra3_megatron.rollout.refit.plan import leaders
 from ra3_megatron.rollout.refit.refit import Refit
 from ra3_megatron.rollout.router import Router
-from ra3_megatron.rollout.sampling import ByDocument, Wait, sample_groups
 from ra3_megatron.rollout.vllm.engine import VllmEngine, token_sets
 from ra3_megatron.rollout.vllm.messages import EngineSpec
 from ra3_megatron.rollout.vllm.process import EngineError, EngineProcess, connect_all
@@ -78,7 +76,7 @@ class EnginePool:
             self.close()
             raise
 
-    def sampling(self, model: torch.nn.Module) -> "EngineSampling":
+    def sampling(self, model: torch.nn.Module) -> EngineSampling:
         """Sampling of a model's latents; `publish` brings its weights to the engines. Ends what was there before."""
         self._together(self._connect)
         if self._refit is not None:
@@ -96,7 +94,15 @@ class EnginePool:
             bucket_bytes=settings.vllm.refit_bucket_mb * 2**20,
             timeout=settings.vllm.call_timeout,
         )
-        return EngineSampling(self, self._refit)
+        sampler: LatentSampler | None = None
+        if self.engines:
+            engine: RolloutEngine = self.engines[0] if len(self.engines) == 1 else Router(self.engines)
+            length, size = self.config.model.context_length, settings.batch_size
+            sampler = LatentSampler(engine, self.latents, self.tokenizer, length, size, settings.sampler)
+        colocated = settings.placement == "colocated"
+        shares = (self.runtime.replica_rank, self.runtime.replica_size) if colocated else (0, 1)
+        updates = [engine.update for engine in self.engines]
+        return EngineSampling(self.runtime, self._refit, updates, sampler, shares)
 
     def close(self) -> None:
         """End the engines. Not collective."""
@@ -170,85 +176,3 @@ class EnginePool:
         except (EngineError, UserError, OSError) as error:
             failure = str(error)
         raise_anywhere(failure, self.runtime)
-
-
-class EngineSampling:
-    """`Sampling` through the engines of a pool."""
-
-    def __init__(self, pool: EnginePool, refit: Refit) -> None:
-        self._pool, self._refit, self._runtime = pool, refit, pool.runtime
-        self._sampler: LatentSampler | None = None
-        self._version = 0
-        if pool.engines:
-            engine: RolloutEngine = pool.engines[0] if len(pool.engines) == 1 else Router(pool.engines)
-            config = pool.config.rollout
-            self._sampler = LatentSampler(
-                engine,
-                pool.latents,
-                pool.tokenizer,
-                pool.config.model.context_length,
-                config.batch_size,
-                config.sampler,
-            )
-
-    @property
-    def weight_version(self) -> int:
-        return self._version
-
-    def publish(self, version: int) -> dict[str, float]:
-        try:
-            stats = self._refit.send([engine.update for engine in self._pool.engines], version)
-        except RefitError as error:
-            raise UserError(f"rollout.engine=vllm: {error}") from error
-        self._version = version
-        return {"refit_seconds": stats.seconds, "refit_bytes_per_second": stats.nbytes / stats.seconds}
-
-    def mine(self, documents: int) -> Sequence[int]:
-        if self._sampler is None:
-            return []
-        if self._pool.config.rollout.placement == "server":
-            return range(documents)
-        return range(self._runtime.replica_rank, documents, self._runtime.replica_size)
-
-    def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
-        result = _Result(self._sampler, jobs)
-        thread = threading.Thread(target=result.run, name="rollouts", daemon=True) if background else None
-        if thread is None:
-            result.run()
-        else:
-            thread.start()
-
-        def wait() -> ByDocument:
-            if thread is not None:
-                thread.join()
-            raise_anywhere(result.failure, self._runtime)
-            everything: ByDocument = {}
-            for share in self._runtime.gather_all(result.transcripts):
-                everything |= share
-            return everything
-
-        return wait
-
-
-class _Result:
-    """What a batch comes to."""
-
-    def __init__(self, sampler: LatentSampler | None, jobs: Mapping[int, list[Job]]) -> None:
-        self._sampler, self._jobs = sampler, jobs
-        self.transcripts: ByDocument = {}
-        self.failure = ""
-
-    def run(self) -> None:
-        if self._sampler is None or not self._jobs:
-            return
-        try:
-            self.transcripts = sample_groups(self._sampler, self._jobs)
-        except EngineError as error:
-            self.failure = str(error)
-
-
-def raise_anywhere(failure: str, runtime: Runtime) -> None:
-    """UserError on every process when there is a failure on any. Collective."""
-    failures = {why: None for why in runtime.gather_all(failure) if why}
-    if failures:
-        raise UserError(f"rollout.engine=vllm: {'; '.join(failures)}")
