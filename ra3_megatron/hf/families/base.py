@@ -168,3 +168,15 @@ def dense_links(model: ModelConfig, vocab_size: int) -> list[Link]:
     first, last = decoder.ends()
     layers = [link for i in range(model.num_layers) for link in (*decoder.attention(i), *decoder.dense(i))]
     return first + layers + last
+
+
+def mixture_links(
+    model: ModelConfig, vocab_size: int, router: str, experts: str, parts: tuple[str, str, str]
+) -> list[Link]:
+    """Every tensor of a decoder with a mixture of experts in each layer; names as in `Decoder.mixture`."""
+    decoder = Decoder(model, vocab_size)
+    first, last = decoder.ends()
+    layers: list[Link] = []
+    for layer in range(model.num_layers):
+        layers += [*decoder.attention(layer), *decoder.mixture(layer, router, experts, parts)]
+    return first + layers + last

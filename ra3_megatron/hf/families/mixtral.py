@@ -4,7 +4,7 @@ from typing import Any
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson
-from ra3_megatron.hf.families.base import Decoder, common_json, common_keys
+from ra3_megatron.hf.families.base import common_json, common_keys, mixture_links
 from ra3_megatron.hf.weights import Link
 
 
@@ -38,13 +38,7 @@ class _Mixtral:
         }
 
     def links(self, model: ModelConfig, vocab_size: int) -> list[Link]:
-        decoder = Decoder(model, vocab_size)
-        first, last = decoder.ends()
-        layers: list[Link] = []
-        for layer in range(model.num_layers):
-            layers += decoder.attention(layer)
-            layers += decoder.mixture(layer, "block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
-        return first + layers + last
+        return mixture_links(model, vocab_size, "block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
 
 
 MIXTRAL = _Mixtral()

@@ -4,7 +4,7 @@ from typing import Any
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson
-from ra3_megatron.hf.families.base import Decoder, common_json, common_keys
+from ra3_megatron.hf.families.base import common_json, common_keys, mixture_links
 from ra3_megatron.hf.weights import Link
 
 
@@ -45,13 +45,7 @@ class _Qwen3MoE:
         }
 
     def links(self, model: ModelConfig, vocab_size: int) -> list[Link]:
-        decoder = Decoder(model, vocab_size)
-        first, last = decoder.ends()
-        layers: list[Link] = []
-        for layer in range(model.num_layers):
-            layers += decoder.attention(layer)
-            layers += decoder.mixture(layer, "mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj"))
-        return first + layers + last
+        return mixture_links(model, vocab_size, "mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj"))
 
 
 QWEN3_MOE = _Qwen3MoE()
