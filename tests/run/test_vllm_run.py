@@ -61,9 +61,15 @@ def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     [
         ("rollout.vllm.refit_bucket_mb=1",),
         ("parallel.data=2", "estep.documents_per_step=3"),
+        ("rollout.vllm.tensor=2", "rollout.vllm.threads=1"),
         ("rollout.placement=server", "rollout.replicas=2", "parallel.tensor=2"),
     ],
-    ids=["colocated", "colocated_with_each_replica", "two_servers_of_a_tensor_parallel_trainer"],
+    ids=[
+        "colocated",
+        "colocated_with_each_replica",
+        "engine_of_two_processes",
+        "two_servers_of_a_tensor_parallel_trainer",
+    ],
 )
 def test_vllm_samples_what_the_live_model_samples(
     ra3: Ra3, config: Path, live: Path, tmp_path: Path, settings: tuple[str, ...]
