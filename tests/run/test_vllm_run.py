@@ -151,6 +151,14 @@ def test_a_killed_trainer_leaves_no_engine(config: Path, tmp_path: Path) -> None
     assert not engines_of(run)
 
 
+def test_heads_that_vllm_does_not_have_are_refused_before_anything_trains(
+    ra3: Ra3, config: Path, tmp_path: Path
+) -> None:
+    line = ra3.refuses("train", config, "rollout.engine=vllm", f"run_dir={tmp_path / 'run'}")
+    assert line.startswith("model.head_dim=8: rollout.engine=vllm on CPUs needs one of 32, 64")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
