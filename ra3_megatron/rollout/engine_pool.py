@@ -35,7 +35,6 @@ from ra3_megatron.rollout.vllm.process import EngineError, EngineProcess, connec
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 
-
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Channels a head that vLLM's attention for CPUs has."""
 
