@@ -49,8 +49,8 @@ class RunContext:
             self.config.seed if drawn else None,
         )
 
-    def policy(self, model: torch.nn.Module, weight_version: int = 0) -> LatentPolicy:
-        """q: what samples from `model`, with the run's engines. Collective."""
+    def policy(self, model: torch.nn.Module, weight_version: int | None = None) -> LatentPolicy:
+        """q: what samples from `model`, with the run's engines. Collective. weight_version: see `latent_policy`."""
         latents, tokenizer = self.corpus.format, self.corpus.tokenizer
         return latent_policy(model, self.config, self.runtime, latents, tokenizer, weight_version, self.engines)
 

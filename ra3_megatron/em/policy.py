@@ -84,11 +84,12 @@ def latent_policy(
     runtime: Runtime,
     latents: LatentFormat,
     tokenizer: Tokenizer,
-    weight_version: int = 0,
+    weight_version: int | None = None,
     engines: EnginePool | None = None,
 ) -> LatentPolicy:
-    """q: what samples from `model` with its present weights, until the next `publish`. Collective.
+    """q: what samples from `model`. Collective.
 
+    weight_version: of the model's present weights, which are published under it; None: `publish` comes before `sample`.
     engines: vLLM processes, which serve one model at a time, the one of the policy that was made last; None: the model
     itself is sampled from in every process.
     """
@@ -98,5 +99,6 @@ def latent_policy(
     else:
         sampling = engines.sampling(model)
     policy = LatentPolicy(sampling, runtime, config, latents, tokenizer)
-    policy.publish(weight_version)
+    if weight_version is not None:
+        policy.publish(weight_version)
     return policy

@@ -1,5 +1,7 @@
 """Transcripts for one update after another: of which weights they are, and that a checkpoint keeps what was sampled."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.config.training import EStepConfig
 from ra3_megatron.corpus.sampler import DocumentSampler
-from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.em.policy import LatentPolicy, latent_policy
 from ra3_megatron.em.rollouts import RolloutQueue, pack, unpack
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
@@ -127,3 +129,25 @@ def test_the_live_model_is_never_sampled_in_the_background(toy: Toy) -> None:
     sampling = LiveSampling(toy.model(seed=0), toy.runtime, toy.latents, toy.tokenizer, RolloutConfig(), 64)
     with pytest.raises(ValueError, match="at the same time"):
         sampling.start({}, background=True)
+
+
+class Recorded:
+    """Engines that only note which versions they were given."""
+
+    def __init__(self) -> None:
+        self.published: list[int] = []
+        self.weight_version = 0
+
+    def sampling(self, model: Any) -> Recorded:
+        return self
+
+    def publish(self, version: int) -> dict[str, float]:
+        self.published.append(version)
+        return {}
+
+
+def test_a_model_that_is_still_to_be_loaded_is_not_published(toy: Toy) -> None:
+    for version, published in ((None, []), (3, [3])):
+        engines: Any = Recorded()
+        latent_policy(toy.model(), toy.config(), toy.runtime, toy.latents, toy.tokenizer, version, engines)
+        assert engines.published == published
