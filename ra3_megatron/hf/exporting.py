@@ -22,9 +22,10 @@ from ra3_megatron.hf.conversion import OnBytes, Progress, convert
 from ra3_megatron.hf.distcp import ShardReader
 from ra3_megatron.hf.families import family_named
 from ra3_megatron.hf.files import small_files
+from ra3_megatron.hf.finite import is_finite
 from ra3_megatron.hf.importing import DTYPES
 from ra3_megatron.hf.origin import Origin, origin_of
-from ra3_megatron.hf.safetensors_files import Writer, is_finite
+from ra3_megatron.hf.safetensors_files import Writer
 from ra3_megatron.hf.source import INDEX, SINGLE
 from ra3_megatron.hf.weights import Link, by_name, manifest
 from ra3_megatron.mcore.checkpoint import RECORD

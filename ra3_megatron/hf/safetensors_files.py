@@ -141,13 +141,6 @@ class Writer:
             view = view[self._stream.write(view[:_PIECE]) :]
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinite numbers; needs no memory."""
-    if tensor.numel() == 0:
-        return True
-    return all(math.isfinite(value) for value in torch.aminmax(tensor))
-
-
 def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`: an object none of whose names may stand twice. Raises DuplicateNameError."""
     found: dict[str, Any] = {}

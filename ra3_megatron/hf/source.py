@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.hf.finite import is_finite
 from ra3_megatron.hf.safetensors_files import (
     DTYPES,
     DuplicateNameError,
     Entry,
-    is_finite,
     read_header,
     read_tensor,
     unique,

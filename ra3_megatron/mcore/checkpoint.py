@@ -169,7 +169,7 @@ class PendingSave:
         except (Exception, CheckpointException) as problem:
             error = _cause(problem)
         _raise_anywhere(error, self.folder, self._partial, self._runtime)
-        files = {name: facts for part in _all_gather(written.files, self._runtime) for name, facts in part.items()}
+        files = {name: facts for part in self._runtime.gather_all(written.files) for name, facts in part.items()}
         if self._runtime.is_main:
             try:
                 self._put_in_place(files)
@@ -353,7 +353,7 @@ def _check_files(folder: Path, record: dict[str, Any], runtime: Runtime, verify:
     wrong = runtime.broadcast(wrong_sizes(folder, files) if runtime.is_main else {})
     if not wrong and verify:
         mine = sorted(files)[runtime.rank :: runtime.world_size]
-        parts = _all_gather(wrong_contents(folder, files, mine), runtime)
+        parts = runtime.gather_all(wrong_contents(folder, files, mine))
         wrong = {name: problem for part in parts for name, problem in part.items()}
     if wrong:
         name, problem = min(wrong.items())
@@ -398,7 +398,7 @@ def _cause(problem: BaseException) -> str:
 
 
 def _raise_anywhere(error: str, folder: Path, partial: Path, runtime: Runtime) -> None:
-    errors = [e for e in _all_gather(error, runtime) if e]
+    errors = [e for e in runtime.gather_all(error) if e]
     if errors:
         room = _room(folder) if runtime.is_main else ""
         if runtime.is_main:  # what was written takes room that the disk may lack
@@ -412,11 +412,3 @@ def _room(folder: Path) -> str:
         return f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB free on its disk, "
     except OSError:
         return ""
-
-
-def _all_gather(item: Any, runtime: Runtime) -> list[Any]:
-    if runtime.world_size == 1:
-        return [item]
-    items: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(items, item)
-    return items

@@ -127,11 +127,10 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = partial(_training_loss, counts=counts, policy=policy or PolicyLoss())
         results = _run(self.model, shares, self.runtime, loss)
-        sums = torch.zeros(len(Stat), dtype=torch.float64, device=self.runtime.device)
-        largest = sums[MAXIMA]
+        each = torch.zeros(1, len(Stat), dtype=torch.float64, device=self.runtime.device)
         if results:  # on the last pipeline stage
-            sums = torch.stack(results).double().sum(0)
-            largest = torch.stack(results).double()[:, MAXIMA].amax(0)
+            each = torch.stack(results).double()
+        sums, largest = each.sum(0), each[:, MAXIMA].amax(0)
         sums = self.runtime.sum_replicas(sums)
         sums[MAXIMA] = self.runtime.max_replicas(largest)
         sums = self.runtime.from_last_stage(sums)

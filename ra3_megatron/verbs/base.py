@@ -37,7 +37,7 @@ def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, prog
     source, target = Path(config.model.hf), folder.checkpoints / "hf" / FINAL
 
     def convert_once() -> None:
-        if (target / RECORD).is_file():  # the Hugging Face folder need not be there any more
+        if (target / RECORD).is_file():  # the folder's weights need not be there any more
             return
         keep_small_files(source, kept)
         shown = bytes_progress(progress, f"converting {source.name}, MB")

@@ -1,5 +1,6 @@
 """The vLLM processes of a run or an infusion: there while it lasts, gone when it ends, however it ends."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def rollout_engines(
 
     folder: `vllm/` in it gets their logs. source: small files of the Hugging Face folder that the model came from.
     """
-    if config.rollout.engine != "vllm":
+    if config.rollout.engine != "vllm" or math.isinf(config.estep.latent_price):  # then nothing is sampled
         yield None
         return
     pool = EnginePool(config, runtime, corpus.format, corpus.tokenizer, folder / "vllm", source)

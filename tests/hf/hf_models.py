@@ -10,8 +10,10 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
+from typer.testing import CliRunner
 
 import ra3_megatron.mcore  # noqa: F401
+from ra3_megatron.cli import app
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.hf.importing import model_of
 from ra3_megatron.mcore import checkpoint
@@ -168,3 +170,12 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def command(*words: object, code: int = 0) -> str:
+    """Run `ra3 convert …`: what it printed, or the one line with which it refused (code 2)."""
+    result = CliRunner().invoke(app, ["convert", *map(str, words)])
+    assert result.exit_code == code, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ra3: ")]
+    assert len(errors) == (code == 2)
+    return errors[0] if code == 2 else result.stdout

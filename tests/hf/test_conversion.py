@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,14 @@ import psutil
 import pytest
 import torch
 import transformers
-from hf_models import contents, load, make
+from hf_models import command, contents, load, make
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from ra3_megatron.cli import app
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.hf import conversion, exporting, importing
-from ra3_megatron.hf.distcp import ShardReader
 from ra3_megatron.hf.exporting import export_hf
-from ra3_megatron.hf.importing import import_hf, model_of
-from ra3_megatron.hf.weights import Link
+from ra3_megatron.hf.importing import import_hf
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.checkpoint_contents import read_contents
 from ra3_megatron.mcore.startup import Runtime
@@ -44,23 +39,9 @@ SMALL = 50_000
 """Bytes of a unit or a shard: several of each."""
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with experts in shards, with a tokenizer."""
-    return make("qwen3-moe", tmp_path_factory.mktemp("source") / "hf", max_shard_size="150KB", tokenizer=True)
-
-
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "UNIT_BYTES", SMALL)
-
-
-def command(*words: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["convert", *map(str, words)])
-    assert result.exit_code == code, result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("ra3: ")]
-    assert len(errors) == (code == 2)
-    return errors[0] if code == 2 else result.stdout
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
@@ -155,6 +136,15 @@ def test_sizes() -> None:
     for text in ("5", "GB", "-1GB", "0MB", "5 apples"):
         with pytest.raises(UserError, match="must be a size such as 5GB"):
             parse_size(text)
+
+
+def test_the_vocabulary_is_padded_with_zeros(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
+    import_hf(hf, tmp_path / "checkpoint")
+    found = read_contents(tmp_path / "checkpoint")
+    assert {t.name: t.shape for t in found.tensors}["embedding.word_embeddings.weight"] == (384, 64)
+    parameters = dict(load(tmp_path / "checkpoint", hf, SINGLE, runtime).named_parameters())
+    for name in ("0.embedding.word_embeddings.weight", "0.output_layer.weight"):
+        assert bool((parameters[name][:300] != 0).any(-1).all()) and not bool(parameters[name][300:].any())
 
 
 # -- whole or absent --------------------------------------------------------------------------------------------------
@@ -397,151 +387,3 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
 
     # a whole model would be 160 MB; allocators keep a few tensors more or less
     assert peak(tmp_path / "large") - peak(tmp_path / "small") < 96 * 2**20
-
-
-# -- checkpoints that cannot be exported ------------------------------------------------------------------------------
-
-
-def test_refused_exports(hf: Path, tmp_path: Path) -> None:
-    import_hf(hf, tmp_path / "good")
-    out = tmp_path / "out"
-
-    def refusal(*options: object) -> str:
-        error = command("megatron-to-hf", "--checkpoint", tmp_path / "bad", "--out", out, *options, code=2)
-        assert not out.exists() and not (tmp_path / "out.partial").exists()
-        return error
-
-    def bad() -> Path:
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        return Path(shutil.copytree(tmp_path / "good", tmp_path / "bad"))
-
-    assert "no such folder" in refusal()
-    (file,) = bad().glob("*.distcp")
-    file.write_bytes(file.read_bytes()[:-5000])
-    assert f"{file}: is truncated" in refusal()
-    (file,) = bad().glob("*.distcp")
-    index = FileSystemReader(tmp_path / "bad").read_metadata()
-    place = next(info for key, info in index.storage_data.items() if "linear_qkv.weight" in key.fqn)
-    content = bytearray(file.read_bytes())
-    content[place.offset + place.length // 2] ^= 64
-    file.write_bytes(content)
-    assert f"{file}: is damaged: a shard of decoder.layers.self_attention.linear_qkv.weight" in refusal()
-    (bad() / ".metadata").unlink()
-    assert ".metadata: is missing" in refusal()
-    (bad() / "checkpoint.json").unlink()
-    assert "is no complete checkpoint" in refusal()
-    shutil.rmtree(bad() / "hf")
-    assert "neither it nor a run around it holds a config.json: name a folder that has one, with --hf" in refusal()
-    assert "hf/chat_template.jinja: is missing" in refusal("--hf", hf)  # the record names it
-    record = json.loads((tmp_path / "bad" / "checkpoint.json").read_text())
-    record["files"] = {name: facts for name, facts in record["files"].items() if not name.startswith("hf/")}
-    (tmp_path / "bad" / "checkpoint.json").write_text(json.dumps(record))
-    other = make("qwen3-moe", tmp_path / "other", num_hidden_layers=1)
-    assert "holds a model with model.num_layers=2, but this model has model.num_layers=1" in refusal("--hf", other)
-    shutil.copytree(hf, other, dirs_exist_ok=True)
-    (other / "tokenizer_config.json").write_text('{"eos_token": "<|other|>"}')
-    assert f"was trained with another tokenizer than the one in {other}" in refusal("--hf", other)
-    assert "--max-shard-size=many" in refusal("--max-shard-size", "many")
-    command("megatron-to-hf", "--checkpoint", tmp_path / "bad", "--out", out, "--hf", hf)
-
-
-def test_tensors_that_are_not_those_of_the_model(hf: Path, tmp_path: Path) -> None:
-    """A shard that the index lacks, a tensor that is not there, and one that nobody asks for."""
-    import_hf(hf, tmp_path / "checkpoint")
-    family, model, vocab_size = model_of(hf)
-    links = family.links(model, vocab_size)
-    norm, fc1 = "decoder.final_layernorm.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"
-
-    def refusal(change: Callable[[dict[str, Any]], object], links: list[Link]) -> str:
-        found = read_contents(tmp_path / "checkpoint")
-        assert found.index is not None
-        change(found.index.state_dict_metadata)
-        with pytest.raises(UserError) as caught:
-            ShardReader(found, links)
-        return str(caught.value)
-
-    assert f"holds no whole {fc1} at [1, 3] of shape [96, 64]" in refusal(lambda e: e[fc1].chunks.pop(), links)
-    assert f"holds no whole {norm} of shape [64]" in refusal(lambda e: e[norm].chunks.clear(), links)
-    assert "holds output_layer.weight, which this family's map does not know" in refusal(lambda e: None, links[:-1])
-
-
-def test_numbers_that_are_not_finite_are_not_exported(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
-    import_hf(hf, tmp_path / "good")
-    network = load(tmp_path / "good", hf, SINGLE, runtime)
-    with torch.no_grad():
-        dict(network.named_parameters())["0.decoder.final_layernorm.weight"][3] = torch.inf
-    checkpoint.save(tmp_path / "bad", network, runtime, {})
-    with pytest.raises(UserError, match=r"bad: model.norm.weight holds NaN or infinite numbers"):
-        export_hf(tmp_path / "bad", tmp_path / "out", template=hf)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-# -- the check, and the scripts ---------------------------------------------------------------------------------------
-
-
-def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.multiprocess
-def test_the_scripts(hf: Path, tmp_path: Path) -> None:
-    there, back = tmp_path / "checkpoint", tmp_path / "back"
-    result = script("convert_hf_to_megatron.py", "--hf", hf, "--out", there, "--dtype", "bf16")
-    assert result.returncode == 0 and result.stdout == f"{there}\n", result.stderr
-    assert "B/s" in result.stderr
-    result = script("convert_megatron_to_hf.py", "--checkpoint", there, "--out", back, "--max-shard-size", "100KB")
-    assert result.returncode == 0 and len(list(back.glob("*.safetensors"))) > 3, result.stderr
-    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
-    result = script("check_conversion.py", "--hf", hf, "--checkpoint", there)
-    assert result.returncode == 0, result.stderr
-    assert "tensors: all equal (45 tensors compared in bf16)" in result.stdout
-    assert "logits: largest difference" in result.stdout and "within the tolerance" in result.stdout
-    inspected = CliRunner().invoke(app, ["inspect", str(there), "--verify"])
-    assert inspected.exit_code == 0 and "converted" in inspected.stdout and "whole: every file" in inspected.stdout
-
-
-@pytest.mark.multiprocess
-def test_the_check_finds_differences(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
-    """A weight that differs, and a rotary scaling that is lost although all tensors are equal."""
-    import_hf(hf, tmp_path / "good")
-    network = load(tmp_path / "good", hf, SINGLE, runtime)
-    with torch.no_grad():
-        dict(network.named_parameters())["0.decoder.layers.1.self_attention.linear_proj.weight"][5, 7] += 0.25
-    checkpoint.save(tmp_path / "bad", network, runtime, {})
-    result = script("check_conversion.py", "--hf", hf, "--checkpoint", tmp_path / "bad")
-    assert result.returncode == 1, result.stderr
-    assert "tensors: 1 differ" in result.stdout
-    assert "model.layers.1.self_attn.o_proj.weight: largest difference 0.25" in result.stdout
-    assert "above the tolerance" in result.stdout
-    assert command("check", "--hf", hf, "--checkpoint", tmp_path / "bad", "--tensors-only", code=1).endswith(
-        "logits: not compared (--tensors-only)\n"
-    )
-    other = make("llama", tmp_path / "other")
-    error = command("check", "--hf", other, "--checkpoint", tmp_path / "good", code=2)
-    assert "does not fit" in error
-
-
-def test_the_check_sees_positions(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With frequencies that lack the scaling, far positions differ."""
-    from ra3_megatron.hf.checking import Check
-    from ra3_megatron.mcore import model
-    from ra3_megatron.mcore.rotary import inverse_frequencies
-
-    make("llama", tmp_path / "hf")
-    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    none = type(model.ModelConfig().rope_scaling)()
-    plain = lambda config: inverse_frequencies(config.model_copy(update={"rope_scaling": none}))  # noqa: E731
-    monkeypatch.setattr(model, "inverse_frequencies", plain)
-    result = Check(tmp_path / "hf", tmp_path / "checkpoint").logits(runtime)
-    assert not result.passes and result.sequence % 2 == 1
-
-
-def test_the_vocabulary_is_padded_with_zeros(hf: Path, tmp_path: Path, runtime: Runtime) -> None:
-    import_hf(hf, tmp_path / "checkpoint")
-    found = read_contents(tmp_path / "checkpoint")
-    assert {t.name: t.shape for t in found.tensors}["embedding.word_embeddings.weight"] == (384, 64)
-    parameters = dict(load(tmp_path / "checkpoint", hf, SINGLE, runtime).named_parameters())
-    for name in ("0.embedding.word_embeddings.weight", "0.output_layer.weight"):
-        assert bool((parameters[name][:300] != 0).any(-1).all()) and not bool(parameters[name][300:].any())

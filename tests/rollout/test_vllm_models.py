@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm_processes import client_of, need_vllm, new_folder, save, wait_for_end
+from weight_sources.file_weights import FileWeights
 
-from ra3_megatron.rollout.vllm.file_weights import FileWeights
 from ra3_megatron.rollout.vllm.messages import Answer, Draw, Drawn, EngineSpec, Events
 from ra3_megatron.rollout.vllm.process import EngineClient, EngineError
 

@@ -11,15 +11,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from toy import Toy
+from weight_sources.file_weights import FileWeights
 
 from ra3_megatron.config.model import ModelConfig
-from ra3_megatron.hf.families.llama import LLAMA
+from ra3_megatron.hf.families.llama import FAMILY as LLAMA
 from ra3_megatron.mcore.model import LanguageModel
+from ra3_megatron.rollout.refit.gather import gathered
+from ra3_megatron.rollout.refit.plan import make_plan, with_output_layer
+from ra3_megatron.rollout.refit.shards import Holdings, local_pieces
 from ra3_megatron.rollout.vllm.engine import VllmEngine, token_sets
-from ra3_megatron.rollout.vllm.file_weights import FileWeights
 from ra3_megatron.rollout.vllm.messages import EngineSpec
 from ra3_megatron.rollout.vllm.process import EngineClient, start_engine
 
@@ -27,11 +31,10 @@ START_TIMEOUT = 180.0
 CALL_TIMEOUT = 120.0
 LONGEST = 128
 """Tokens of the longest sequence; more than the toys' context, which a sampler may be told to exceed."""
-LIVE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Names in checkpoints, and in a live model without Transformer Engine."""
+# engines unpickle what tests send them
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)
 
 _clients: dict[tuple[object, ...], EngineClient] = {}
 _folder = TemporaryDirectory(prefix="vllm-tests-")
@@ -114,14 +117,10 @@ def llama_folder(config: ModelConfig, vocab_size: int) -> str:
 
 def hf_tensors(model: LanguageModel, config: ModelConfig) -> dict[str, Tensor]:
     """A live whole model's weights under the names of Hugging Face's Llama, and the output weights in any case."""
+    pieces = local_pieces([model])
+    everybody = [Holdings(0, 0, tuple(piece for piece, _ in pieces))]
+    plan = make_plan(with_output_layer(LLAMA.links(config, model.vocabulary.real)), everybody, [0], 0, 2**30)
     found = {}
-    for link in LLAMA.links(config, model.vocabulary.real):
-        name = link.slot.key
-        for theirs, ours in LIVE_NAMES.items():
-            name = name.replace(theirs, ours)
-        for index in link.slot.place:
-            name = name.replace(".layers.", f".layers.{index}.")
-        whole = model.state_dict()[name][: link.slot.shape[0]]
-        found |= dict(zip(link.names, link.split(whole), strict=True))
-    found.setdefault("lm_head.weight", found["model.embed_tokens.weight"].clone())
+    for link, whole in gathered(plan, [tensor for _, tensor in pieces], 0, torch.float32):
+        found |= {name: part.clone() for name, part in zip(link.names, link.split(whole), strict=True)}
     return found

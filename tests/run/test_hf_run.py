@@ -70,7 +70,9 @@ def test_what_was_trained_is_exported(ra3: Ra3, run: Path, folder: Path, arm: st
         assert bool(torch.isfinite(model(ids).logits).all())
 
 
-def test_the_run_needs_the_folder_no_more(ra3: Ra3, bare: Path, folder: Path, run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_needs_the_folders_weights_no_more(
+    ra3: Ra3, bare: Path, folder: Path, run: Path, tmp_path: Path
+) -> None:
     copy, place = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(folder, copy)
     arguments = ("train", bare, f"model.hf={copy}", "export.hf=true", f"run_dir={place}", "checkpoint.interval=1")

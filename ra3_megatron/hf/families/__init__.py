@@ -1,5 +1,7 @@
-"""The families of models that can be imported and exported, one file each. A new one is a file and a line here."""
+"""The families of models that can be imported and exported: every module here but `base` is one, its `FAMILY`."""
 
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,13 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson
 from ra3_megatron.hf.families.base import Family
-from ra3_megatron.hf.families.llama import LLAMA
-from ra3_megatron.hf.families.mistral import MISTRAL
-from ra3_megatron.hf.families.mixtral import MIXTRAL
-from ra3_megatron.hf.families.qwen2 import QWEN2
-from ra3_megatron.hf.families.qwen3 import QWEN3
-from ra3_megatron.hf.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, MISTRAL)
-"""In the order in which `family_for` looks for one."""
+FAMILIES: tuple[Family, ...] = tuple(
+    import_module(f"{__name__}.{name}").FAMILY
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name != "base"
+)
+"""By the name of their module, which is the order in which `family_for` looks for one."""
 
 
 def family_named(name: str) -> Family:

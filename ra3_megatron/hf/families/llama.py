@@ -28,4 +28,4 @@ class _Llama:
         return dense_links(model, vocab_size)
 
 
-LLAMA = _Llama()
+FAMILY = _Llama()

@@ -27,4 +27,4 @@ class _Mistral:
         return dense_links(model, vocab_size)
 
 
-MISTRAL = _Mistral()
+FAMILY = _Mistral()

@@ -41,4 +41,4 @@ class _Mixtral:
         return mixture_links(model, vocab_size, "block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
 
 
-MIXTRAL = _Mixtral()
+FAMILY = _Mixtral()

@@ -42,4 +42,4 @@ class _Qwen2:
         return dense_links(model, vocab_size)
 
 
-QWEN2 = _Qwen2()
+FAMILY = _Qwen2()

@@ -33,4 +33,4 @@ class _Qwen3:
         return dense_links(model, vocab_size)
 
 
-QWEN3 = _Qwen3()
+FAMILY = _Qwen3()

@@ -48,4 +48,4 @@ class _Qwen3MoE:
         return mixture_links(model, vocab_size, "mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj"))
 
 
-QWEN3_MOE = _Qwen3MoE()
+FAMILY = _Qwen3MoE()

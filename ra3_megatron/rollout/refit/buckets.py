@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ra3_megatron.hf.finite import is_finite
+from ra3_megatron.hf.weights import Shape
 from ra3_megatron.rollout.refit.errors import RefitError
 
-Shape = tuple[int, ...]
 ALIGNMENT = 64
 """Every part begins at a multiple of this many bytes."""
 
@@ -85,7 +86,8 @@ class BucketWriter:
             end = offset + count * self._dtype.itemsize
             part = buffer[offset:end].view(self._dtype)
             part.copy_(flat[first : first + count])
-            check_finite(name, part)
+            if not is_finite(part):
+                raise RefitError(f"tensor {name} holds values that are not finite")
             self._parts.append(Part(name, str(self._dtype), tuple(tensor.shape), first, count, offset))
             first += count
             self._used = end
@@ -103,14 +105,6 @@ class BucketWriter:
         self._buffer, self._parts, self._used = None, [], 0
         self._buckets += 1
         self._deliver(bucket)
-
-
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise RefitError when a value is infinite or not a number."""
-    # one pass without a copy, at the speed of memory; both are NaN when any value is
-    least, most = torch.aminmax(values)
-    if not bool(torch.isfinite(least) & torch.isfinite(most)):
-        raise RefitError(f"tensor {name} holds values that are not finite")
 
 
 class BucketReader:

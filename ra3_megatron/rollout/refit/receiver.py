@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from ra3_megatron.rollout.refit.buckets import Bucket, BucketReader, Shape, Totals
+from ra3_megatron.hf.weights import Shape
+from ra3_megatron.rollout.refit.buckets import Bucket, BucketReader, Totals
 from ra3_megatron.rollout.refit.carriers import Inlet, make_inlet
 from ra3_megatron.rollout.refit.channel import Accepted, Address, Complete, Ready, Setup, Stopped, Taken, connect
 from ra3_megatron.rollout.refit.errors import RefitError

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ra3_megatron.hf.weights import Link
-from ra3_megatron.rollout.refit.buckets import BucketWriter, Shape, Totals
+from ra3_megatron.hf.weights import Link, Shape
+from ra3_megatron.rollout.refit.buckets import BucketWriter, Totals
 from ra3_megatron.rollout.refit.receiver import StreamWeights
 from ra3_megatron.rollout.refit.stream import EngineGone, Stream
 

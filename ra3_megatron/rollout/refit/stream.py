@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from ra3_megatron.rollout.refit.buckets import Bucket, BucketWriter, Shape, Totals
+from ra3_megatron.hf.weights import Shape
+from ra3_megatron.rollout.refit.buckets import Bucket, BucketWriter, Totals
 from ra3_megatron.rollout.refit.carriers import Carrier
 from ra3_megatron.rollout.refit.channel import Accepted, Complete, Ready, Stopped, Taken, accept, listen
 from ra3_megatron.rollout.refit.errors import RefitError

@@ -9,12 +9,12 @@ until then, and must not be sampled from.
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from ra3_megatron.hf.finite import is_finite
 from ra3_megatron.rollout.vllm.messages import Manifest, WeightSource
 
 
@@ -77,7 +77,7 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], expected: Manifest) -> Itera
             raise WeightsRefused(f"tensor {name} " + ("came twice" if name in expected else "was not announced"))
         if tuple(tensor.shape) != shape:
             raise WeightsRefused(f"tensor {name} came with shape {list(tensor.shape)}, not {list(shape)}")
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both the least and the greatest
+        if not is_finite(tensor):
             raise WeightsRefused(f"tensor {name} holds values that are not finite")
         yield name, tensor
     if missing:

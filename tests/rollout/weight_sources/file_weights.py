@@ -1,4 +1,4 @@
-"""The simplest source of weights: one safetensors file."""
+"""The simplest source of weights: one safetensors file. The process of an engine imports this module too."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
