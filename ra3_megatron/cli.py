@@ -190,6 +190,18 @@ def inspect(
     raise typer.Exit(inspect_checkpoint(checkpoint, verify, tensors, as_json))
 
 
+@app.command()
+def theory(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")] = Path("runs/theory"),
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of all random problems.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Small samples: seconds instead of minutes.")] = False,
+) -> None:
+    """Show the paper's theorems as numbers on small exact problems: regret, pruning, convergence, price."""
+    from ra3_megatron.verbs.theory import theory as run_studies
+
+    run_studies(out, seed, quick)
+
+
 convert = typer.Typer(
     no_args_is_help=True, help="Convert Hugging Face folders to checkpoints and back; compare the two."
 )
@@ -261,6 +273,93 @@ def check_conversion(
     from ra3_megatron.verbs import convert as verbs
 
     raise typer.Exit(verbs.check(hf, checkpoint, tensors_only))
+
+
+study = typer.Typer(no_args_is_help=True, help="Grids of runs that skip what is done, and reports that compare them.")
+app.add_typer(study, name="study")
+
+_Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", metavar="N", min=1, help="Cells at once; as many as cores allow otherwise."),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and where they stand, and run nothing.")]
+_StudyFolder = Annotated[Path, typer.Option("--folder", metavar="DIR", help="Folder of the study.")]
+_Seeds = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds 1 to N.")]
+
+
+@study.command("run")
+def study_run(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="A study.", show_default=False)],
+    overrides: _Overrides = None,
+    jobs: _Jobs = None,
+    cell: Annotated[
+        str | None, typer.Option("--cell", metavar="NAME|INDEX", help="Only this cell.", show_default=False)
+    ] = None,
+    dry_run: _DryRun = False,
+    to_slurm: Annotated[
+        bool, typer.Option("--slurm", help="Write job arrays for Slurm, and submit them if that is possible.")
+    ] = False,
+) -> None:
+    """Run the cells of a study that are not done, then write its report; exit with 1 if some failed.
+
+    Overrides change keys of the study (folder=…, seeds=[1,2]) or settings of all its cells (estep.steps=5).
+    """
+    from ra3_megatron.verbs.study import run_file
+
+    raise typer.Exit(run_file(file, overrides or [], jobs, cell, dry_run, to_slurm))
+
+
+@study.command("report")
+def study_report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a study.", show_default=False)],
+) -> None:
+    """Rebuild table, figures and report of a study from the cells that are done."""
+    from ra3_megatron.verbs.study import report as rebuild
+
+    typer.echo(rebuild(folder))
+
+
+@study.command("price")
+def study_price(
+    config: _RequiredConfig,
+    folder: _StudyFolder,
+    overrides: _Overrides = None,
+    seeds: _Seeds = 3,
+    prices: Annotated[str, typer.Option("--prices", metavar="LIST", help="Prices c.")] = "0,0.01,0.03,0.05,0.2,inf",
+    log_grid: Annotated[
+        tuple[float, float, int] | None,
+        typer.Option("--log-grid", metavar="LOW HIGH N", help="N further prices in equal ratios.", show_default=False),
+    ] = None,
+    jobs: _Jobs = None,
+    dry_run: _DryRun = False,
+) -> None:
+    """Sweep the price of a thought: thinking rate against held-out accuracy and cross-entropy of code."""
+    from ra3_megatron.study.ready import price_study
+    from ra3_megatron.verbs.study import run
+
+    path, settings = _split(config, overrides)
+    if path is None:
+        raise UserError("study price needs a configuration file, such as examples/quickstart.yaml")
+    raise typer.Exit(run(price_study(path, settings, folder, seeds, prices, log_grid), jobs, dry_run=dry_run))
+
+
+@study.command("em")
+def study_em(
+    config: _RequiredConfig,
+    folder: _StudyFolder,
+    overrides: _Overrides = None,
+    seeds: _Seeds = 3,
+    jobs: _Jobs = None,
+    dry_run: _DryRun = False,
+) -> None:
+    """RA3 and NTP after every EM iteration, and whether each M-step lowered the cross-entropy of code."""
+    from ra3_megatron.study.ready import em_study
+    from ra3_megatron.verbs.study import run
+
+    path, settings = _split(config, overrides)
+    if path is None:
+        raise UserError("study em needs a configuration file, such as examples/quickstart.yaml")
+    raise typer.Exit(run(em_study(path, settings, folder, seeds), jobs, dry_run=dry_run))
 
 
 @app.command("config")

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
+from ra3_megatron.config.tasks import TasksConfig
 
 HumanComments = Literal["keep", "strip", "as_thoughts"]
 
@@ -12,11 +13,15 @@ HumanComments = Literal["keep", "strip", "as_thoughts"]
 class CorpusConfig(Section):
     """Where the expert text comes from and which documents of it are used."""
 
-    source: Literal["installed", "folder", "jsonl", "parquet", "text", "hub"] = "installed"
+    source: Literal["installed", "folder", "jsonl", "parquet", "text", "hub", "tasks"] = "installed"
     """`installed`: functions of the Python code on this machine (the interpreter's standard library and
     `packages`); `folder`: `*.py` files below `path`; `jsonl` / `parquet`: rows with a field `text_field`;
     `text`: one document a file, separated by blank-line-delimited `document_separator` when that is set;
-    `hub`: a data set name or local folder that `datasets.load_dataset` understands."""
+    `hub`: a data set name or local folder that `datasets.load_dataset` understands; `tasks`: generated tasks with
+    known abstractions (`corpus.tasks`)."""
+
+    tasks: TasksConfig = TasksConfig()
+    """Generated tasks."""
 
     path: str | None = None
     """File, folder or glob (`folder`, `jsonl`, `parquet`, `text`) or data set name (`hub`)."""
@@ -76,9 +81,10 @@ class CorpusConfig(Section):
             for key, source in (("packages", "installed"), ("document_separator", "text"), ("hub_config", "hub"))
             if getattr(self, key) and self.source != source
         ]
-        if self.source == "installed" and self.path is not None:
-            problems.append(f"corpus.path={self.path} is not read with corpus.source=installed: use folder, say")
-        if self.source != "installed" and not self.path:
+        needs_path = self.source not in ("installed", "tasks")
+        if not needs_path and self.path is not None:
+            problems.append(f"corpus.path={self.path} is not read with corpus.source={self.source}: use folder, say")
+        if needs_path and not self.path:
             problems.append(f"corpus.path is missing: corpus.source={self.source} needs one")
         if self.max_lines < self.min_lines:
             problems.append(f"corpus.max_lines={self.max_lines} is below corpus.min_lines={self.min_lines}")
@@ -101,6 +107,10 @@ class TokenizerConfig(Section):
 
     train_bytes: int = Field(default=20_000_000, ge=1000)
     """Train on at most this many bytes of the training split."""
+
+    superwords: bool = False
+    """Pieces of the tokenizer to train may hold spaces, letters and punctuation together, so that a frequent line of
+    code is one piece."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":

@@ -113,8 +113,16 @@ class EStepConfig(Section):
     discount: float = Field(default=1.0, ge=0, le=1)
     """gamma, weight of each further line in the return."""
 
-    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
-    """What is subtracted from a return: the mean over the G transcripts of the same document and line."""
+    policy: str | None = None
+    """Take q from this checkpoint folder (a finished E-step's) instead of training it; `steps` is not read then."""
+
+    estimator: Literal["policy_gradient", "rejection_sampling"] = "policy_gradient"
+    """What an update does: the policy gradient of the returns, or imitation of the best of the G transcripts of each
+    document and line (`baseline` is not read then)."""
+
+    baseline: Literal["group_mean", "leave_one_out", "no_thought", "none"] = "group_mean"
+    """What is subtracted from a return: the mean over the G transcripts of the same document and line (leave_one_out:
+    over the others), or what the document gets at that line without any thought (RLP)."""
 
     normalize_advantages: bool = False
     """Divide advantages by their standard deviation over the global batch."""
@@ -142,6 +150,8 @@ class EStepConfig(Section):
             raise ValueError(
                 f"estep.updates_per_rollout={self.updates_per_rollout} is off-policy: set estep.clip_ratio (0.2, say)"
             )
+        if self.estimator == "rejection_sampling" and self.normalize_advantages:
+            raise ValueError("estep.normalize_advantages=true does not go with estep.estimator=rejection_sampling")
         return self
 
 
@@ -151,6 +161,11 @@ class MStepConfig(PackedTraining):
     start: Literal["base", "pi", "q"] = "pi"
     """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy."""
 
+    latents: Literal["sampled", "shuffled", "filler", "moved"] = "sampled"
+    """What the infused documents hold: the latents as q sampled them, or, for controls, the same number with other
+    contents or places. `shuffled`: each thought in the place of another one; `filler`: as many tokens that say nothing;
+    `moved`: each document thinks as often as q did, at random lines (and q writes the thoughts there)."""
+
     thought_weight: float = Field(default=1.0, ge=0)
     """Weight of thought tokens in the loss (code tokens weigh 1)."""
 
@@ -158,8 +173,8 @@ class MStepConfig(PackedTraining):
 class EMConfig(Section):
     """The loop of E-steps and M-steps."""
 
-    iterations: int = Field(default=2, ge=1)
-    """EM iterations at most."""
+    iterations: int = Field(default=2, ge=0)
+    """EM iterations at most; 0: the warm start alone."""
 
     stop_without_gain: bool = False
     """Stop after an iteration that did not raise the held-out ELBO."""
@@ -198,6 +213,12 @@ class MonitorConfig(Section):
 
     min_decision_entropy: float = Field(default=0.01, ge=0)
     """Below this mean entropy of the decisions (nats), q has collapsed."""
+
+    lost_line_nats: float = Field(default=2.0, gt=0)
+    """A held-out line that costs this many nats more than with the base model counts as lost."""
+
+    max_lost_lines: float = Field(default=0.05, gt=0, le=1)
+    """Above this share of lost lines, mid-training has pruned actions that are of use."""
 
     max_log_prob_mismatch: float = Field(default=0.05, gt=0)
     """Above this mean |q_trainer / q_engine - 1| of the same weights, rollout engine and trainer disagree, and the run

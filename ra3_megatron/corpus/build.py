@@ -39,7 +39,9 @@ from ra3_megatron.corpus.manifest import (
     versions,
     write_manifest,
 )
-from ra3_megatron.corpus.prepare import SPLITS, SourceFile, Split, Text, prepare, read_texts
+from ra3_megatron.corpus.prepare import SourceFile, Text, prepare, read_texts
+from ra3_megatron.corpus.splits import SPLITS, Split
+from ra3_megatron.tasks.families import build_family
 from ra3_megatron.text.latents import LatentFormat, build_format
 from ra3_megatron.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -180,7 +182,10 @@ def _make_tokenizer(config: RunConfig, folder: Path, train_bytes: int, progress:
     task = progress.task("training the tokenizer", total=1)
     texts = read_texts(folder / "text" / "train.jsonl")
     share = min(1.0, config.tokenizer.train_bytes / train_bytes)
-    tokenizer = train_sentencepiece(_sample(texts, share), config.tokenizer.vocab_size, target)
+    settings = config.tokenizer
+    words = build_family(config.corpus.tasks).words if config.corpus.source == "tasks" else ()
+    sample = _sample(texts, share)
+    tokenizer = train_sentencepiece(sample, settings.vocab_size, target, settings.superwords, words)
     task.advance()
     return tokenizer
 
@@ -190,11 +195,11 @@ def _sample(texts: Iterator[Text], share: float) -> Iterator[str]:
     for text in texts:
         digest = hashlib.sha256(text.code.encode("utf-8")).digest()
         if int.from_bytes(digest[-8:], "big") < share * 2**64:
-            yield text.code
+            yield text.prompt + text.code
 
 
 def _text_bytes(file: Path) -> int:
-    return sum(len(text.code.encode("utf-8")) for text in read_texts(file))
+    return sum(len((text.prompt + text.code).encode("utf-8")) for text in read_texts(file))
 
 
 def _write_sources(file: Path, entries: list[SourceFile]) -> None:

@@ -38,7 +38,9 @@ def write_store(
             before = counts.tokens
             for text in shard:
                 try:
-                    document = encode_document(text.code, text.name, tokenizer, format, config.text, human_comments)
+                    document = encode_document(
+                        text.code, text.name, tokenizer, format, config.text, human_comments, text.prompt
+                    )
                 except ValueError as error:
                     raise UserError(f"the tokenizer cannot encode {text.name}: {error}") from error
                 transcript = _fit(document, config, format, tokenizer, counts)

@@ -149,7 +149,8 @@ def to_document(transcript: Transcript, format: LatentFormat, tokenizer: Tokeniz
         latent = tuple(part[position] for position in np.flatnonzero(np.isin(roles, _LATENT_ROLES)))
         if latent and format.sets[think_set, latent[0]]:  # else the latent is <act>
             observed[index] = latent
-    return Document(transcript.document, tuple(lines), observed, complete)
+    prompt = tuple(ids[1 : int(starts[0])])
+    return Document(transcript.document, tuple(lines), observed, complete, prompt)
 
 
 class TranscriptStore(Sequence[Transcript]):

@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ra3_megatron.config.data import CorpusConfig
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sources import Source, iter_texts
+from ra3_megatron.corpus.splits import SPLITS, Split, split_of
 from ra3_megatron.text.segment import WHITESPACE, drop_leading_blank_lines, strip_comment_lines
-
-Split = Literal["train", "valid"]
-SPLITS: tuple[Split, ...] = ("train", "valid")
 
 _DIGEST_BYTES = 16
 
@@ -33,6 +31,8 @@ class Text:
     """`Source.path`."""
     code: str
     """The text: no blank line at either end, one line break at the end."""
+    prompt: str = ""
+    """What stands before it and is given, unchanged."""
 
 
 @dataclass
@@ -93,12 +93,6 @@ def count_lines(code: str, config: CorpusConfig) -> int:
     return sum(1 for line in kept.split("\n") if line.strip(WHITESPACE))
 
 
-def split_of(split_key: str, valid_fraction: float) -> Split:
-    """The split of all texts that share `split_key` (a file, or a row), by its sha256."""
-    digest = hashlib.sha256(split_key.encode("utf-8")).digest()
-    return "valid" if int.from_bytes(digest[:8], "big") < valid_fraction * 2**64 else "train"
-
-
 def prepare(
     config: CorpusConfig, folder: Path, on_text: Callable[[], None] = lambda: None
 ) -> tuple[Counts, list[SourceFile]]:
@@ -121,7 +115,8 @@ def prepare(
                     continue
                 split: Split = row["split"]
                 setattr(counts, split, getattr(counts, split) + 1)
-                outputs[split].write(json.dumps({"name": row["name"], "code": row["code"]}, ensure_ascii=False) + "\n")
+                kept = {key: row[key] for key in ("name", "code", "prompt") if row[key] or key != "prompt"}
+                outputs[split].write(json.dumps(kept, ensure_ascii=False) + "\n")
     finally:
         for output in outputs.values():
             output.close()
@@ -149,7 +144,7 @@ def _spool(
             on_text()
             code = clean(source.text)
             lines = count_lines(code, config)
-            digest = hashlib.sha256(code.encode("utf-8")).digest()[:_DIGEST_BYTES]
+            digest = hashlib.sha256((source.prompt + code).encode("utf-8")).digest()[:_DIGEST_BYTES]
             if lines < config.min_lines:
                 counts.too_few_lines += 1
             elif lines > config.max_lines:
@@ -159,7 +154,13 @@ def _spool(
             else:
                 seen.add(digest)
                 split = split_of(source.split_key, config.valid_fraction)
-                row = {"name": source.path, "code": code, "split": split, "digest": digest.hex()}
+                row = {
+                    "name": source.path,
+                    "code": code,
+                    "prompt": source.prompt,
+                    "split": split,
+                    "digest": digest.hex(),
+                }
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     counts.skipped = dict(sorted(skipped.items()))
     if config.max_documents is None or len(seen) <= config.max_documents:

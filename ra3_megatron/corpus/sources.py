@@ -17,6 +17,7 @@ from ra3_megatron.config.data import CorpusConfig
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus import python_code, rows
 from ra3_megatron.corpus.files import decode_utf8, find_files, named, read_bytes
+from ra3_megatron.corpus.generated import Tasks
 
 FUNCTION_SEPARATOR = "::"
 """Stands in `Source.path` between a file and a function of it."""
@@ -37,11 +38,13 @@ class Source:
     """The text, unchanged."""
     file: str
     """What it was read from: a file, or a hub data set."""
+    prompt: str = ""
+    """What stands before the text and is given."""
 
     @property
     def digest(self) -> str:
-        """sha256 of the text, hexadecimal."""
-        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+        """sha256 of the prompt and the text, hexadecimal."""
+        return hashlib.sha256((self.prompt + self.text).encode("utf-8")).hexdigest()
 
     @property
     def split_key(self) -> str:
@@ -60,6 +63,10 @@ def iter_texts(config: CorpusConfig, skipped: Counter[str] | None = None) -> Ite
     elif config.source == "folder":
         for name, file in find_files(_path(config), "*.py"):
             yield from _python_file(config, name, _decode(file), skipped)
+    elif config.source == "tasks":
+        for task in Tasks(config):
+            body = task.warm_text.removeprefix(task.prompt)
+            yield Source(path=task.name, text=body, file=config.tasks.family, prompt=task.prompt)
     else:
         for file_name, row, text in _rows(config):
             yield Source(path=file_name if row is None else f"{file_name}#{row}", text=text, file=file_name)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner, policy_batches
@@ -23,6 +24,7 @@ from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
 from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
 
 Lines = npt.NDArray[np.float32]
@@ -95,6 +97,7 @@ class EStep:
         """Rewards and advantages of transcripts that come in groups of G."""
         plan = self.planner.plan(transcripts)
         scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.latents)
+        without = self._without_thoughts(transcripts) if self.config.baseline == "no_thought" else None
         likelihoods, rewards, advantages = [], [], []
         for start in range(0, len(transcripts), self.config.group_size):
             group = transcripts[start : start + self.config.group_size]
@@ -108,15 +111,36 @@ class EStep:
             reward = objective.line_rewards(
                 log_likelihood, think, malformed, self.config.latent_price, self.config.format_penalty
             )
-            returns = objective.truncated_returns(reward, self.config.horizon, self.config.discount)
             likelihoods += list(log_likelihood.numpy())
             rewards += list(reward.numpy())
-            advantages += list(objective.group_advantages(returns, self.config.baseline))
+            advantages += list(self._advantages(reward, without[start // self.config.group_size] if without else None))
         if self.config.normalize_advantages:
             offered = torch.from_numpy(np.concatenate([t.offered for t in transcripts]))
             flat = objective.normalized(torch.cat(advantages), offered)
             advantages = list(flat.split([len(a) for a in advantages]))
         return Rollouts(transcripts, likelihoods, rewards, [a.numpy().astype(np.float32) for a in advantages])
+
+    def _advantages(self, rewards: torch.Tensor, no_thought: torch.Tensor | None) -> torch.Tensor:
+        """[G, T] of one document; no_thought: rewards of the document without thoughts, [T]."""
+        horizon, discount = self.config.horizon, self.config.discount
+        returns = objective.truncated_returns(rewards, horizon, discount)
+        if self.config.estimator == "rejection_sampling":
+            return objective.best_of_group(returns)
+        plain = None if no_thought is None else objective.truncated_returns(no_thought, horizon, discount)
+        return objective.group_advantages(returns, self.config.baseline, plain)
+
+    def _without_thoughts(self, transcripts: Sequence[Transcript]) -> list[torch.Tensor]:
+        """log pi of each line of each document (one a group) without thoughts, [lines]."""
+        tokenizer = self.policy.tokenizer
+        documents = [
+            raw(to_document(t, self.latents, tokenizer), self.latents, tokenizer)
+            for t in transcripts[:: self.config.group_size]
+        ]
+        scores = token_log_probs(self.scorer, documents, self.planner.plan(documents), self.runtime, self.latents)
+        return [
+            torch.from_numpy(line_log_likelihoods(document, values, self.config.likelihood))
+            for document, values in zip(documents, scores, strict=True)
+        ]
 
     def _describe(self, rollouts: Rollouts) -> dict[str, float]:
         offered = np.concatenate([t.offered for t in rollouts.transcripts])

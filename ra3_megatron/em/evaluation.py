@@ -4,6 +4,8 @@ Every arm is measured on the same documents with the same random streams. Figure
 
     code_ce      -log pi(code token | everything before it, thoughts included), nats per token of the expert's document
     raw_code_ce  the same on the documents without thoughts: what next-token prediction is judged by
+    code_accuracy, raw_code_accuracy
+                 share of these code tokens that greedy decoding would write
     thought_ce   -log pi(thought token), nats per sampled token
     reward       mean r_t of a line, as in the E-step
     elbo         mean over lines of  log pi(a_t | s_t, z_t) (summed over the line) - c * 1[new thought], nats per line:
@@ -14,6 +16,7 @@ A line's first visible token is renormalised over the tokens that start no thoug
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +27,43 @@ from ra3_megatron.em import objective
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner
 from ra3_megatron.em.policy import LatentPolicy
-from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
+from ra3_megatron.em.scoring import TokenScores, line_log_likelihoods, malformed_thoughts, token_scores
+from ra3_megatron.report.held_out import DocumentFigures, LineFigures
+from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures of one model, and the transcripts behind them."""
+    """Held-out figures of one model, and what is behind them."""
 
     figures: dict[str, float | None]
     transcripts: list[Transcript]
     log_likelihoods: list[npt.NDArray[np.float32]]
     rewards: list[npt.NDArray[np.float32]]
+    scores: list[TokenScores]
+    """Of each transcript."""
+    documents: Sequence[Transcript]
+    raw_scores: list[TokenScores]
+    """Of each document without thoughts."""
+
+    def by_line(self, tokenizer: Tokenizer) -> list[DocumentFigures]:
+        """The figures of each transcript, line by line."""
+        samples = len(self.transcripts) // len(self.documents)
+        return [
+            DocumentFigures(
+                document=transcript.document,
+                sample=number % samples,
+                lines=_line_figures(
+                    transcript,
+                    self.scores[number],
+                    self.documents[number // samples],
+                    self.raw_scores[number // samples],
+                    tokenizer,
+                ),
+            )
+            for number, transcript in enumerate(self.transcripts)
+        ]
 
 
 def evaluate(
@@ -51,13 +79,13 @@ def evaluate(
     runtime, latents = policy.runtime, policy.latents
     planner = Planner(config, config.estep, runtime)
 
-    def score(items: Sequence[Transcript]) -> list[npt.NDArray[np.float32]]:
-        return token_log_probs(model, items, planner.plan(items), runtime, latents, everything=True)
+    def score(items: Sequence[Transcript]) -> list[TokenScores]:
+        return token_scores(model, items, planner.plan(items), runtime, latents, everything=True)
 
     raw, scored = score(documents), score(transcripts)
     settings = config.estep
     likelihoods, rewards, bounds = [], [], []
-    for transcript, log_probs in zip(transcripts, scored, strict=True):
+    for transcript, log_probs in zip(transcripts, [s.log_probs for s in scored], strict=True):
         likelihood = line_log_likelihoods(transcript, log_probs, settings.likelihood)
         malformed = malformed_thoughts(transcript, blank.empty)
         likelihoods.append(likelihood)
@@ -66,15 +94,19 @@ def evaluate(
         bounds.append(_reward(total, transcript.think, malformed, settings.latent_price, 0.0))
     stats = latent_stats(transcripts, blank)
     figures = {
-        "code_ce": _mean_nll(transcripts, scored, [t.is_code for t in transcripts]),
-        "raw_code_ce": _mean_nll(documents, raw, [t.is_code for t in documents]),
-        "thought_ce": _mean_nll(transcripts, scored, [t.roles == Role.THOUGHT for t in transcripts]),
+        "code_ce": _mean(transcripts, [-s.log_probs for s in scored], [t.is_code for t in transcripts]),
+        "raw_code_ce": _mean(documents, [-s.log_probs for s in raw], [t.is_code for t in documents]),
+        "code_accuracy": _mean(transcripts, [s.greedy for s in scored], [t.is_code for t in transcripts]),
+        "raw_code_accuracy": _mean(documents, [s.greedy for s in raw], [t.is_code for t in documents]),
+        "thought_ce": _mean(
+            transcripts, [-s.log_probs for s in scored], [t.roles == Role.THOUGHT for t in transcripts]
+        ),
         "think_rate": stats.think_rate,
         "mean_thought_tokens": stats.mean_thought_tokens,
         "reward": float(np.concatenate(rewards).mean()),
         "elbo": float(np.concatenate(bounds).mean()),
     }
-    return Evaluation(figures, transcripts, likelihoods, rewards)
+    return Evaluation(figures, transcripts, likelihoods, rewards, scored, documents, raw)
 
 
 def _reward(
@@ -90,14 +122,42 @@ def _reward(
     return values
 
 
-def _mean_nll(
+def _mean(
     transcripts: Sequence[Transcript],
-    log_probs: Sequence[npt.NDArray[np.float32]],
+    values: Sequence[npt.NDArray[Any]],
     masks: Sequence[npt.NDArray[np.bool_]],
 ) -> float | None:
+    """Mean over the tokens of `masks` that are no context; None without any."""
     total = count = 0.0
-    for transcript, values, mask in zip(transcripts, log_probs, masks, strict=True):
+    for transcript, value, mask in zip(transcripts, values, masks, strict=True):
         counted = mask & (transcript.roles != Role.CONTEXT)
-        total -= float(values[counted].sum(dtype=np.float64))
+        total += float(value[counted].sum(dtype=np.float64))
         count += int(counted.sum())
     return total / count if count else None
+
+
+def _line_figures(
+    transcript: Transcript, scores: TokenScores, document: Transcript, raw: TokenScores, tokenizer: Tokenizer
+) -> list[LineFigures]:
+    lines = []
+    for line in range(transcript.num_lines):
+        here, there = transcript.lines == line, document.lines == line
+        visible, raw_visible = here & (transcript.roles == Role.EXPERT), there & (document.roles == Role.EXPERT)
+        layout, raw_layout = here & (transcript.roles == Role.LAYOUT), there & (document.roles == Role.LAYOUT)
+        thought = transcript.thought_slice(line)
+        lines.append(
+            LineFigures(
+                text=tokenizer.decode(transcript.ids[here & transcript.is_code].tolist()),
+                thought=tokenizer.decode(transcript.ids[thought].tolist()).strip() if transcript.think[line] else None,
+                offered=bool(transcript.offered[line]),
+                tokens=int(visible.sum()),
+                nll=-float(scores.log_probs[visible].sum()),
+                raw_nll=-float(raw.log_probs[raw_visible].sum()),
+                greedy=bool(scores.greedy[visible].all()),
+                raw_greedy=bool(raw.greedy[raw_visible].all()),
+                layout_nll=-float(scores.log_probs[layout].sum()),
+                raw_layout_nll=-float(raw.log_probs[raw_layout].sum()),
+                thought_nll=-float(scores.log_probs[thought].sum()),
+            )
+        )
+    return lines

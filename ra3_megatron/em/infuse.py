@@ -28,6 +28,9 @@ MAX_CHUNKS = 200
 """Chunks of one infusion at most: each is an open data set."""
 RECORD = "infused.json"
 
+Arrange = Callable[[Sequence[Transcript], Sequence[Transcript], Sequence[Sequence[int]]], list[Transcript]]
+"""(transcripts, the documents, their keys) -> other transcripts of the same documents."""
+
 
 class InfusedCorpus:
     """The infused documents of a folder, in order; `lengths` in tokens."""
@@ -56,8 +59,11 @@ def infuse(
     runtime: Runtime,
     blank: BlankTokens,
     advance: Callable[[int, int], None] = lambda documents, tokens: None,
+    arrange: Arrange | None = None,
 ) -> InfusedCorpus:
     """Sample one transcript of each of `documents` into `folder`. Collective; skips what is there already.
+
+    arrange: what controls make of a chunk's transcripts (`em/controls.py`); None: they stay as they were sampled.
 
     key: names the random streams (document number k uses `(*key, k)`). advance: told documents and tokens done.
     """
@@ -72,7 +78,10 @@ def infuse(
         if not runtime.broadcast(stats_file.is_file()):
             begin = time.perf_counter()
             originals = [documents[k] for k in numbers]
-            transcripts = policy.sample(originals, [(*key, k) for k in numbers], group=1)
+            keys = [(*key, k) for k in numbers]
+            transcripts = policy.sample(originals, keys, group=1)
+            if arrange is not None:
+                transcripts = arrange(transcripts, originals, keys)
             if runtime.is_main:
                 _write(folder / name, transcripts)
                 stats = latent_stats(transcripts, blank)

@@ -10,17 +10,19 @@ same start. Every step is a function of (seed, phase, step) and the checkpoint b
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.controls import control_latents
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
 from ra3_megatron.em.identity import check_fit
 from ra3_megatron.em.infuse import InfusedCorpus, infuse
-from ra3_megatron.em.monitors import check_mstep
+from ra3_megatron.em.monitors import check_mstep, check_pruning
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.order import DocumentOrder, Ordered, Stream, order_seed
 from ra3_megatron.em.phases import Phase, final_of, is_done, train_phase
@@ -29,6 +31,7 @@ from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.em.steps import EStepSteps, PackedSteps
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.report.held_out import lines_file, read_held_out, write_held_out
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.report.transcripts import write_transcripts
 from ra3_megatron.text.latents import full_text
@@ -42,9 +45,9 @@ class EM:
         self.config = run.config
         self.train = run.corpus.store("mid", "train")
         self.valid = run.corpus.store("mid", "valid")
-        length = self.config.model.context_length
-        seed = self.config.seed
-        self.order = DocumentOrder(self.train, self.config.mstep, length, order_seed(seed, Stream.MID_ORDER))
+        self._length = self.config.model.context_length
+        seed = order_seed(self.config.seed, Stream.MID_ORDER)
+        self.order = DocumentOrder(self.train, self.config.mstep, self._length, seed)
 
     def run(self) -> None:
         """Everything that the configuration asks for. NTP goes first, so that RA3's monitors can compare with it."""
@@ -84,8 +87,7 @@ class EM:
         if is_done(run, phase):
             return final_of(run, phase)
         store = run.corpus.store("warm", "train")
-        length = self.config.model.context_length
-        order = DocumentOrder(store, settings, length, order_seed(self.config.seed, Stream.WARM_ORDER))
+        order = DocumentOrder(store, settings, self._length, order_seed(self.config.seed, Stream.WARM_ORDER))
         start = run.base
         if start is not None:
             name = "model.hf" if settings.checkpoint is None else "warm_start.checkpoint"
@@ -103,6 +105,9 @@ class EM:
         if math.isinf(settings.latent_price):
             self._say(f"{phase.key}: skipped, because with estep.latent_price=inf no thought is ever worth its price")
             return pi
+        if settings.policy is not None:
+            check_fit(Path(settings.policy), "estep.policy", self.config, run.corpus.tokenizer)
+            return Path(settings.policy)
         if is_done(run, phase):
             return final_of(run, phase)
         scorer = run.new_model(drawn=False)
@@ -137,15 +142,17 @@ class EM:
         documents = self._documents(iteration)
         model = run.new_model(drawn=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
+        policy, how, longest = run.policy(model, record["weight_version"]), self.config.mstep.latents, self._length
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
-                run.policy(model, record["weight_version"]),
+                policy,
                 documents,
                 (self.config.seed, Stream.INFUSE, iteration),
                 folder,
                 run.runtime,
                 run.blank,
                 lambda done, tokens: task.advance(done, units=tokens),
+                None if how == "sampled" else partial(control_latents, how, policy=policy, max_tokens=longest),
             )
         stats = corpus.record
         values = {"documents": len(corpus), "tokens": stats["tokens"], "think_rate": stats["thoughts"] / stats["lines"]}
@@ -184,8 +191,6 @@ class EM:
         require_finite(figures, model_of)
         run.rewind("evaluation", iteration, -1, arm=arm)
         run.log("evaluation", iteration, 0, {"arm": arm, **figures})
-        if arm == "ra3":
-            self._check(iteration, figures)
         if run.runtime.is_main:
             texts = [full_text(t, run.corpus.tokenizer) for t in result.transcripts]
             thinking = sorted(range(len(texts)), key=lambda i: (not result.transcripts[i].think.any(), i))
@@ -201,6 +206,11 @@ class EM:
                 None,
             )
             write_transcripts(run.folder.path, f"evaluation-{arm}-{iteration}", records)
+            write_held_out(lines_file(run.folder.path, arm, iteration), result.by_line(run.corpus.tokenizer))
+            if arm == "ra3":
+                self._check(iteration, figures)
+            if arm == self.config.method:
+                self._check_pruning(arm, iteration)
             write_json(path, {"arm": arm, "iteration": iteration, **figures, "snippets": snippets})
         run.runtime.barrier()
         return dict(read_json(path))
@@ -218,6 +228,12 @@ class EM:
             self.config.monitors,
         )
         self.run_context.alarm("evaluation", iteration, 0, alarms)
+
+    def _check_pruning(self, arm: str, iteration: int) -> None:
+        folder = self.run_context.folder.path
+        base = [line.raw_nll for d in read_held_out(lines_file(folder, "base", 0)) for line in d.lines]
+        now = [line.nll for d in read_held_out(lines_file(folder, arm, iteration)) for line in d.lines]
+        self.run_context.alarm("evaluation", iteration, 0, check_pruning(base, now, self.config.monitors))
 
     def _figures(self, arm: str, iteration: int) -> dict[str, Any] | None:
         path = self.run_context.folder.path / "evaluations" / f"{arm}-{iteration}.json"

@@ -4,7 +4,7 @@ Pure functions of figures that are logged anyway; the loop reports what they ret
 in TensorBoard and in the report.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ra3_megatron.config.errors import UserError
@@ -89,6 +89,23 @@ def check_mstep(
             )
         )
     return alarms
+
+
+def check_pruning(base: Sequence[float], now: Sequence[float], config: MonitorConfig) -> list[Alarm]:
+    """Signs that expert lines which the base model could write have become unlikely: nats of the same held-out lines,
+    by the base model and now. RL cannot find again what is never sampled."""
+    lost = sum(after - before > config.lost_line_nats for before, after in zip(base, now, strict=True))
+    share = lost / len(base) if base else 0.0
+    if share <= config.max_lost_lines:
+        return []
+    return [
+        Alarm(
+            "pruned actions",
+            f"{share:.0%} of held-out lines (more than {config.max_lost_lines:.0%}) cost {config.lost_line_nats:g} "
+            "nats more than with the base model",
+            "widen the mid-training corpus, mix in base data, or lower mstep.optimizer.learning_rate",
+        )
+    ]
 
 
 def _degenerate(metrics: Mapping[str, float], config: MonitorConfig) -> list[Alarm]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Likelihood = Literal["mean", "sum"]
-Baseline = Literal["group_mean", "leave_one_out", "none"]
+Baseline = Literal["group_mean", "leave_one_out", "no_thought", "none"]
 
 
 def line_log_likelihood(log_probs: Tensor, lines: Tensor, num_lines: int, likelihood: Likelihood) -> Tensor:
@@ -50,15 +50,27 @@ def truncated_returns(rewards: Tensor, horizon: int, discount: float) -> Tensor:
     return total
 
 
-def group_advantages(returns: Tensor, baseline: Baseline) -> Tensor:
-    """A_t = R_t minus what the other transcripts of the same document got at the same line. [G, T] -> [G, T]."""
+def group_advantages(returns: Tensor, baseline: Baseline, no_thought: Tensor | None = None) -> Tensor:
+    """A_t = R_t minus the baseline: what the other transcripts of the same document got at the same line, or what the
+    document gets without any thought (`no_thought`, [T], as in RLP, arXiv 2510.01265). [G, T] -> [G, T]."""
     if baseline == "none":
         return returns
+    if baseline == "no_thought":
+        if no_thought is None:
+            raise ValueError("baseline=no_thought needs the returns of the document without thoughts")
+        return returns - no_thought
     centered = returns - returns.mean(0, keepdim=True)
     if baseline == "leave_one_out":
         size = returns.shape[0]
         return centered * (size / (size - 1))
     return centered
+
+
+def best_of_group(returns: Tensor) -> Tensor:
+    """Rejection sampling: weight 1 for the transcripts of a document whose return at a line is the greatest (shared by
+    those that are equal), 0 for the others, so that q imitates the best ones. [G, T] -> [G, T]."""
+    best = returns == returns.amax(0, keepdim=True)
+    return best.to(returns.dtype) / best.sum(0, keepdim=True)
 
 
 def normalized(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:

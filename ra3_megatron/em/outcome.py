@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.flops import SAMPLED, SCORED, TRAINED, flops
 from ra3_megatron.em.infuse import RECORD as INFUSED
 from ra3_megatron.em.phases import Phase, final_of, is_done
 from ra3_megatron.mcore.checkpoint import read_record
@@ -10,7 +11,17 @@ from ra3_megatron.report import summary as schema
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.run_folder import read_json
 
-MEASURES = ("code_ce", "raw_code_ce", "thought_ce", "think_rate", "mean_thought_tokens", "reward", "elbo")
+MEASURES = (
+    "code_ce",
+    "raw_code_ce",
+    "code_accuracy",
+    "raw_code_accuracy",
+    "thought_ce",
+    "think_rate",
+    "mean_thought_tokens",
+    "reward",
+    "elbo",
+)
 
 
 def summarize(run: RunContext) -> schema.Summary:
@@ -90,7 +101,13 @@ def _cost(run: RunContext, phase: Phase) -> schema.Phase:
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens else None,
         documents_per_second=documents / seconds if documents else None,
+        flops=_flops(run, phase, tokens),
     )
+
+
+def _flops(run: RunContext, phase: Phase, tokens: int) -> float:
+    passes = {"estep": SAMPLED + SCORED + TRAINED * run.config.estep.updates_per_rollout, "infuse": SAMPLED}
+    return flops(run.config.model, run.corpus.tokenizer.vocab_size, tokens, passes.get(phase.name, TRAINED))
 
 
 def _phases(run: RunContext) -> dict[str, schema.Phase]:
@@ -106,6 +123,7 @@ def _phases(run: RunContext) -> dict[str, schema.Phase]:
                     tokens=record["tokens"],
                     tokens_per_second=record["tokens"] / record["seconds"],
                     documents_per_second=record["documents"] / record["seconds"],
+                    flops=_flops(run, phase, record["tokens"]),
                 )
             elif name != "infuse" and is_done(run, phase):
                 found[phase.key] = _cost(run, phase)

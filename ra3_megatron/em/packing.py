@@ -169,9 +169,12 @@ class RowWriter:
 def training_batches(
     transcripts: Sequence[Transcript], plan: Plan, runtime: Runtime, thought_weight: float = 1.0
 ) -> list[TokenBatch]:
-    """Next-token prediction on every token: code tokens weigh 1, tokens of latents `thought_weight`."""
-    thought = [~t.is_code for t in transcripts]
-    weight = [np.where(is_thought, np.float32(thought_weight), np.float32(1)) for is_thought in thought]
+    """Next-token prediction: code tokens weigh 1, tokens of latents `thought_weight`, those of a prompt nothing."""
+    thought = [~(t.is_code | t.is_given) for t in transcripts]
+    weight = [
+        np.where(t.is_given, np.float32(0), np.where(is_thought, np.float32(thought_weight), np.float32(1)))
+        for t, is_thought in zip(transcripts, thought, strict=True)
+    ]
     batches = []
     for rows in plan.mine(runtime):
         writer = RowWriter(plan, rows, transcripts)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ra3_megatron.config.run import RunConfig
@@ -39,12 +40,19 @@ class LatentPolicy:
         """Sample with the model's present weights from now on. Collective."""
         return self.sampling.publish(version)
 
-    def sample(self, documents: Sequence[Transcript], keys: Sequence[Sequence[int]], group: int) -> list[Transcript]:
+    def sample(
+        self,
+        documents: Sequence[Transcript],
+        keys: Sequence[Sequence[int]],
+        group: int,
+        decisions: Sequence[npt.NDArray[np.bool_]] | None = None,
+    ) -> list[Transcript]:
         """`group` transcripts of each document, document by document, the same on every process. Collective.
 
-        keys: one random stream a document (its transcripts are numbered behind it).
+        keys: one random stream a document (its transcripts are numbered behind it); decisions: see `Job`, of each
+        document.
         """
-        return self.begin(documents, keys, group)()
+        return self.begin(documents, keys, group, decisions=decisions)()
 
     def begin(
         self,
@@ -52,6 +60,7 @@ class LatentPolicy:
         keys: Sequence[Sequence[int]],
         group: int,
         background: bool = False,
+        decisions: Sequence[npt.NDArray[np.bool_]] | None = None,
     ) -> Callable[[], list[Transcript]]:
         """Begin with what `sample` does; call the result to wait for it. background: training may go on meanwhile."""
         if not self.may_think:
@@ -60,7 +69,8 @@ class LatentPolicy:
         jobs = {}
         for index in self.sampling.mine(len(documents)):
             document = to_document(documents[index], self.latents, self.tokenizer)
-            jobs[index] = [Job(document, (*keys[index], g)) for g in range(group)]
+            forced = None if decisions is None else decisions[index]
+            jobs[index] = [Job(document, (*keys[index], g), forced) for g in range(group)]
         wait = self.sampling.start(jobs, background)
 
         def transcripts() -> list[Transcript]:

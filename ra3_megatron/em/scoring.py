@@ -1,6 +1,7 @@
 """Rewards: one forward pass of the frozen model over finished transcripts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,42 @@ from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.transcript import Role, Transcript
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model makes of each token of a transcript; 0 where a token is not scored."""
+
+    log_probs: npt.NDArray[np.float32]
+    """log pi, [tokens]."""
+    margins: npt.NDArray[np.float32]
+    """log pi less that of the likeliest token, [tokens]."""
+
+    @property
+    def greedy(self) -> npt.NDArray[np.bool_]:
+        """Whether greedy decoding would write each token (True where it is not scored), [tokens]."""
+        found: npt.NDArray[np.bool_] = self.margins == 0
+        return found
+
+
+def token_scores(
+    model: torch.nn.Module,
+    transcripts: Sequence[Transcript],
+    plan: Plan,
+    runtime: Runtime,
+    latents: LatentFormat,
+    everything: bool = False,
+) -> list[TokenScores]:
+    """Scores of each scored token (everything: of all tokens) of each transcript; the same on every process."""
+    batches = scoring_batches(transcripts, plan, runtime, latents, everything)
+    found: dict[int, TokenScores] = {}
+    for rows, out in zip(plan.mine(runtime), forward(model, batches, runtime), strict=True):
+        writer = RowWriter(plan, rows, transcripts)
+        log_probs, margins = writer.collect(out[1]), writer.collect(out[3])
+        found |= {i: TokenScores(log_probs[i], margins[i]) for i in log_probs}
+    for part in runtime.gather_data(found):
+        found |= part
+    return [found[i] for i in range(len(transcripts))]
+
+
 def token_log_probs(
     model: torch.nn.Module,
     transcripts: Sequence[Transcript],
@@ -23,13 +60,7 @@ def token_log_probs(
     everything: bool = False,
 ) -> list[npt.NDArray[np.float32]]:
     """log pi of each scored token of each transcript, [tokens], 0 elsewhere; the same on every process."""
-    batches = scoring_batches(transcripts, plan, runtime, latents, everything)
-    found: dict[int, npt.NDArray[np.float32]] = {}
-    for rows, out in zip(plan.mine(runtime), forward(model, batches, runtime), strict=True):
-        found |= RowWriter(plan, rows, transcripts).collect(out[1])
-    for part in runtime.gather_data(found):
-        found |= part
-    return [found[i] for i in range(len(transcripts))]
+    return [scores.log_probs for scores in token_scores(model, transcripts, plan, runtime, latents, everything)]
 
 
 def line_log_likelihoods(

@@ -70,9 +70,9 @@ def local_counts(batches: list[TokenBatch]) -> Tensor:
 def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLoss) -> tuple[Tensor, Tensor]:
     """Loss of one micro-batch and its `Stat` sums.
 
-    out: fp32 [3, b, s] of LanguageModel. Returns a scalar and fp32 [len(Stat)].
+    out: fp32 [STREAMS, b, s] of LanguageModel. Returns a scalar and fp32 [len(Stat)].
     """
-    log_prob, choice_log_prob, entropy = out
+    log_prob, choice_log_prob, entropy, _ = out
     loss = out.new_zeros(())
     stats = out.new_zeros(len(Stat))
     if batch.ce_weight is not None:

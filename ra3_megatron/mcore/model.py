@@ -44,6 +44,8 @@ SHARDING = {
 """How Megatron describes shards of weights and optimizer state (its own default fails)."""
 CHUNK_POSITIONS = 2048
 """Positions whose logits exist at the same time."""
+STREAMS = 4
+"""What the model returns at each position: see `LanguageModel.forward`."""
 _SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 """Attributes by which Megatron's modules and configuration split sequences."""
 
@@ -133,9 +135,10 @@ def padded_vocabulary(vocab_size: int, tensor: int) -> int:
 class LanguageModel(GPTModel):
     """GPTModel that maps a TokenBatch to log-probabilities.
 
-    forward returns fp32 [3, b, s]: log p(target) where `ce_weight` is not 0, log P(event) and entropy of `choices`;
-    0 elsewhere. A chunk that is not the model's last one returns hidden states. With `hidden_only`, hidden states
-    [s, b, hidden] after the last norm (the sampler's entrance; without gradients under sequence parallelism).
+    forward returns fp32 [STREAMS, b, s]: log p(target) where `ce_weight` is not 0; log P(event), entropy and margin of
+    `choices` (see `event_log_probs`); 0 elsewhere. A chunk that is not the model's last one returns hidden states.
+    With `hidden_only`, hidden states [s, b, hidden] after the last norm (the sampler's entrance; without gradients
+    under sequence parallelism).
     """
 
     vocabulary: VocabularyShard
@@ -200,24 +203,24 @@ class LanguageModel(GPTModel):
         if not self.config.sequence_parallel:
             # behind the transposition: Megatron's backward drops the sum of a gradient that is not contiguous
             flat = copy_to_tensor_model_parallel_region(flat)
-        out = torch.zeros(3, flat.shape[0], dtype=torch.float32, device=flat.device)
+        out = torch.zeros(STREAMS, flat.shape[0], dtype=torch.float32, device=flat.device)
         streams: list[Tensor] = []
         if batch.ce_weight is not None:
             where = torch.nonzero(batch.ce_weight.flatten()).flatten()
-            values, _unused = self._events(flat, where, batch.targets, None)
+            values = self._events(flat, where, batch.targets, None)[0]
             streams.append(out[0].index_copy(0, where, values))
         else:
             streams.append(out[0])
         if batch.choices is not None:
             where = torch.nonzero(batch.choices.mask.flatten()).flatten()
-            values, entropy = self._events(flat, where, batch.targets, batch.choices)
-            streams += [out[1].index_copy(0, where, values), out[2].index_copy(0, where, entropy)]
+            found = self._events(flat, where, batch.targets, batch.choices)
+            streams += [out[1 + n].index_copy(0, where, value) for n, value in enumerate(found)]
         else:
-            streams += [out[1], out[2]]
-        return torch.stack(streams).view(3, *batch.ids.shape)
+            streams += list(out[1:])
+        return torch.stack(streams).view(STREAMS, *batch.ids.shape)
 
-    def _events(self, flat: Tensor, where: Tensor, targets: Tensor, events: Events | None) -> tuple[Tensor, Tensor]:
-        """log P and entropy of the events at flat positions `where`, [n] each."""
+    def _events(self, flat: Tensor, where: Tensor, targets: Tensor, events: Events | None) -> tuple[Tensor, ...]:
+        """log P, entropy and margin of the events at flat positions `where`, [n] each."""
         weight = self._output_weight()
         hidden, target = flat[where], targets.flatten()[where]
 
@@ -230,7 +233,7 @@ class LanguageModel(GPTModel):
 
         temperature = events.temperature if events else 1.0
 
-        def chunk(piece: Tensor, matrix: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        def chunk(piece: Tensor, matrix: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
             part = slice(start, start + piece.shape[0])
             logits = F.linear(piece, matrix)
             return event_log_probs(
@@ -252,8 +255,8 @@ class LanguageModel(GPTModel):
         if not parts:
             # a gradient of 0 all the same: Megatron's DDP waits for every weight's, in the same order on every rank
             empty = hidden.sum(-1).float() + weight[:1].sum().float() * 0.0
-            return empty, empty
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+            return empty, empty, empty
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 def build_model(

@@ -25,6 +25,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_counts, stream_loss
+from ra3_megatron.mcore.model import STREAMS
 from ra3_megatron.mcore.sequence_split import gather_outputs
 from ra3_megatron.mcore.startup import Runtime
 
@@ -160,7 +161,7 @@ def global_counts(batches: Sequence[TokenBatch], runtime: Runtime) -> Counts:
 
 @torch.no_grad()
 def forward(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runtime) -> list[Tensor]:
-    """LanguageModel outputs, fp32 [3, b, s] each, of this data-parallel rank's batches, without gradients.
+    """LanguageModel outputs, fp32 [STREAMS, b, s] each, of this data-parallel rank's batches, without gradients.
 
     Whole rows, on every pipeline stage.
     """
@@ -177,7 +178,7 @@ def forward(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runt
         if runtime.context_size > 1:
             outputs = gather_outputs(outputs, runtime.context_group)
     else:
-        outputs = torch.empty(len(batches), 3, *batches[0].ids.shape, device=runtime.device)
+        outputs = torch.empty(len(batches), STREAMS, *batches[0].ids.shape, device=runtime.device)
     return list(runtime.from_last_stage(outputs).unbind())
 
 

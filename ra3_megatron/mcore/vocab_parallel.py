@@ -63,13 +63,14 @@ def event_log_probs(
     merged: Tensor | None = None,
     entropy: bool = True,
     overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log P(A | B) and the entropy of the choice at each position.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log P(A | B), the entropy of the choice, and the margin of the target at each position.
 
     logits: [n, V_local]; targets: [n] token ids; numerator, denominator, merged: [n] rows of `shard.sets`
     (TARGET / ALL / TARGET everywhere when None). entropy=False: do not compute it (zeros are returned).
     overwrite=True: fp32 logits are scratch space; the caller must not use them again.
-    Returns two fp32 tensors [n]; both are differentiable, once.
+    Returns three fp32 tensors [n]; the first two are differentiable, once. The margin is log P(target | B) less that of
+    the likeliest token of B: 0 where the target is what greedy decoding would write, negative elsewhere.
     """
     return _EventLogProbs.apply(logits, targets, shard, numerator, denominator, merged, entropy, overwrite)
 
@@ -86,7 +87,7 @@ class _EventLogProbs(torch.autograd.Function):
         merged: Tensor | None,
         with_entropy: bool,
         overwrite: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n = logits.shape[0]
         none = torch.empty(0, dtype=torch.long, device=logits.device)
         in_set = none if numerator is None else torch.nonzero(numerator != TARGET).flatten()
@@ -151,7 +152,9 @@ class _EventLogProbs(torch.autograd.Function):
         share = None if event_weight is None else event_weight.div_(pieces[-1][:, None])
         ctx.save_for_backward(weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask)
         ctx.spent = False
-        return log_prob, entropy
+        margin = pieces[1].clone()
+        ctx.mark_non_differentiable(margin)
+        return log_prob, entropy, margin
 
     @staticmethod
     @once_differentiable
@@ -159,7 +162,7 @@ class _EventLogProbs(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("event_log_probs can be differentiated once: its probabilities became the gradient")
         ctx.spent = True
-        grad_log_prob, grad_entropy = grads
+        grad_log_prob, grad_entropy, _ = grads
         weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask = ctx.saved_tensors
         bonus = None
         rows = torch.nonzero(grad_entropy).flatten()

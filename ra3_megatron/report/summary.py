@@ -36,6 +36,10 @@ class Arm:
     """Time spent on them."""
     raw_code_ce: float | None = None
     """Cross-entropy of code tokens without any thoughts, nats per code token: what NTP is judged by."""
+    code_accuracy: float | None = None
+    """Share of code tokens that greedy decoding would write, given the thoughts in the context."""
+    raw_code_accuracy: float | None = None
+    """The same without any thoughts."""
     thought_ce: float | None = None
     """Cross-entropy of thought tokens, nats per thought token; None: no thoughts."""
     mean_thought_tokens: float | None = None
@@ -104,6 +108,8 @@ class Phase:
     """Throughput over all processes."""
     documents_per_second: float | None = None
     """Documents per second, where documents are what is counted."""
+    flops: float | None = None
+    """Arithmetic of matrix products, FLOP (`em/flops.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ra3_megatron.rollout.protocol import LatentCompletion, LatentRequest, PlannedLine, RolloutEngine, Uniforms
 from ra3_megatron.rollout.randomness import uniforms
@@ -29,6 +30,9 @@ class Job:
 
     document: Document
     key: tuple[int, ...]
+    decisions: npt.NDArray[np.bool_] | None = None
+    """Whether to think at each line, whatever the policy prefers (where there is a choice at all), [lines]; None: as
+    it decides. The thoughts are the policy's in either case."""
 
 
 @dataclass
@@ -107,7 +111,10 @@ class LatentSampler:
     def _open(self, number: int, job: Job) -> _Row:
         lines = job.document.lines
         draws = uniforms(job.key, len(lines), self.latents.max_thought_ids)
-        return _Row(number, job, draws, [self.tokenizer.bos], _length(job.document, self.latents))
+        if job.decisions is not None:
+            draws[:, 0] = np.where(job.decisions, 0.0, 1.0)
+        context = [self.tokenizer.bos, *job.document.prompt]
+        return _Row(number, job, draws, context, _length(job.document, self.latents))
 
     def _request(self, row: _Row, window: int) -> LatentRequest:
         ahead = row.job.document.lines[row.line : row.line + window]
@@ -179,7 +186,7 @@ class LatentSampler:
 
 def _length(document: Document, latents: LatentFormat) -> int:
     """Tokens of the document with its observed thoughts only."""
-    total = 1 + int(document.complete)
+    total = 1 + len(document.prompt) + int(document.complete)
     for index, line in enumerate(document.lines):
         total += len(line.ids)
         thought = document.observed.get(index)

@@ -9,5 +9,9 @@ from ra3_megatron.rollout.protocol import Uniforms
 
 def uniforms(key: Sequence[int], lines: int, max_latent_tokens: int) -> Uniforms:
     """Uniforms in [0, 1), [lines, 1 + max_latent_tokens], of the stream named by `key` (non-negative integers)."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
-    return generator.random((lines, 1 + max_latent_tokens))
+    return generator(key).random((lines, 1 + max_latent_tokens))
+
+
+def generator(key: Sequence[int]) -> np.random.Generator:
+    """The stream named by `key` (non-negative integers)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))

@@ -1,8 +1,9 @@
 """Documents: text ⇄ tokenized lines ⇄ transcripts.
 
-A transcript of a document is: bos (CONTEXT); for every line its latent and its action, as the format writes them;
-eos (LAYOUT, of the last line), unless the document was cut. Every primitive action is encoded by itself, so a token
-boundary stands at every line boundary. Invariant: `code_text(compose(document, any thoughts))` is the document's text.
+A transcript of a document is: bos and the prompt, if there is one (CONTEXT); for every line its latent and its action,
+as the format writes them; eos (LAYOUT, of the last line), unless the document was cut. The prompt and every primitive
+action are encoded by themselves, so a token boundary stands at every line boundary. Invariant:
+`code_text(compose(document, any thoughts))` is the document's text.
 """
 
 import re
@@ -41,6 +42,8 @@ class Document:
     """Thoughts that a human wrote (`human_comments=as_thoughts`): line index -> ids, as `compose` takes them."""
     complete: bool = True
     """Ends with eos; False when it was cut."""
+    prompt: tuple[int, ...] = ()
+    """What stands before the first line: it is conditioned on, never scored, sampled or trained on."""
 
 
 def encode_document(
@@ -50,8 +53,9 @@ def encode_document(
     format: LatentFormat,
     config: TextConfig,
     human_comments: HumanComments = "strip",
+    prompt: str = "",
 ) -> Document:
-    """Cut `code` into primitive actions and tokenize each.
+    """Cut `code` into primitive actions and tokenize each; `prompt` stands before it, unchanged.
 
     Full-line comments are kept as lines, stripped, or, `as_thoughts`, made the observed thought of the line below them
     (several are joined; one that no line follows is dropped). Raises ValueError when no visible text is left.
@@ -62,8 +66,9 @@ def encode_document(
     text = code if human_comments == "keep" else strip_comment_lines(code)
     if not text.strip(WHITESPACE):
         raise ValueError(f"document {name}: no visible text")
+    before = tuple(tokenizer.encode(prompt))
     if config.granularity == "token":
-        return Document(name, _spans(tokenizer.encode(text), config.token_span, format))
+        return Document(name, _spans(tokenizer.encode(text), config.token_span, format), prompt=before)
     actions = segment(text, config.granularity)
     lines = tuple(_line(tokenizer.encode(action), format, tokenizer) for action in actions)
     observed: dict[int, tuple[int, ...]] = {}
@@ -75,7 +80,7 @@ def encode_document(
             if ids:
                 observed[index] = ids
         row += len(split_rows(action))
-    return Document(name, lines, observed)
+    return Document(name, lines, observed, prompt=before)
 
 
 def raw(document: Document, format: LatentFormat, tokenizer: Tokenizer) -> Transcript:
@@ -95,8 +100,9 @@ def compose(
     unknown = [index for index in thoughts if not 0 <= index < len(document.lines)]
     if unknown:
         raise ValueError(f"document {document.name}: there is no line {unknown[0]} to think about")
-    ids: list[int] = [tokenizer.bos]
-    roles: list[int] = [Role.CONTEXT]
+    ids: list[int] = [tokenizer.bos, *document.prompt]
+    roles: list[int] = [Role.CONTEXT] * len(ids)
+    context = len(ids)
     counts: list[int] = []
     for index, line in enumerate(document.lines):
         before = len(ids)
@@ -111,7 +117,7 @@ def compose(
     return Transcript(
         ids=np.array(ids, dtype=np.int32),
         roles=np.array(roles, dtype=np.uint8),
-        lines=np.repeat(np.arange(-1, len(counts), dtype=np.int32), [1, *counts]),
+        lines=np.repeat(np.arange(-1, len(counts), dtype=np.int32), [context, *counts]),
         offered=np.array([line.may_think for line in document.lines], dtype=bool),
         document=document.name,
     )
@@ -123,7 +129,7 @@ def cut(document: Document, max_tokens: int, format: LatentFormat) -> Document |
     None when not even its first line fits. A document that had to be cut has no eos, so that a model does not learn
     to stop there.
     """
-    used = 1
+    used = 1 + len(document.prompt)
     for index, line in enumerate(document.lines):
         used += sum(len(part_ids) for part_ids, _ in _parts(line, None, format))
         last = index == len(document.lines) - 1
@@ -136,8 +142,8 @@ def cut(document: Document, max_tokens: int, format: LatentFormat) -> Document |
 
 
 def code_text(transcript: Transcript, tokenizer: Tokenizer) -> str:
-    """Text of the expert's tokens only: the document as it was."""
-    return tokenizer.decode(transcript.ids[transcript.is_code].tolist())
+    """Text of the prompt and the expert's tokens only: the document as it was."""
+    return tokenizer.decode(transcript.ids[transcript.is_given | transcript.is_code].tolist())
 
 
 def full_text(transcript: Transcript, tokenizer: Tokenizer) -> str:

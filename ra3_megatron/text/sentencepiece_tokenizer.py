@@ -26,6 +26,9 @@ _TRAINING_CHUNK = 4096  # characters; longer lines are cut
 
 logger = logging.getLogger(__name__)
 
+WORD_LENGTH, SUPERWORD_LENGTH = 16, 64
+"""Characters of a piece at most."""
+
 
 class SentencePieceTokenizer:
     """A `Tokenizer` made of a SentencePiece model that `train_sentencepiece` wrote (or one with the same settings)."""
@@ -164,8 +167,13 @@ class SentencePieceTokenizer:
         }
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -> SentencePieceTokenizer:
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, folder: str | Path, superwords: bool = False, words: Iterable[str] = ()
+) -> SentencePieceTokenizer:
     """Train a BPE model on `texts`, save it in `folder` and return it. The same texts give the same bytes.
+
+    superwords: pieces may hold spaces, letters and punctuation together (up to `SUPERWORD_LENGTH` characters), so that
+    a frequent line is one piece; digits stay apart. words: strings that are always one piece.
 
     Raises UserError when `vocab_size` is more than the texts give rise to, or too small for their characters.
     """
@@ -182,9 +190,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
+            split_by_whitespace=not superwords,
+            split_by_unicode_script=not superwords,
+            max_sentencepiece_length=SUPERWORD_LENGTH if superwords else WORD_LENGTH,
             character_coverage=0.9999,
             required_chars="#",
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *words],
             control_symbols=list(MARKERS),
             unk_id=0,
             bos_id=1,

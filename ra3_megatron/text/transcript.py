@@ -90,6 +90,11 @@ class Transcript:
         """Tokens of the expert's document (EXPERT or LAYOUT), [tokens]."""
         return np.isin(self.roles, EXPERT_ROLES)
 
+    @cached_property
+    def is_given(self) -> npt.NDArray[np.bool_]:
+        """Tokens before the first line (CONTEXT), [tokens]."""
+        return self.roles == Role.CONTEXT
+
     def thought_slice(self, line: int) -> slice:
         """Where the sampled tokens of the thought of `line` stand in `ids` (empty when it has none)."""
         where = np.flatnonzero((self.lines == line) & (self.roles == Role.THOUGHT))

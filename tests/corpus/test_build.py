@@ -14,7 +14,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus import build, encode
 from ra3_megatron.corpus.build import KINDS, Corpus, build_corpus, open_corpus
 from ra3_megatron.corpus.indexed import to_document
-from ra3_megatron.corpus.prepare import SPLITS
+from ra3_megatron.corpus.splits import SPLITS
 from ra3_megatron.text.latents import code_text, compose, full_text
 from ra3_megatron.text.segment import strip_comment_lines
 from ra3_megatron.text.transcript import Role

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ra3_megatron.config.data import CorpusConfig
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.corpus.prepare import Counts, Text, clean, count_lines, prepare, read_texts, split_of
+from ra3_megatron.corpus.prepare import Counts, Text, clean, count_lines, prepare, read_texts
+from ra3_megatron.corpus.splits import split_of
 
 
 def rows(folder: Path, texts: list[str]) -> str:

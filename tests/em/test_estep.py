@@ -61,9 +61,10 @@ def pair(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rol
         compose(document, {1: [spaced, end], 2: [sharp, a]}, toy.latents, toy.tokenizer),
     ]
 
-    def known(*_: Any, **__: Any) -> list[np.ndarray]:
+    def known(_: Any, scored: Sequence[Transcript], *__: Any, **___: Any) -> list[np.ndarray]:
         scores = []
-        for transcript, values in zip(transcripts, (ACT, THINK), strict=True):
+        for transcript in scored:
+            values = THINK if transcript.think.any() else ACT
             score = np.full(transcript.num_tokens, 99.0, dtype=np.float32)
             score[transcript.roles == Role.EXPERT] = [v for line in values.values() for v in line]
             scores.append(score)
@@ -74,7 +75,7 @@ def pair(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rol
     def reward(**settings: Any) -> Rollouts:
         config = toy.config(estep=EStepConfig(group_size=2, **settings))
         trainer: Any = SimpleNamespace(runtime=runtime)
-        policy: Any = SimpleNamespace(latents=toy.latents)
+        policy: Any = SimpleNamespace(latents=toy.latents, tokenizer=toy.tokenizer)
         model: Any = None
         return EStep(config, policy, trainer, model, blank_tokens(toy.tokenizer)).reward(transcripts)
 
@@ -107,6 +108,18 @@ def test_other_baselines_by_hand(pair: Callable[..., Rollouts]) -> None:
     flat = np.array([0.1875, 0.6875, 0.625])
     expected = flat / np.sqrt((flat**2).mean())
     np.testing.assert_allclose(scaled.advantages, [-expected, expected], rtol=1e-4)
+
+
+def test_the_baseline_of_no_thought_by_hand(pair: Callable[..., Rollouts]) -> None:
+    """Returns [-3, -3.5, -3] and [-2.625, -2.125, -1.75], less those without thoughts, which are the first ones."""
+    found = pair(latent_price=0.25, format_penalty=0.5, horizon=2, discount=0.5, baseline="no_thought")
+    assert np.array(found.advantages).tolist() == [[0.0, 0.0, 0.0], [0.375, 1.375, 1.25]]
+
+
+def test_rejection_sampling_imitates_the_best_of_the_group(pair: Callable[..., Rollouts]) -> None:
+    found = pair(latent_price=0.25, horizon=1, estimator="rejection_sampling")
+    # rewards [-2, -2, -3] and [-2, -0.75, -1.25]: equal at the first line
+    assert np.array(found.advantages).tolist() == [[0.5, 0.0, 0.0], [0.5, 1.0, 1.0]]
 
 
 def test_at_an_infinite_price_thinking_is_infinitely_bad(pair: Callable[..., Rollouts]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from toy import FORMATS, LARGE, Toy
 
 from ra3_megatron.config.training import EStepConfig
@@ -32,6 +33,45 @@ def documents(toy: Toy) -> list[Transcript]:
     return [raw(toy.document(code, f"held out {d}"), toy.latents, toy.tokenizer) for d, code in enumerate(CODES)]
 
 
+def greedy(toy: Toy, transcript: Transcript, logits: Tensor) -> np.ndarray:
+    """Whether each token is the likeliest one, among those that start no thought where it carries the decision."""
+    found = np.zeros(transcript.num_tokens, dtype=bool)
+    for position in range(1, transcript.num_tokens):
+        token, x = int(transcript.ids[position]), logits[position - 1].clone()
+        if toy.latents.name == "comment" and position in transcript.first_expert:
+            starts = toy.rules(token)[0]
+            if token not in starts:
+                x[starts] = -torch.inf
+        found[position] = token == int(x.argmax())
+    return found
+
+
+def test_figures_by_line_add_up_to_those_of_the_documents(toy: Toy) -> None:
+    model = toy.model(seed=14, lean=1.0)
+    config = toy.config(evaluation={"samples": 2})
+    policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+    found = evaluate(model, policy, documents(toy), [(0,), (1,), (2,)], config, blank_tokens(toy.tokenizer))
+    rows = found.by_line(toy.tokenizer)
+    assert [(row.document, row.sample) for row in rows] == [(f"held out {d}", s) for d in range(3) for s in range(2)]
+    for row, transcript in zip(rows, found.transcripts, strict=True):
+        assert "".join(line.text for line in row.lines) == CODES[int(row.document.split()[-1])]
+        assert [line.thought is not None for line in row.lines] == transcript.think.tolist()
+        visible = transcript.roles == Role.EXPERT
+        assert [line.tokens for line in row.lines] == np.bincount(transcript.lines[visible]).tolist()
+    code = sum(t.is_code.sum() for t in found.transcripts)
+    nll = sum(line.nll + line.layout_nll for row in rows for line in row.lines)
+    raw_nll = sum(line.raw_nll + line.raw_layout_nll for row in rows for line in row.lines)
+    thought_nll = sum(line.thought_nll for row in rows for line in row.lines)
+    thoughts = sum((t.roles == Role.THOUGHT).sum() for t in found.transcripts)
+    assert nll / code == pytest.approx(found.figures["code_ce"], abs=1e-5)
+    assert raw_nll / code == pytest.approx(found.figures["raw_code_ce"], abs=1e-5)
+    assert thought_nll / thoughts == pytest.approx(found.figures["thought_ce"], abs=1e-5)
+    for row, transcript, scores in zip(rows, found.transcripts, found.scores, strict=True):
+        visible = transcript.roles == Role.EXPERT
+        expected = [bool((scores.margins[visible & (transcript.lines == n)] == 0).all()) for n in range(len(row.lines))]
+        assert [line.greedy for line in row.lines] == expected
+
+
 @pytest.mark.parametrize("likelihood", ["mean", "sum"])
 def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
     model = toy.model(seed=14, lean=1.0)
@@ -44,11 +84,13 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
     assert [t.document for t in found.transcripts] == [f"held out {d}" for d in range(3) for _ in range(5)]
 
     sums: dict[str, list[float]] = {"code": [], "thought": [], "raw": [], "reward": [], "bound": []}
+    right: dict[str, list[bool]] = {"code": [], "raw": []}
     with torch.no_grad():
         for transcript in found.transcripts:
             (logits,) = toy.full_logits(model, [transcript.ids])
             log_p = toy.token_log_probs(transcript, logits).numpy()
             bad = malformed_thoughts(transcript, blank.empty)
+            right["code"] += greedy(toy, transcript, logits)[transcript.is_code].tolist()
             for position, role in enumerate(transcript.roles):
                 if role in (Role.EXPERT, Role.LAYOUT):
                     sums["code"].append(-log_p[position])
@@ -63,6 +105,7 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
         for document in documents(toy):
             (logits,) = toy.full_logits(model, [document.ids])
             sums["raw"] += (-toy.token_log_probs(document, logits).numpy()[document.is_code]).tolist()
+            right["raw"] += greedy(toy, document, logits)[document.is_code].tolist()
     think = np.concatenate([t.think for t in found.transcripts])
     assert (
         0.05 < think.mean() < 0.95
@@ -71,6 +114,8 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
     expected = {
         "code_ce": np.mean(sums["code"]),
         "raw_code_ce": np.mean(sums["raw"]),
+        "code_accuracy": np.mean(right["code"]),
+        "raw_code_accuracy": np.mean(right["raw"]),
         "thought_ce": np.mean(sums["thought"]),
         "think_rate": think.mean(),
         "reward": np.mean(sums["reward"]),

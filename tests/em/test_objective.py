@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ra3_megatron.em.objective import (
+    best_of_group,
     group_advantages,
     line_log_likelihood,
     line_rewards,
@@ -73,6 +74,23 @@ def test_baselines(returns: Tensor) -> None:
         others = returns[[h for h in range(4) if h != g]]
         torch.testing.assert_close(centered[g], returns[g] - returns.mean(0))
         torch.testing.assert_close(apart[g], returns[g] - others.mean(0))
+
+
+@given(tensors(4, 3))
+def test_rlp_and_the_group_mean_differ_by_a_constant_of_document_and_line(returns: Tensor) -> None:
+    """So behind a group baseline the no-thought likelihood changes nothing: it is a baseline itself."""
+    without = torch.tensor([0.5, -1.0, 2.0], dtype=returns.dtype)
+    difference = group_advantages(returns, "no_thought", without) - group_advantages(returns, "group_mean")
+    torch.testing.assert_close(difference, (returns.mean(0) - without).expand(4, 3))
+    with pytest.raises(ValueError, match="without thoughts"):
+        group_advantages(returns, "no_thought")
+
+
+def test_best_of_group_shares_weight_1_among_the_best() -> None:
+    returns = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [2.0, -1.0, 0.0], [3.0, 2.0, 0.0]])
+    third = 1 / 3
+    expected = [[0.0, third, 0.25], [0.5, third, 0.25], [0.0, 0.0, 0.25], [0.5, third, 0.25]]
+    torch.testing.assert_close(best_of_group(returns), torch.tensor(expected))
 
 
 def test_leave_one_out_is_a_baseline_of_the_others_alone() -> None:

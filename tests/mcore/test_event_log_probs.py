@@ -71,12 +71,21 @@ def make_case(seed: int, scale: float = 3.0, plain: bool = False, dtype: torch.d
 
 def computed(case: Case, rank: int = 0, world: int = 1, group: object = None) -> tuple[Tensor, Tensor, Tensor]:
     """log P, entropy, and the gradient of this share of the logits."""
+    return all_computed(case, rank, world, group)[:3]
+
+
+def all_computed(
+    case: Case, rank: int = 0, world: int = 1, group: object = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the margin of the target."""
     shard = shard_sets(case.sets, PADDED, rank, world, group)  # type: ignore[arg-type]
     logits = case.logits.chunk(world, dim=1)[rank].clone().requires_grad_()
-    log_prob, entropy = event_log_probs(logits, case.targets, shard, case.numerator, case.denominator, case.merged)
+    log_prob, entropy, margin = event_log_probs(
+        logits, case.targets, shard, case.numerator, case.denominator, case.merged
+    )
     (case.grads[0] * log_prob + case.grads[1] * entropy).sum().backward()
-    assert logits.grad is not None
-    return log_prob.detach(), entropy.detach(), logits.grad
+    assert logits.grad is not None and not margin.requires_grad
+    return log_prob.detach(), entropy.detach(), logits.grad, margin
 
 
 def brute_force(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +121,18 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolera
 def test_values_and_gradients_are_those_of_the_definition(seed: int, plain: bool) -> None:
     case = make_case(seed, plain=plain)
     assert_equal(computed(case), brute_force(case), 2e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_margin_is_0_where_the_target_is_the_likeliest_token(plain: bool) -> None:
+    case = make_case(6, plain=plain)
+    case.targets[::2] = case.logits[::2, :VOCAB].argmax(-1)
+    margin = all_computed(case)[3]
+    for i in range(POSITIONS):
+        allowed = case.sets[ALL if case.denominator is None else int(case.denominator[i])]
+        logits = case.logits[i, :VOCAB].masked_fill(~allowed, -torch.inf)
+        assert float(margin[i]) == pytest.approx(float(logits[case.targets[i]] - logits.max()), abs=1e-5)
+    assert plain is False or bool((margin[::2] == 0).all() and (margin < 0).any())
 
 
 @pytest.mark.parametrize("seed", range(3))

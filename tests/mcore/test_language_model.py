@@ -162,7 +162,7 @@ def test_chunks_of_positions_change_nothing(runtime: Runtime, monkeypatch: pytes
     largest = 0
     plain = model_module.event_log_probs
 
-    def watched(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def watched(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal largest
         largest = max(largest, len(logits))
         return plain(logits, *args, **kwargs)

@@ -1,0 +1,121 @@
+"""Child processes that never outlive the study, and the lock that says which process works on a cell.
+
+A child is told to end (SIGTERM) when its parent is gone, even by SIGKILL, and holds the lock of its cell until it has
+ended. So whoever gets the lock is alone in the folder. Linux.
+"""
+
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from ra3_megatron.config.errors import UserError
+
+LOCK = ".study.lock"
+"""Locked file in the folder of a cell, or of a study."""
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+"""Variables by which torchrun or srun say that they started this process; a cell starts its own processes."""
+
+
+def lock(folder: Path, wait: float = 0.0) -> IO[bytes] | None:
+    """Lock `folder`; the open file holds the lock, and so does a child that inherits it. None: another process has it.
+
+    wait: seconds to wait for a process that is about to end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("wb")
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                file.close()
+                return None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return file
+
+
+class Child:
+    """One running command; its output goes to a log, behind what is there."""
+
+    def __init__(self, command: Sequence[str], log: Path, held: IO[bytes], threads: int) -> None:
+        parent = os.getpid()
+
+        def end_with_parent() -> None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it ended in between
+                os._exit(1)
+
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
+        self._started = time.monotonic()
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, "OMP_NUM_THREADS": str(threads)},
+                    pass_fds=(held.fileno(),),
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
+        except OSError as error:
+            raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error
+        finally:
+            held.close()  # the child has it now
+        self._handle = os.pidfd_open(self._process.pid)
+
+    def fileno(self) -> int:
+        """Readable when the process has ended."""
+        return self._handle
+
+    @property
+    def seconds(self) -> float:
+        """Time since it began."""
+        return time.monotonic() - self._started
+
+    def result(self) -> int:
+        """Exit code of the ended process, minus the signal that killed it."""
+        code = self._process.wait()
+        os.close(self._handle)
+        return code
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and those that it started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+
+def wait_any(children: Sequence[Child], timeout: float | None = None) -> list[Child]:
+    """Wait until one of the processes has ended; those that have. timeout: seconds at most."""
+    poll = select.poll()
+    by_handle = {child.fileno(): child for child in children}
+    for handle in by_handle:
+        poll.register(handle, select.POLLIN)
+    ended = poll.poll(None if timeout is None else 1000 * max(timeout, 0.0))
+    return [by_handle[handle] for handle, _ in ended]
+
+
+def stop_all(children: Sequence[Child], patience: float) -> None:
+    """End the processes: SIGTERM, and SIGKILL for those that are still there after `patience` seconds."""
+    left = list(children)
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, None)):
+        for child in left:
+            child.signal(number)
+        until = None if seconds is None else time.monotonic() + seconds
+        while left and (until is None or time.monotonic() < until):
+            for child in wait_any(left, None if until is None else until - time.monotonic()):
+                child.result()
+                left.remove(child)

@@ -1,0 +1,131 @@
+"""Where each cell stands, read from its folder: done, begun, untouched, or occupied by another run."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import dump_config, load_config
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.yaml_io import scalar_text
+from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
+from ra3_megatron.study.plan import Cell
+from ra3_megatron.study.settings import value_text
+from ra3_megatron.verbs.run_dir import RESULT_FREE
+
+CELL_FILE = "cell.yaml"
+"""What the cell's command is given."""
+LOG = "log.txt"
+"""Output of the cell's command, all attempts one behind the other."""
+FAILURE = "failure.json"
+"""Why the last attempt failed; gone when another one begins."""
+
+Stage = Literal["done", "begun", "new"]
+
+
+def stage(folder: Path) -> Stage:
+    """Whether a run has ended there, has left anything, or nothing."""
+    run = RunFolder(folder)
+    if run.summary.is_file():
+        return "done"
+    return "begun" if run.checkpoints.is_dir() else "new"
+
+
+def conflicts(
+    study: Path, cells: Sequence[Cell], configs: Mapping[str, RunConfig], open_steps: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """One line for each cell whose folder holds a run with another configuration.
+
+    open_steps: cells whose `mstep.steps` is not known yet. A run that has left no checkpoint has nothing to lose.
+    """
+    for cell in cells:
+        folder = cell.folder(study)
+        run = RunFolder(folder)
+        if stage(folder) == "new" or not run.config.is_file():
+            continue
+        try:
+            there = load_config(run.config, [], resolved=True)
+        except UserError as error:
+            yield f"cell {cell.name}: {str(error).splitlines()[0]}: delete {folder} or choose another folder"
+            continue
+        left_out = {"mstep.steps"} if cell.name in open_steps else set()
+        changed = [key for key in differing_keys(there, configs[cell.name]) if key not in left_out]
+        if changed:
+            key, (old, new) = changed[0], _both(there, configs[cell.name], changed[0])
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            yield (
+                f"cell {cell.name}: its folder holds a run with {key}={scalar_text(old)}, and the study asks for "
+                f"{scalar_text(new)}{more}: set it back, delete {folder}, or choose another folder for the study"
+            )
+
+
+def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
+    """Keys that decide results and differ."""
+    before, after = flat(one.model_dump()), flat(other.model_dump())
+    return [
+        key
+        for key in before
+        if before[key] != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in RESULT_FREE)
+    ]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted key."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: item for name, part in value.items() for key, item in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def _both(one: RunConfig, other: RunConfig, key: str) -> tuple[Any, Any]:
+    return flat(one.model_dump())[key], flat(other.model_dump()).get(key)
+
+
+def prepare(folder: Path, config: RunConfig) -> Path:
+    """Write what the cell's command reads; the path of it. The folder becomes that of a run."""
+    run = RunFolder(folder)
+    text = dump_config(config)
+    if not run.checkpoints.is_dir():
+        write_text(run.config, text)
+    write_text(folder / CELL_FILE, text)
+    (folder / FAILURE).unlink(missing_ok=True)
+    return folder / CELL_FILE
+
+
+def with_threads(config: RunConfig, threads: int) -> RunConfig:
+    """The same run with this many CPU threads a process, unless the study says how many."""
+    if config.parallel.threads is not None:
+        return config
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"threads": threads})})
+
+
+def record_failure(folder: Path, reason: str, exit_code: int | None) -> None:
+    """Leave a note of a failed attempt."""
+    write_json(folder / FAILURE, {"reason": reason, "exit_code": exit_code})
+
+
+def failure_of(folder: Path) -> str | None:
+    """Why the last attempt failed; None when none did."""
+    file = folder / FAILURE
+    return str(read_json(file)["reason"]) if file.is_file() else None
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 65536))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return "no output"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def json_value(value: Any) -> Any:
+    """A value of a grid for JSON, which has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value_text(value)
+    return json.loads(json.dumps(value))

@@ -1,0 +1,1 @@
+"""Generated tasks whose true boundaries, latents and tests are known."""
