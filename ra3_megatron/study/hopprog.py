@@ -7,22 +7,24 @@ rejection, null_ntp, null_ra3, transplant, and the price sweep `price`. An arm t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ra3_megatron.config.load import load_config
 from ra3_megatron.corpus.generated import Tasks
 from ra3_megatron.report.held_out import DocumentFigures
 from ra3_megatron.report.run_folder import write_json
+from ra3_megatron.study.html import table
 from ra3_megatron.study.intervals import Interval, paired_difference
 from ra3_megatron.study.predictions import Estimate, Verdict, Word, above, below, both, estimate
 from ra3_megatron.study.report import ReportSection
-from ra3_megatron.study.results import Finished, by_group
+from ra3_megatron.study.results import Finished, arms_only, by_group
+from ra3_megatron.study.spec import BASE
 from ra3_megatron.tasks import measures
 from ra3_megatron.tasks.measures import Line
 
-TRUTH = "ground_truth.json"
+TRUTH, PRICE = "ground_truth.json", "estep.latent_price"
 GATE_SOLVED, GATE_FAILED, GATE_THOUGHTS = 0.95, 0.50, 0.95
 """The gate: accuracy without thoughts at 0 hops at least, at `HARD` hops and more at most; right thoughts at least."""
 HARD = 3
@@ -36,35 +38,37 @@ NULL_GAIN = 0.02
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one arm and grid point, and their held-out lines, by seed."""
+    """One arm and grid point: its held-out documents, and their lines with the truth, by seed."""
 
     name: str
-    cells: Sequence[Finished]
+    point: Mapping[str, Any]
+    documents: Mapping[int, list[DocumentFigures]]
     lines: Mapping[int, list[Line]]
 
     def over_seeds(self, value: Callable[[list[Line]], float]) -> Estimate | None:
         """A figure of the lines, over seeds."""
         return estimate([value(lines) for lines in self.lines.values()])
 
-    def held_out(self) -> dict[int, list[DocumentFigures]]:
-        """Held-out documents by seed, for paired differences."""
-        found = {cell.cell.seed: cell.held_out(cell.last.iteration) for cell in self.cells}
-        return {seed: documents for seed, documents in found.items() if documents}
-
 
 def groups_of(done: Sequence[Finished]) -> dict[str, Group]:
-    """Groups whose corpora are tasks, by name."""
-    found = {}
-    for name, cells in by_group(done).items():
-        lines = {}
-        for cell in cells:
-            corpus = load_config(cell.folder / "config.yaml", resolved=True).corpus
-            documents = cell.held_out(cell.last.iteration)
-            if documents and corpus.source == "tasks":
-                lines[cell.cell.seed] = measures.lines_of(documents, Tasks(corpus).task_named)
-        if lines:
-            found[name] = Group(name, cells, lines)
-    return found
+    """Groups whose corpora are tasks, by name. `base` is the model that the arms start from, on their held-out tasks
+    (its own have drills among them)."""
+    groups = by_group(arms_only(done))
+    found = {name: _group(name, cells, last=True) for name, cells in groups.items()}
+    if "ntp" in groups:
+        found[BASE] = _group(BASE, groups["ntp"], last=False)
+    return {name: group for name, group in found.items() if group.lines}
+
+
+def _group(name: str, cells: Sequence[Finished], last: bool) -> Group:
+    documents, lines = {}, {}
+    for cell in cells:
+        corpus = load_config(cell.folder / "config.yaml", resolved=True).corpus
+        held_out = cell.held_out(cell.last.iteration if last else 0)
+        if held_out and corpus.source == "tasks":
+            documents[cell.cell.seed] = held_out
+            lines[cell.cell.seed] = measures.lines_of(held_out, Tasks(corpus).task_named)
+    return Group(name, cells[0].cell.point, documents, lines)
 
 
 # -- the gate ---------------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def verdicts(groups: Mapping[str, Group]) -> list[Verdict]:
     """The gate and every prediction."""
     ra3 = groups.get("ra3")
     return [
-        gate(groups.get("base")),
+        gate(groups.get(BASE)),
         _selectivity(ra3),
         _gain(groups),
         _prices(groups),
@@ -144,9 +148,9 @@ def _gain(groups: Mapping[str, Group]) -> Verdict:
 def _prices(groups: Mapping[str, Group]) -> Verdict:
     claim = "the price is a staircase: boundaries that gain more than c are thought at, others are not"
     sweep = sorted(
-        (float(group.cells[0].cell.point["estep.latent_price"]), group)
+        (float(group.point[PRICE]), group)
         for name, group in groups.items()
-        if name.startswith("price,") and "estep.latent_price" in group.cells[0].cell.point
+        if name.startswith("price,") and PRICE in group.point
     )
     if len(sweep) < 3:
         return Verdict("P2 price", claim, "not run", "no sweep of estep.latent_price in an arm called price")
@@ -247,8 +251,8 @@ def sections(done: Sequence[Finished], folder: Path) -> list[ReportSection]:
         },
     )
     return [
-        ReportSection("Predictions and their verdicts", _table([_verdict_row(verdict) for verdict in found])),
-        ReportSection("Ground truth, arm by arm", _table(rows)),
+        ReportSection("Predictions and their verdicts", table([_verdict_row(verdict) for verdict in found])),
+        ReportSection("Ground truth, arm by arm", table(rows)),
     ]
 
 
@@ -279,22 +283,17 @@ def _thoughts_right(lines: list[Line]) -> float:
 
 
 def _paired(group: Group, ntp: Group) -> str:
-    mine, other = group.held_out(), ntp.held_out()
-    shared = mine.keys() & other.keys()
-    comparable = {s for s in shared if {d.document for d in mine[s]} == {d.document for d in other[s]}}
+    mine, other = group.documents, ntp.documents
+    comparable = {s for s in mine.keys() & other.keys() if _code(mine[s]) == _code(other[s])}
     if not comparable:
         return "-"
     found: Interval = paired_difference({s: other[s] for s in comparable}, {s: mine[s] for s in comparable}, "line_nll")
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
+def _code(documents: Sequence[DocumentFigures]) -> list[str]:
+    return ["".join(line.text for line in document.lines) for document in documents]
+
+
 def _verdict_row(verdict: Verdict) -> dict[str, str]:
     return {"": verdict.name, "predicted": verdict.claim, "verdict": verdict.word, "seen": verdict.seen}
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    if not rows:
-        return "<p>Nothing is done yet.</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -109,8 +109,9 @@ class StudyConfig(Section):
     plots: list[PlotConfig] | None = None
     """Figures; none: every key of the grid."""
 
-    sections: Literal["hopprog"] | None = None
-    """Further sections of the report, for studies whose truth is known."""
+    sections: Literal["hopprog", "code"] | None = None
+    """Further sections of the report. `hopprog`: gate, ground truth, verdicts of predictions; `code`: thoughts by kind
+    of line."""
 
     @model_validator(mode="before")
     @classmethod

@@ -42,7 +42,6 @@ class HopProg:
         self.config = config
         self.symbols = tuple("0123456789"[: config.symbols])
         self.routines = routines(config.routine_lines)
-        self.drills = config.model_copy(update={"thought_share": 1.0, "thought_hops": None})
         keys = KEYS[: config.symbols]
         hops = range(config.min_hops, config.max_hops + 1)
         self.words: Sequence[str] = (
@@ -62,9 +61,10 @@ class HopProg:
         routine = dict(zip(self.symbols, rng.sample(labels, len(self.symbols)), strict=True))
         items, asked = [], []
         drill = rng.random() < config.drill_share
+        plain = drill and rng.random() < config.plain_drill_share
         for _ in range(config.drill_items if drill else rng.randint(config.min_items, config.max_items)):
             chain = [rng.choice(self.symbols)]
-            for _ in range(rng.randint(config.min_hops, config.max_hops)):
+            for _ in range(0 if plain else rng.randint(config.min_hops, config.max_hops)):
                 chain.append(successor[chain[-1]])
             hops = len(chain) - 1
             told = routine[chain[-1]]
@@ -77,7 +77,8 @@ class HopProg:
             pairs({KEYS[int(symbol)]: value for symbol, value in table.items()}) for table in (successor, routine)
         ]
         prompt = head("x", ("s " + tables[0], "r " + tables[1], "do " + "".join(asked)))
-        written = comments(self.drills if drill else config, items, rng, self._junk)
+        share = (0.0 if plain else 1.0) if drill else config.thought_share
+        written = comments(config.model_copy(update={"thought_share": share}), items, rng, self._junk)
         return Task(f"hopprog#{number}", prompt, tuple(items), f"{INDENT}return x\n", written)
 
     def example(self, rng: Random) -> str:

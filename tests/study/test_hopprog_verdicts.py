@@ -1,0 +1,108 @@
+"""Verdicts of the predictions, from held-out lines that are made by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_study import make, study_of
+
+from ra3_megatron.config.tasks import TasksConfig
+from ra3_megatron.report.held_out import DocumentFigures, LineFigures, lines_file, write_held_out
+from ra3_megatron.report.run_folder import read_json
+from ra3_megatron.study.hopprog import TRUTH, groups_of, verdicts
+from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
+from ra3_megatron.study.report import build_study_report
+from ra3_megatron.study.results import finished
+from ra3_megatron.tasks.families import build_family
+from ra3_megatron.tasks.task import Task
+
+SETTINGS = {"count": 40, "min_items": 2}
+FAMILY = build_family(TasksConfig(min_items=2))
+TASKS = [FAMILY.task(number, training=True) for number in range(40)]
+NLL = {"thinking": 0.05, "plain": 0.6}
+
+
+def documents(thinks: bool, right: bool = True, inside: bool = False, plain: float = 0.6) -> list[DocumentFigures]:
+    """Held-out lines of a model that thinks at boundaries (and inside) or not at all, and can do h = 0 without."""
+    found = []
+    for number, task in enumerate(TASKS):
+        texts = task.code.removeprefix(task.prompt).splitlines(keepends=True)
+        found.append(
+            DocumentFigures(
+                document=task.name,
+                sample=0,
+                lines=[
+                    _line(task, n, text, thinks, right, inside, plain + number / 1000) for n, text in enumerate(texts)
+                ],
+            )
+        )
+    return found
+
+
+def _line(task: Task, n: int, text: str, thinks: bool, right: bool, inside: bool, plain: float) -> LineFigures:
+    truth = task.truth[n]
+    thought = thinks and truth.item is not None and (truth.boundary or inside)
+    return LineFigures(
+        text=text,
+        thought=("# " + (truth.thought if right else "9")) if thought else None,
+        offered=True,
+        tokens=3,
+        nll=NLL["thinking"] if thinks and right else plain,
+        raw_nll=plain,
+        greedy=(thinks and right) or truth.hops == 0,
+        raw_greedy=truth.hops == 0,
+        layout_nll=0.0,
+        raw_layout_nll=0.0,
+    )
+
+
+def judged(folder: Path, seeds: int = 3, **ra3: Any) -> dict[str, Verdict]:
+    """Verdicts of a study with ntp and ra3; ra3: what its lines are like."""
+    arms = {"ntp": {"method": "ntp"}, "ra3": {}}
+    settings = {"corpus": {"source": "tasks", "path": None, "tasks": SETTINGS}}
+    study = study_of(folder, arms=arms, seeds=list(range(1, seeds + 1)), settings=settings, sections="hopprog")
+    cells = make(study, {})
+    for cell in cells:
+        place = cell.folder(study.path)
+        write_held_out(lines_file(place, "base", 0), documents(thinks=True))
+        kept = documents(thinks=False) if cell.arm == "ntp" else documents(**{"thinks": True, **ra3})
+        write_held_out(lines_file(place, cell.arm, 1), kept)
+    build_study_report(study.path)
+    written = read_json(study.path / TRUTH)["predictions"]
+    found = {verdict.name: verdict for verdict in verdicts(groups_of(finished(study.path, cells)))}
+    assert {row["name"]: row["word"] for row in written} == {name: verdict.word for name, verdict in found.items()}
+    return found
+
+
+def words(found: dict[str, Verdict]) -> dict[str, str]:
+    return {name.split()[0]: verdict.word for name, verdict in found.items()}
+
+
+def test_what_right_looks_like(tmp_path: Path) -> None:
+    found = words(judged(tmp_path))
+    assert (found["Gate"], found["P1"], found["Gain"], found["P4"]) == ("confirmed",) * 4
+    assert (found["P2"], found["P3"], found["P5"], found["N1"], found["N2"]) == ("not run",) * 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refuted"),
+    [({"thinks": False}, ["P1", "Gain"]), ({"right": False}, ["Gain"]), ({"inside": True}, ["P1", "P4"])],
+)
+def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: list[str]) -> None:
+    found = words(judged(tmp_path, **wrong))
+    assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted or found["P4"] == "refuted"
+    assert all(found[name] == "refuted" for name in refuted)
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    found = words(judged(tmp_path, seeds=1))
+    assert found["P1"] == found["Gain"] == "undecided"
+
+
+def test_words_of_intervals() -> None:
+    high, wide, low = estimate([1.0, 1.01, 1.02]), estimate([0.0, 1.0, 0.5]), estimate([0.1, 0.11, 0.1])
+    assert [above(found, 0.5) for found in (high, wide, low)] == ["confirmed", "undecided", "refuted"]
+    assert [below(found, 0.5) for found in (high, wide, low)] == ["refuted", "undecided", "confirmed"]
+    assert above(None, 0.5) == below(None, 0.5) == "not run" and above(estimate([9.0]), 0.5) == "undecided"
+    assert both("confirmed", "undecided") == "undecided" and both("refuted", "undecided") == "refuted"
+    assert both("not run", "refuted") == "not run" and both("confirmed", "confirmed") == "confirmed"
