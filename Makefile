@@ -25,9 +25,11 @@ quickstart: install ## Install, then train a small model with RA3 and NTP on thi
 	$(BIN)/ra3 train examples/quickstart.yaml --resume
 
 hopprog: install ## Does it work? RA3 against its controls where the truth is known (resumes; skips what is done)
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume
 	$(BIN)/ra3 study run examples/studies/hopprog.yaml $(ARGS)
 
 hopprog-full: install ## The same with 5 seeds, a base of its own for each, and all arms
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume
 	$(BIN)/ra3 study run examples/studies/hopprog-full.yaml $(ARGS)
 
 code-study: install ## RA3 against NTP on this machine's Python code, 3 seeds, equal tokens and equal FLOPs

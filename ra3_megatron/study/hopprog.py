@@ -1,6 +1,6 @@
 """What ground truth says of a HopProg study: the gate, a table of arms, and the verdicts of the predictions.
 
-Arms are known by name (`examples/studies/hopprog.yaml`): base, ntp, ra3, always, oracle, shuffled, filler, moved,
+Arms are known by name (`examples/studies/hopprog.yaml`): gate, ntp, ra3, always, oracle, shuffled, filler, moved,
 rejection, null_ntp, null_ra3, transplant, and the price sweep `price`. An arm that is missing leaves its prediction
 "not run".
 """
@@ -51,20 +51,20 @@ class Group:
 
 
 def groups_of(done: Sequence[Finished]) -> dict[str, Group]:
-    """Groups whose corpora are tasks, by name. `base` is the model that the arms start from, on their held-out tasks
-    (its own have drills among them)."""
+    """Groups whose corpora are tasks, by name; `base` is the model that the arms start from, on the arms' tasks."""
     groups = by_group(arms_only(done))
-    found = {name: _group(name, cells, last=True) for name, cells in groups.items()}
+    found = {name: _group(name, cells) for name, cells in groups.items()}
     if "ntp" in groups:
-        found[BASE] = _group(BASE, groups["ntp"], last=False)
+        found[BASE] = _group(BASE, groups["ntp"], iteration=0)
     return {name: group for name, group in found.items() if group.lines}
 
 
-def _group(name: str, cells: Sequence[Finished], last: bool) -> Group:
+def _group(name: str, cells: Sequence[Finished], iteration: int | None = None) -> Group:
+    """The figures after an EM iteration; None: the last one."""
     documents, lines = {}, {}
     for cell in cells:
         corpus = load_config(cell.folder / "config.yaml", resolved=True).corpus
-        held_out = cell.held_out(cell.last.iteration if last else 0)
+        held_out = cell.held_out(cell.last.iteration if iteration is None else iteration)
         if held_out and corpus.source == "tasks":
             documents[cell.cell.seed] = held_out
             lines[cell.cell.seed] = measures.lines_of(held_out, Tasks(corpus).task_named)
@@ -75,13 +75,13 @@ def _group(name: str, cells: Sequence[Finished], last: bool) -> Group:
 
 
 def gate(base: Group | None) -> Verdict:
-    """Whether the base is one on which a comparison means something."""
+    """Whether the base is one on which a comparison means something. base: on tasks of 0 hops and more."""
     claim = (
         f"the base writes the first line at h = 0 (at least {GATE_SOLVED:.0%}), not at h >= {HARD} (below "
         f"{GATE_FAILED:.0%}), both without thoughts, and its thoughts are right (at least {GATE_THOUGHTS:.0%})"
     )
     if base is None:
-        return Verdict("Gate", claim, "not run", "no base")
+        return Verdict("Gate", claim, "not run", "no arm gate")
     words, seen = [], []
     for seed, lines in base.lines.items():
         plain = measures.first_line_accuracy(lines, raw=True)
@@ -102,7 +102,7 @@ def verdicts(groups: Mapping[str, Group]) -> list[Verdict]:
     """The gate and every prediction."""
     ra3 = groups.get("ra3")
     return [
-        gate(groups.get(BASE)),
+        gate(groups.get("gate")),
         _selectivity(ra3),
         _gain(groups),
         _prices(groups),
@@ -154,13 +154,23 @@ def _prices(groups: Mapping[str, Group]) -> Verdict:
     )
     if len(sweep) < 3:
         return Verdict("P2 price", claim, "not run", "no sweep of estep.latent_price in an arm called price")
-    rates = [(price, group.over_seeds(lambda lines: measures.selectivity(lines).recall)) for price, group in sweep]
-    seen = ", ".join(f"c={price:g}: {rate.mean:.2f}" for price, rate in rates if rate is not None)
-    values = [rate.mean for _, rate in rates if rate is not None]
+    values = [found.mean for _, group in sweep if (found := group.over_seeds(_recall)) is not None]
+    seen = "; ".join(f"c={price:g}: {_by_hops(group)}" for price, group in sweep)
     falling = all(later <= earlier + 0.05 for earlier, later in pairwise(values))
     spans = values[0] > 0.8 and values[-1] < 0.2
     word: Word = "confirmed" if falling and spans else "refuted"
-    return Verdict("P2 price", claim, word, f"boundaries with a thought: {seen}")
+    return Verdict("P2 price", claim, word, f"boundaries with a thought, by hops: {seen}")
+
+
+def _recall(lines: list[Line]) -> float:
+    return measures.selectivity(lines).recall
+
+
+def _by_hops(group: Group) -> str:
+    """Share of the boundaries with a thought, by hops, over all seeds."""
+    lines = [line for run in group.lines.values() for line in run]
+    hops = sorted({line.truth.hops for line in lines})
+    return ", ".join(f"h={h} {_recall([line for line in lines if line.truth.hops == h]):.2f}" for h in hops)
 
 
 def _meaning(ra3: Group | None, transplant: Group | None) -> Verdict:

@@ -39,7 +39,7 @@ def choices(ratios: list[float], advantages: list[float]) -> tuple[TokenBatch, T
         behaviour=log_prob - torch.tensor([*ratios, 7.0]).log(),
         decision=decision,
     )
-    out = torch.stack([torch.full(shape, -50.0), log_prob, torch.full(shape, 0.7)])
+    out = torch.stack([torch.full(shape, -50.0), log_prob, torch.full(shape, 0.7), torch.zeros(shape)])
     return batch, out.requires_grad_()
 
 
@@ -110,7 +110,7 @@ def test_cross_entropy_stream_and_its_split_into_code_and_thoughts() -> None:
         ce_weight=torch.tensor([[1.0, 0.5, 0.5, 0.0]]),
         is_thought=torch.tensor([[False, True, True, True]]),
     )
-    out = torch.zeros(3, 1, 4)
+    out = torch.zeros(4, 1, 4)
     out[0, 0] = torch.tensor([-1.0, -2.0, -3.0, -100.0])
     out.requires_grad_()
     loss, grad, stats = gradient(batch, out, PolicyLoss())

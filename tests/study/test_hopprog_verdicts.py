@@ -58,13 +58,15 @@ def _line(task: Task, n: int, text: str, thinks: bool, right: bool, inside: bool
 
 def judged(folder: Path, seeds: int = 3, **ra3: Any) -> dict[str, Verdict]:
     """Verdicts of a study with ntp and ra3; ra3: what its lines are like."""
-    arms = {"ntp": {"method": "ntp"}, "ra3": {}}
+    arms = {"gate": {"em.iterations": 0}, "ntp": {"method": "ntp"}, "ra3": {}}
     settings = {"corpus": {"source": "tasks", "path": None, "tasks": SETTINGS}}
     study = study_of(folder, arms=arms, seeds=list(range(1, seeds + 1)), settings=settings, sections="hopprog")
     cells = make(study, {})
     for cell in cells:
         place = cell.folder(study.path)
         write_held_out(lines_file(place, "base", 0), documents(thinks=True))
+        if cell.arm == "gate":
+            continue
         kept = documents(thinks=False) if cell.arm == "ntp" else documents(**{"thinks": True, **ra3})
         write_held_out(lines_file(place, cell.arm, 1), kept)
     build_study_report(study.path)
