@@ -14,6 +14,7 @@ CORE = [
     "torch>=2.11,<2.14",
     "megatron-core==0.16.1",
     "numpy>=2.0",
+    "protobuf>=4",
     "sentencepiece>=0.2.1",
     "transformers>=5.16.1,<5.20",
     "tokenizers>=0.22",

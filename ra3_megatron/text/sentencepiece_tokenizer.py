@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.text.files import write_atomic
@@ -109,6 +110,7 @@ class SentencePieceTokenizer:
         sp = self._processor
         bos = sp.id_to_piece(self.bos)
         pieces = [sp.id_to_piece(index) for index in range(self.vocab_size)]
+        whole = _user_defined(self._model)
         added = [
             {
                 "id": index,
@@ -117,10 +119,10 @@ class SentencePieceTokenizer:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": pieces[index] != "\n",
+                "special": index not in whole,
             }
             for index in range(self.vocab_size)
-            if sp.is_control(index) or sp.is_unknown(index) or pieces[index] == "\n"
+            if sp.is_control(index) or sp.is_unknown(index) or index in whole
         ]
         return {
             "version": "1.0",
@@ -162,7 +164,7 @@ class SentencePieceTokenizer:
                 "byte_fallback": True,
                 "ignore_merges": False,
                 "vocab": {piece: index for index, piece in enumerate(pieces)},
-                "merges": _merges(sp),
+                "merges": _merges(sp, whole),
             },
         }
 
@@ -255,12 +257,20 @@ def _piece_bytes(sp: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
     return bytes([int(piece[3:5], 16)]) if sp.is_byte(index) else piece.replace(SPACE_SYMBOL, " ").encode()
 
 
-def _merges(sp: sentencepiece.SentencePieceProcessor) -> list[Sequence[str]]:
-    """Every pair of pieces that makes a piece, in the order in which SentencePiece would merge them."""
+def _user_defined(model: bytes) -> frozenset[int]:
+    """Pieces that are never made by merging nor part of another: the line break, and words."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return frozenset(index for index, piece in enumerate(proto.pieces) if piece.type == kind)
+
+
+def _merges(sp: sentencepiece.SentencePieceProcessor, whole: frozenset[int]) -> list[Sequence[str]]:
+    """Every pair of pieces that makes a piece, in the order in which SentencePiece would merge them; `whole` ones are
+    not made."""
     normal = {
         sp.id_to_piece(index): -sp.get_score(index)
         for index in range(sp.get_piece_size())
-        if not (sp.is_control(index) or sp.is_unknown(index) or sp.is_byte(index) or sp.id_to_piece(index) == "\n")
+        if not (sp.is_control(index) or sp.is_unknown(index) or sp.is_byte(index) or index in whole)
     }
     merges = []
     for piece, rank in normal.items():

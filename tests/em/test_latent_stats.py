@@ -10,7 +10,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import MonitorConfig
 from ra3_megatron.em.latent_stats import LatentStats, blank_tokens, latent_stats
-from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep, require_agreement
+from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep, check_pruning, require_agreement
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.latents import compose
 
@@ -163,3 +163,13 @@ def test_without_thoughts_they_are_not_degenerate() -> None:
 def test_signs_of_an_mstep(figures: dict[str, Any], expected: list[str]) -> None:
     quiet = {"code_ce": 1.9, "previous": 2.0, "raw_code_ce": 2.9, "previous_raw": 3.0, "ntp_code_ce": None}
     assert names(check_mstep(**(quiet | figures), config=MonitorConfig())) == expected
+
+
+def test_lines_that_the_base_could_write_and_are_lost() -> None:
+    base = [0.5] * 100
+    config = MonitorConfig(lost_line_nats=2.0, max_lost_lines=0.05)
+    assert check_pruning(base, [2.4] * 100, config) == [], "dearer, not lost"
+    assert check_pruning(base, [9.0] * 5 + [0.1] * 95, config) == [], "few"
+    (alarm,) = check_pruning(base, [9.0] * 6 + [0.1] * 94, config)
+    assert alarm.name == "pruned actions" and "6% of held-out lines" in alarm.message
+    assert check_pruning([], [], config) == []

@@ -153,6 +153,24 @@ def test_transformers_gives_the_same_ids(all_tokenizers: dict[str, Tokenizer], t
     ]
 
 
+def test_superwords_cross_spaces_and_words_are_one_piece(tmp_path: Path) -> None:
+    texts = [f"for v in x:\n    y.append(v)\n    a{n % 8}b{n % 5}\n" for n in range(200)]
+    tokenizer = train_sentencepiece(texts, 320, tmp_path / "super", superwords=True, words=("a1", "b2", '"5++"'))
+    assert pieces(tokenizer, "for v in x:\n") == ["for v in x:", "\n"]
+    plain = train_sentencepiece(texts, 300, tmp_path / "plain")
+    assert "for v in x:" not in pieces(plain, "for v in x:\n")
+    text = 'a1b2a2b1 "5++" a1\n'
+    assert pieces(tokenizer, text) == ["a1", "b2", "a", "2", "b", "1", " ", '"5++"', " ", "a1", "\n"]
+    tokenizer.write_hf(tmp_path / "hf")
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    for line in (text, *texts[:20]):
+        assert fast.encode(line, add_special_tokens=False, split_special_tokens=True) == tokenizer.encode(line)
+
+
+def pieces(tokenizer: SentencePieceTokenizer, text: str) -> list[str]:
+    return [tokenizer.token_bytes[index].decode() for index in tokenizer.encode(text)]
+
+
 @given(data=st.data())
 def test_transformers_gives_the_same_ids_on_made_texts(
     data: st.DataObject, exported: PreTrainedTokenizerFast, all_tokenizers: dict[str, Tokenizer]
