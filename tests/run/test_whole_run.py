@@ -29,7 +29,8 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     for name in ("config.yaml", "manifest.json", "versions.json", "metrics.jsonl", "summary.json", "report.html"):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").glob("events*"))
-    assert {path.stem for path in (finished / "evaluations").iterdir()} == ARMS
+    files = {path.name for path in (finished / "evaluations").iterdir()}
+    assert files == {f"{arm}{ending}" for arm in ARMS for ending in (".json", ".lines.jsonl")}
     phases = {"warm_start", *(f"{name}-{i}" for name in ("estep", "mstep", "ntp") for i in (1, 2))}
     assert {path.name for path in (finished / "checkpoints").iterdir()} == phases
     for phase in phases:

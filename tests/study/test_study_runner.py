@@ -21,7 +21,7 @@ from ra3_megatron.study.runner import Runner
 from ra3_megatron.study.state import failure_of, stage
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "took too long"
@@ -127,7 +127,7 @@ def test_a_stopped_runner_ends_its_children_first(tmp_path: Path, number: signal
     process = start(tmp_path, "slow1", "slow2")
     children = [pid_of(tmp_path, arm) for arm in ("slow1", "slow2")]
     process.send_signal(number)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     assert not any(alive(child) for child in children)
     assert len(list((tmp_path / "out" / "cells").glob("*/ended"))) == 2  # they had the time that they need
     assert failure_of(tmp_path / "out" / "cells" / "slow1,seed=1") is None
