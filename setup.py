@@ -29,6 +29,7 @@ CORE = [
     "pygments>=2.18",
     "psutil>=6",  # Megatron-Core needs it to save a checkpoint, and does not say so
     "matplotlib>=3.10",
+    "scipy>=1.14",
 ]
 
 EXTRAS = {
@@ -42,7 +43,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.15"],
     # FP8 export of Hugging Face checkpoints.
     "modelopt": ["nvidia-modelopt==0.43.0"],
-    "dev": ["pytest>=8.4", "hypothesis>=6.130", "scipy>=1.14", "ruff>=0.14", "mypy>=1.18"],
+    "dev": ["pytest>=8.4", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
 }
 
 setup(

@@ -48,6 +48,14 @@ LARGE = [
 FORMATS = ("comment", "tokens")
 
 
+class Documents(list[Transcript]):
+    """A store of transcripts."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [t.num_tokens for t in self]
+
+
 class ToyTokenizer:
     """Longest match over a table of byte strings; ids 0 and 1 start and end a document."""
 

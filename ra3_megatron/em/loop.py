@@ -51,6 +51,7 @@ class EM:
 
     def run(self) -> None:
         """Everything that the configuration asks for. NTP goes first, so that RA3's monitors can compare with it."""
+        self._check_policy()
         base = self.warm_start()
         self.evaluate("base", 0, base)
         if self.config.method == "ntp" or self.config.em.control:
@@ -77,6 +78,12 @@ class EM:
         for iteration in range(1, self.config.em.iterations + 1):
             pi = self.mstep(Phase("ntp", iteration), pi, self._documents(iteration))
             self.evaluate("ntp", iteration, pi)
+
+    def _check_policy(self) -> None:
+        """A policy that does not fit is refused before anything is trained."""
+        if self.config.estep.policy is not None:
+            tokenizer = self.run_context.corpus.tokenizer
+            check_fit(Path(self.config.estep.policy), "estep.policy", self.config, tokenizer)
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +113,6 @@ class EM:
             self._say(f"{phase.key}: skipped, because with estep.latent_price=inf no thought is ever worth its price")
             return pi
         if settings.policy is not None:
-            check_fit(Path(settings.policy), "estep.policy", self.config, run.corpus.tokenizer)
             return Path(settings.policy)
         if is_done(run, phase):
             return final_of(run, phase)

@@ -50,7 +50,7 @@ class MStep:
             "code_ce": result.mean(Stat.CODE_NLL, Stat.CODE_TOKENS) or 0.0,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "tokens": int(result.stats[Stat.CODE_TOKENS] + result.stats[Stat.THOUGHT_TOKENS]),
+            "tokens": plan.tokens,  # those of prompts too: they are not trained on, but cost as much
             "fill_rate": plan.fill_rate,
         }
         thought_ce = result.mean(Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS)

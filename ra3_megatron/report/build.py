@@ -4,15 +4,11 @@ Only what is in the run folder is used, so the report of a run that is going on,
 it says which parts are missing.
 """
 
-import base64
-import io
 import json
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from pygments import highlight  # type: ignore[import-untyped]
@@ -22,6 +18,7 @@ from pygments.token import STANDARD_TYPES  # type: ignore[import-untyped]
 
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import count, duration, number, percent
+from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.plots import draw_figures
 from ra3_megatron.report.run_folder import RunFolder, read_json, require_run, write_text
 from ra3_megatron.report.snippets import thought_spans
@@ -65,10 +62,7 @@ def _write_pictures(folder: RunFolder, figures: dict[str, Figure]) -> list[dict[
         (folder.figures / f"{name}.png").unlink(missing_ok=True)
     pictures = []
     for name in sorted(figures, key=list(CAPTIONS).index):
-        buffer = io.BytesIO()
-        figures[name].savefig(buffer, format="png")
-        (folder.figures / f"{name}.png").write_bytes(buffer.getvalue())
-        uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        uri = write_picture(folder.figures / f"{name}.png", figures[name])
         pictures.append({"name": name, "caption": CAPTIONS[name], "uri": uri})
     return pictures
 
@@ -76,12 +70,11 @@ def _write_pictures(folder: RunFolder, figures: dict[str, Figure]) -> list[dict[
 def _render(
     folder: RunFolder, records: list[dict[str, Any]], summary: Summary | None, pictures: list[dict[str, str]]
 ) -> str:
-    template = resources.files(__package__).joinpath("templates", "report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     manifest = read_json(folder.manifest) if folder.manifest.exists() else None
     versions = read_json(folder.versions) if folder.versions.exists() else None
     drawn = {picture["name"] for picture in pictures}
-    return environment.from_string(template).render(
+    return render_page(
+        "report.html",
         name=folder.path.resolve().name,
         summary=summary,
         state=_state(records, summary),

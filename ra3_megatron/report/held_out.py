@@ -33,7 +33,7 @@ class LineFigures:
     nll: float
     """-log pi(a_t | s_t, z_t), nats, summed over them."""
     raw_nll: float
-    """The same in the document without thoughts."""
+    """The same without sampled thoughts (comments of the document that stand for thoughts stay)."""
     greedy: bool
     """Greedy decoding would write these tokens."""
     raw_greedy: bool

@@ -7,7 +7,6 @@ rejection, null_ntp, null_ra3, transplant, and the price sweep `price`. An arm t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ HARD = 3
 SELECTIVE_F1 = 0.9
 GAIN = 0.3
 """Nats a line by which RA3 is to beat NTP."""
+STAIRCASE = 0.9
+"""Share of clear-cut prices and hops that must come out as the price says."""
 NULL_GAIN = 0.02
 """Nats a line that count as no gain where nothing can be computed."""
 
@@ -139,27 +140,49 @@ def _gain(groups: Mapping[str, Group]) -> Verdict:
     if gain is None or plain is None or thinking is None:
         return Verdict("Gain", claim, "not run", "no seed has both")
     seen = f"NTP {plain.text()}, RA3 {thinking.text()}, difference {gain.text()} nats a line"
-    disjoint = both(above(gain, GAIN), "undecided" if thinking.high is None or plain.low is None else "confirmed")
-    if thinking.high is not None and plain.low is not None and thinking.high >= plain.low and disjoint == "confirmed":
-        disjoint = "refuted"
-    return Verdict("Gain", claim, disjoint, seen)
+    disjoint: Word = "undecided"
+    if thinking.high is not None and plain.low is not None:
+        disjoint = "confirmed" if thinking.high < plain.low else "refuted"
+    return Verdict("Gain", claim, both(above(gain, GAIN), disjoint), seen)
 
 
 def _prices(groups: Mapping[str, Group]) -> Verdict:
-    claim = "the price is a staircase: boundaries that gain more than c are thought at, others are not"
+    claim = (
+        "the price is a staircase: boundaries whose thoughts save more than 2 c nats are thought at (above 80%), those "
+        f"whose thoughts save less than c / 2 are not (below 20%), in more than {STAIRCASE:.0%} of such cases"
+    )
     sweep = sorted(
-        (float(group.point[PRICE]), group)
-        for name, group in groups.items()
-        if name.startswith("price,") and PRICE in group.point
+        (
+            (float(group.point[PRICE]), group)
+            for name, group in groups.items()
+            if name.startswith("price,") and PRICE in group.point
+        ),
+        key=lambda pair: pair[0],
     )
     if len(sweep) < 3:
-        return Verdict("P2 price", claim, "not run", "no sweep of estep.latent_price in an arm called price")
-    values = [found.mean for _, group in sweep if (found := group.over_seeds(_recall)) is not None]
-    seen = "; ".join(f"c={price:g}: {_by_hops(group)}" for price, group in sweep)
-    falling = all(later <= earlier + 0.05 for earlier, later in pairwise(values))
-    spans = values[0] > 0.8 and values[-1] < 0.2
-    word: Word = "confirmed" if falling and spans else "refuted"
-    return Verdict("P2 price", claim, word, f"boundaries with a thought, by hops: {seen}")
+        return Verdict("P2 price", claim, "not run", f"no sweep of {PRICE} in an arm called price")
+    cheapest = sweep[0][1].lines
+    shared = sorted(set.intersection(*(set(group.lines) for _, group in sweep)))
+    gains = {seed: measures.gain_by_hops(cheapest[seed]) for seed in shared}
+    kept = estimate([_staircase(gains[s], [(price, group.lines[s]) for price, group in sweep]) for s in shared])
+    all_gains = measures.gain_by_hops([line for seed in shared for line in cheapest[seed]])
+    saved = ", ".join(f"h={hops} {gain:.2f}" for hops, gain in all_gains.items())
+    rates = "; ".join(f"c={price:g}: {_by_hops(group)}" for price, group in sweep)
+    seen = f"as predicted in {kept.text('{:.2f}') if kept else '-'} of the cases; nats that a thought saves an item"
+    return Verdict("P2 price", claim, above(kept, STAIRCASE), f"{seen}: {saved}; boundaries with a thought: {rates}")
+
+
+def _staircase(gains: Mapping[int, float], sweep: Sequence[tuple[float, list[Line]]]) -> float:
+    """Share of the clear-cut cases (price, hops) in which boundaries are thought at, or not, as the price says."""
+    kept = []
+    for price, lines in sweep:
+        for hops, gain in gains.items():
+            recall = _recall([line for line in lines if line.truth.hops == hops])
+            if gain > 2 * price:
+                kept.append(recall > 0.8)
+            elif gain < price / 2:
+                kept.append(recall < 0.2)
+    return sum(kept) / len(kept) if kept else 0.0
 
 
 def _recall(lines: list[Line]) -> float:

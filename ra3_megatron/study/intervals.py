@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from ra3_megatron.report.held_out import DocumentFigures
 from ra3_megatron.study.measures import Better
@@ -167,30 +168,6 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < MIN_SEEDS:
         return None
     array = np.asarray(values, dtype=np.float64)
-    half = t_quantile(1 - (1 - LEVEL) / 2, len(values) - 1) * float(array.std(ddof=1)) / math.sqrt(len(values))
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / 2, len(values) - 1))
+    half = quantile * float(array.std(ddof=1)) / math.sqrt(len(values))
     return float(array.mean()) - half, float(array.mean()) + half
-
-
-def t_quantile(share: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, by bisection of its exact distribution function; 0.5 <= share < 1."""
-    low, high = 0.0, 1.0
-    while t_distribution(high, degrees) < share:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_distribution(middle, degrees) < share else (low, middle)
-    return (low + high) / 2
-
-
-def t_distribution(value: float, degrees: int) -> float:
-    """P(T <= value) of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    theta = math.atan2(value, math.sqrt(degrees))
-    cosine = math.cos(theta)
-    term, total = (cosine, cosine) if degrees % 2 else (1.0, 1.0)
-    for k in range(2 + degrees % 2, degrees, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    if degrees % 2 == 0:
-        return 0.5 + 0.5 * math.sin(theta) * total
-    inner = theta + math.sin(theta) * total if degrees > 1 else theta
-    return 0.5 + inner / math.pi

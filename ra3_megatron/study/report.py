@@ -5,16 +5,12 @@ which cells are missing and why. Other code adds sections of its own: `build_stu
 name in the study (`sections`, see `SECTIONS`), so that `ra3 study report` builds them too.
 """
 
-import base64
 import importlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from pygments import highlight  # type: ignore[import-untyped]
 from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
@@ -22,6 +18,7 @@ from pygments.lexers import YamlLexer  # type: ignore[import-untyped]
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.numbers import duration
+from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_text
 from ra3_megatron.study.comparison import differences, mstep_checks
 from ra3_megatron.study.figures import Picture, draw_figures
@@ -110,24 +107,16 @@ def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> list[dict[str,
     for old in target.glob("*.png"):
         old.unlink()
     return [
-        {"caption": picture.caption, "uri": _write_picture(target / f"{picture.name}.png", picture.figure)}
+        {"caption": picture.caption, "uri": write_picture(target / f"{picture.name}.png", picture.figure)}
         for picture in pictures
     ]
 
 
 def _extra_pictures(folder: Path, number: int, section: ReportSection) -> list[dict[str, str]]:
     return [
-        {"caption": caption, "uri": _write_picture(folder / FIGURES / f"section-{number}-{index}.png", figure)}
+        {"caption": caption, "uri": write_picture(folder / FIGURES / f"section-{number}-{index}.png", figure)}
         for index, (caption, figure) in enumerate(section.figures.items(), start=1)
     ]
-
-
-def _write_picture(file: Path, figure: Figure) -> str:
-    """Write a figure; the same as data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    file.write_bytes(buffer.getvalue())
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _render(
@@ -139,11 +128,10 @@ def _render(
     pictures: Sequence[Mapping[str, str]],
     extra: Sequence[Mapping[str, Any]],
 ) -> str:
-    template = resources.files("ra3_megatron.report").joinpath("templates", "study.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     missing = statuses(folder, cells)
     text = (folder / STUDY_FILE).read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render_page(
+        "study.html",
         name=study.name,
         cells=len(cells),
         done=len(done),

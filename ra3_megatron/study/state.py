@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ra3_megatron.config.differences import differences
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.config.yaml_io import scalar_text
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
 from ra3_megatron.study.plan import Cell
 from ra3_megatron.study.settings import value_text
-from ra3_megatron.verbs.run_dir import RESULT_FREE
 
 CELL_FILE = "cell.yaml"
 """What the cell's command is given."""
@@ -51,37 +50,14 @@ def conflicts(
             yield f"cell {cell.name}: {str(error).splitlines()[0]}: delete {folder} or choose another folder"
             continue
         left_out = {"mstep.steps"} if cell.name in open_steps else set()
-        changed = [key for key in differing_keys(there, configs[cell.name]) if key not in left_out]
+        changed = [d for d in differences(there, configs[cell.name]) if d.key not in left_out]
         if changed:
-            key, (old, new) = changed[0], _both(there, configs[cell.name], changed[0])
+            first = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             yield (
-                f"cell {cell.name}: its folder holds a run with {key}={scalar_text(old)}, and the study asks for "
-                f"{scalar_text(new)}{more}: set it back, delete {folder}, or choose another folder for the study"
+                f"cell {cell.name}: its folder holds a run with {first.key}={first.one}, and the study asks for "
+                f"{first.other}{more}: set it back, delete {folder}, or choose another folder for the study"
             )
-
-
-def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
-    """Keys that decide results and differ."""
-    before, after = flat(one.model_dump()), flat(other.model_dump())
-    return [
-        key
-        for key in before
-        if before[key] != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in RESULT_FREE)
-    ]
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted key."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: item for name, part in value.items() for key, item in flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
-def _both(one: RunConfig, other: RunConfig, key: str) -> tuple[Any, Any]:
-    return flat(one.model_dump())[key], flat(other.model_dump()).get(key)
 
 
 def prepare(folder: Path, config: RunConfig) -> Path:

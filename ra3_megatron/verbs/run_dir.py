@@ -7,24 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ra3_megatron.config.differences import differences
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.config.yaml_io import scalar_text
 from ra3_megatron.report.run_folder import RunFolder, write_json, write_text
 from ra3_megatron.verbs.processes import on_main
 
-RESULT_FREE = (
-    "logging",
-    "parallel",
-    "checkpoint",
-    "export",
-    "rollout.placement",
-    "rollout.replicas",
-    "rollout.vllm",
-    "run_dir",
-)
-"""Sections and keys that may change when a run is resumed: they do not decide what it computes."""
 LOCK = ".lock"
 """File in the run folder that the process writing there holds locked."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,7 +33,10 @@ def check_folder(config: RunConfig, resume: bool) -> None:
         return
     if not folder.checkpoints.is_dir():
         return
-    changed = _differences(load_config(folder.config, [], resolved=True), config)
+    changed = [
+        f"{d.key}={d.one} there, {d.other} here"
+        for d in differences(load_config(folder.config, [], resolved=True), config)
+    ]
     if changed:
         raise UserError(
             f"run_dir={config.run_dir}: holds a run with another configuration ({'; '.join(changed[:3])}"
@@ -105,23 +97,6 @@ def _lock(folder: RunFolder) -> Any:
             ) from error
         # a file system without locks: go on without one
     return file
-
-
-def _differences(old: RunConfig, new: RunConfig) -> list[str]:
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        found: dict[str, Any] = {}
-        for key, item in value.items():
-            found |= flat(item, f"{prefix}.{key}" if prefix else key)
-        return found
-
-    before, after = flat(old.model_dump()), flat(new.model_dump())
-    return [
-        f"{key}={scalar_text(before.get(key))} there, {scalar_text(after.get(key))} here"
-        for key in before
-        if before[key] != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in RESULT_FREE)
-    ]
 
 
 @contextmanager

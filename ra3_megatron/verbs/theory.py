@@ -4,21 +4,18 @@ The output folder holds `theory.json` (every number and verdict; the same bytes 
 `theory.html` and `figures/*.png`. It may be written again; a folder that holds something else is refused.
 """
 
-import base64
-import io
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import ra3_megatron
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_json, write_text
 from ra3_megatron.theory.figures import CAPTIONS, draw_figures
@@ -84,18 +81,12 @@ def _json(studies: dict[str, Study], seed: int, quick: bool) -> dict[str, Any]:
 def _write_figures(out: Path, studies: dict[str, Study]) -> dict[str, str]:
     """Write `figures/*.png`; data URIs by name."""
     (out / FIGURES).mkdir(exist_ok=True)
-    uris = {}
-    for name, figure in draw_figures(studies).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        (out / FIGURES / f"{name}.png").write_bytes(buffer.getvalue())
-        uris[name] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return uris
+    return {
+        name: write_picture(out / FIGURES / f"{name}.png", figure) for name, figure in draw_figures(studies).items()
+    }
 
 
 def _render(studies: dict[str, Study], uris: dict[str, str], seed: int, quick: bool) -> str:
-    template = resources.files("ra3_megatron.report").joinpath("templates", "theory.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sections = [
         {
             "name": name,
@@ -106,7 +97,7 @@ def _render(studies: dict[str, Study], uris: dict[str, str], seed: int, quick: b
         }
         for name, study in studies.items()
     ]
-    return environment.from_string(template).render(sections=sections, seed=seed, quick=quick)
+    return render_page("theory.html", sections=sections, seed=seed, quick=quick)
 
 
 def _cells(study: Study) -> dict[str, dict[str, Verdict]]:

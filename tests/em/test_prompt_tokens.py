@@ -5,13 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import FORMATS, LARGE, Toy
+from toy import FORMATS, LARGE, Documents, Toy
 
+from ra3_megatron.config.layouts import ParallelConfig
+from ra3_megatron.config.training import MStepConfig
 from ra3_megatron.em.evaluation import evaluate
 from ra3_megatron.em.latent_stats import blank_tokens
+from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.packing import plan_rows, training_batches
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import code_text, raw
 from ra3_megatron.text.transcript import Role, Transcript
 
@@ -36,6 +40,15 @@ def test_a_prompt_has_no_weight_in_the_loss(toy: Toy) -> None:
     prompt = int(given.is_given.sum())
     assert not batch.ce_weight[0, : prompt - 1].any() and bool(batch.ce_weight[0, prompt - 1])
     assert not batch.is_thought[0, : prompt - 1].any()
+
+
+def test_an_mstep_counts_the_tokens_of_prompts(toy: Toy) -> None:
+    """They are read, if not trained on: the FLOPs of a phase are those of all its tokens."""
+    settings = MStepConfig(global_batch_size=2, micro_batch_size=1)
+    config, given = toy.config(mstep=settings), document(toy, prompt=PROMPT)
+    trainer = Trainer(toy.model(seed=2), settings.optimizer, ParallelConfig(), toy.runtime, steps=10)
+    step = MStep(config, settings, trainer, Documents([given] * 9))
+    assert step.step()["tokens"] == len(step.last_documents) * given.num_tokens
 
 
 def test_sampling_and_scoring_go_on_behind_the_prompt(toy: Toy) -> None:

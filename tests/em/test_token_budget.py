@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import LARGE, Toy
+from toy import LARGE, Documents, Toy
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
@@ -114,14 +114,6 @@ BUDGETS: list[dict[str, Any]] = [
     {"micro_batch_tokens": 10_000},
 ]
 """Rows, tight budgets, and one into which everything fits."""
-
-
-class Documents(list[Transcript]):
-    """A store of transcripts."""
-
-    @property
-    def lengths(self) -> list[int]:
-        return [t.num_tokens for t in self]
 
 
 @pytest.fixture(scope="module")

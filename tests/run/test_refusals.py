@@ -138,6 +138,9 @@ def test_checkpoints_that_do_not_fit(finished: Path, ra3: Ra3, config: Path, tmp
     assert problem == f"warm_start.checkpoint={start}: {differs}"
     problem = ra3.refuses(*train[:3], f"tokenizer.path={tokenizer}", f"warm_start.checkpoint={tmp_path}")
     assert problem == f"{tmp_path}: is no complete checkpoint (no checkpoint.json)"
+    policy = (f"tokenizer.path={tokenizer}", "model.ffn_hidden_size=96", f"estep.policy={start}")
+    assert ra3.refuses(*train[:3], *policy) == f"estep.policy={start}: {differs}"
+    assert not (tmp_path / "run/checkpoints").exists(), "before anything is trained"
     infuse = ("infuse", "--checkpoint", start, "--out", tmp_path / "out")
     assert ra3.refuses(*infuse, "model.ffn_hidden_size=96") == f"--checkpoint={start}: {differs}"
     assert not (tmp_path / "out/infused").exists()

@@ -1,5 +1,6 @@
 """Verdicts of the predictions, from held-out lines that are made by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from made_study import make, study_of
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.report.held_out import DocumentFigures, LineFigures, lines_file, write_held_out
 from ra3_megatron.report.run_folder import read_json
-from ra3_megatron.study.hopprog import TRUTH, groups_of, verdicts
+from ra3_megatron.study.hopprog import PRICE, TRUTH, Group, groups_of, verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
 from ra3_megatron.tasks.families import build_family
+from ra3_megatron.tasks.measures import Line
 from ra3_megatron.tasks.task import Task
 
 SETTINGS = {"count": 40, "min_items": 2}
@@ -88,12 +90,42 @@ def test_what_right_looks_like(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "refuted"),
-    [({"thinks": False}, ["P1", "Gain"]), ({"right": False}, ["Gain"]), ({"inside": True}, ["P1", "P4"])],
+    [
+        ({"thinks": False}, ["P1", "Gain", "P4"]),
+        ({"right": False}, ["Gain"]),
+        ({"inside": True}, ["P1", "P4"]),
+    ],
 )
 def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: list[str]) -> None:
     found = words(judged(tmp_path, **wrong))
-    assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted or found["P4"] == "refuted"
-    assert all(found[name] == "refuted" for name in refuted)
+    assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted
+
+
+def swept(recall: dict[float, dict[int, bool]], seeds: int = 3) -> str:
+    """P2's word when a thought saves an item 2 h nats, and these hops are thought at for each price."""
+    groups = {}
+    for price, thinks in recall.items():
+        lines = []
+        for number, task in enumerate(TASKS):
+            for n, truth in enumerate(task.truth):
+                if truth.item is not None and truth.boundary:
+                    figures = replace(_line(task, n, "x", thinks[truth.hops], True, False, 0), raw_nll=2.0 * truth.hops)
+                    figures = replace(figures, nll=0.0 if thinks[truth.hops] else figures.raw_nll)
+                    lines.append(Line(figures, truth, str(number), None))
+        by_seed = dict.fromkeys(range(1, seeds + 1), lines)
+        groups[f"price,latent_price={price}"] = Group("price", {PRICE: price}, {seed: [] for seed in by_seed}, by_seed)
+    return words({verdict.name: verdict for verdict in verdicts(groups)})["P2"]
+
+
+def test_the_price_is_a_staircase_or_not() -> None:
+    """Gains are 0, 2, 4 and 6 nats at 0 to 3 hops."""
+    free = dict.fromkeys(range(4), True)
+    stairs = {0.0: free, 1.5: {0: False, 1: True, 2: True, 3: True}, 3.5: {0: False, 1: False, 2: True, 3: True}}
+    assert swept(stairs) == "confirmed" and swept(stairs, seeds=2) == "undecided"
+    assert swept(dict.fromkeys(stairs, free)) == "refuted", "thinks whatever it costs"
+    never = dict.fromkeys(range(4), False)
+    assert swept({0.0: free, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
+    assert swept({0.0: free, 1.5: never}) == "not run"
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from made_study import finish, make, study_of
 
+from ra3_megatron.config.differences import differences
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.study.plan import cells_of, resolve, same_corpus
-from ra3_megatron.study.state import conflicts, differing_keys, last_line, prepare, stage, with_threads
+from ra3_megatron.study.state import conflicts, last_line, prepare, stage, with_threads
 
 SETTINGS = {"estep.policy": "{ra3}/checkpoints/estep-1/final", "mstep.latents": "shuffled"}
 SHUFFLED = {"after": "ra3", "settings": SETTINGS}
@@ -126,7 +127,9 @@ def test_a_folder_with_another_run_is_a_conflict(tmp_path: Path) -> None:
         f"cell ra3,seed=1: its folder holds a run with estep.horizon=4, and the study asks for 2: set it back, "
         f"delete {folder}, or choose another folder for the study"
     )
-    assert differing_keys(configs["ra3,seed=1"], resolve(changed, cells)["ra3,seed=1"]) == ["estep.horizon"]
+    assert [
+        difference.key for difference in differences(configs["ra3,seed=1"], resolve(changed, cells)["ra3,seed=1"])
+    ] == ["estep.horizon"]
     assert list(conflicts(study.path, cells, resolve(changed, cells), frozenset({"ra3,seed=1"}))) == [line]
     (folder / "config.yaml").write_text("estep: {stepz: 1}")
     (line,) = conflicts(study.path, cells, configs)
@@ -157,7 +160,7 @@ def test_threads_are_the_share_of_a_cell_unless_the_study_says(tmp_path: Path) -
     configs = resolve(study, cells_of(study))
     assert with_threads(configs["a,seed=1"], 2).parallel.threads == 2
     assert with_threads(configs["b,seed=1"], 2).parallel.threads == 5
-    assert differing_keys(configs["a,seed=1"], with_threads(configs["a,seed=1"], 2)) == []
+    assert differences(configs["a,seed=1"], with_threads(configs["a,seed=1"], 2)) == []
 
 
 def test_last_line_of_a_log(tmp_path: Path) -> None:

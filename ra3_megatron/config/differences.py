@@ -1,0 +1,50 @@
+"""What two configurations differ in, as far as it decides what a run computes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.yaml_io import scalar_text
+
+RESULT_FREE = (
+    "logging",
+    "parallel",
+    "checkpoint",
+    "export",
+    "rollout.placement",
+    "rollout.replicas",
+    "rollout.vllm",
+    "run_dir",
+)
+"""Sections and keys that may change when a run is resumed: they do not decide what it computes."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key with two values."""
+
+    key: str
+    """Dotted."""
+    one: str
+    """The value in the first configuration, as YAML."""
+    other: str
+    """That in the second."""
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[Difference]:
+    """Keys that decide results and differ, in the order of the configuration."""
+    before, after = flat(one.model_dump()), flat(other.model_dump())
+    return [
+        Difference(key, scalar_text(before.get(key)), scalar_text(after.get(key)))
+        for key in [*before, *(key for key in after if key not in before)]
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in RESULT_FREE)
+    ]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted key."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: item for name, part in value.items() for key, item in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
