@@ -61,7 +61,7 @@ class HopProg:
         routine = dict(zip(self.symbols, rng.sample(labels, len(self.symbols)), strict=True))
         items, asked = [], []
         drill = rng.random() < config.drill_share
-        plain = drill and rng.random() < config.plain_drill_share
+        plain = drill and config.plain_drill_share > 0 and rng.random() < config.plain_drill_share
         for _ in range(config.drill_items if drill else rng.randint(config.min_items, config.max_items)):
             chain = [rng.choice(self.symbols)]
             for _ in range(0 if plain else rng.randint(config.min_hops, config.max_hops)):
