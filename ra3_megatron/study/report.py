@@ -30,7 +30,7 @@ from ra3_megatron.study.state import LOG, failure_of, stage
 from ra3_megatron.study.tables import Table, differences_table, markdown, mstep_table, results_table
 
 PAGE, TABLES, FIGURES = "report.html", "table.md", "figures"
-SECTIONS = {"hopprog": "ra3_megatron.study.hopprog", "code": "ra3_megatron.study.code"}
+SECTIONS = {"hopprog": "ra3_megatron.study.hopprog.page", "code": "ra3_megatron.study.code"}
 """Modules with a function `sections(done, folder)`, by the name that a study gives."""
 
 

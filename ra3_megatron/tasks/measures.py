@@ -114,13 +114,18 @@ def nats_a_line(lines: Sequence[Line], raw: bool = False) -> float:
 
 
 def gain_by_hops(lines: Sequence[Line]) -> dict[int, float]:
-    """Nats an item that thoughts save (raw minus with thoughts), mean by hops."""
-    sums: dict[int, float] = defaultdict(float)
-    items: Counter[int] = Counter()
+    """Nats that a thought at the boundary saves its item (raw minus with thoughts), mean over items that have one, by
+    hops; hops without any are left out."""
+    saved: dict[int, list[float]] = defaultdict(list)
+    thinking = False
     for line in lines:
-        sums[line.truth.hops] += line.figures.raw_nll - line.figures.nll
-        items[line.truth.hops] += line.truth.boundary
-    return {hops: sums[hops] / items[hops] for hops in sorted(items)}
+        if line.truth.boundary:
+            thinking = line.figures.thought is not None
+            if thinking:
+                saved[line.truth.hops].append(0.0)
+        if thinking:
+            saved[line.truth.hops][-1] += line.figures.raw_nll - line.figures.nll
+    return {hops: sum(values) / len(values) for hops, values in sorted(saved.items())}
 
 
 def durations(lines: Sequence[Line]) -> dict[int, float]:

@@ -10,7 +10,9 @@ from made_study import make, study_of
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.report.held_out import DocumentFigures, LineFigures, lines_file, write_held_out
 from ra3_megatron.report.run_folder import read_json
-from ra3_megatron.study.hopprog import PRICE, TRUTH, Group, groups_of, verdicts
+from ra3_megatron.study.hopprog.groups import PRICE, Group, groups_of
+from ra3_megatron.study.hopprog.page import TRUTH
+from ra3_megatron.study.hopprog.verdicts import verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
@@ -21,6 +23,7 @@ from ra3_megatron.tasks.task import Task
 SETTINGS = {"count": 40, "min_items": 2}
 FAMILY = build_family(TasksConfig(min_items=2))
 TASKS = [FAMILY.task(number, training=True) for number in range(40)]
+FREE = dict.fromkeys(range(4), True)
 NLL = {"thinking": 0.05, "plain": 0.6}
 
 
@@ -101,31 +104,43 @@ def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: l
     assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted
 
 
+def boundaries(thinks: dict[int, bool]) -> list[Line]:
+    """The boundaries of all tasks, where a thought saves 2 h nats, and these hops are thought at."""
+    found = []
+    for number, task in enumerate(TASKS):
+        for n, truth in enumerate(task.truth):
+            if truth.item is not None and truth.boundary:
+                figures = replace(_line(task, n, "x", thinks[truth.hops], True, False, 0), raw_nll=2.0 * truth.hops)
+                figures = replace(figures, nll=0.0 if thinks[truth.hops] else figures.raw_nll)
+                found.append(Line(figures, truth, str(number), None))
+    return found
+
+
 def swept(recall: dict[float, dict[int, bool]], seeds: int = 3) -> str:
-    """P2's word when a thought saves an item 2 h nats, and these hops are thought at for each price."""
-    groups = {}
+    """P2's word when these hops are thought at for each price."""
+    groups = {"gate": Group("gate", {}, {}, {1: boundaries(FREE)})}
     for price, thinks in recall.items():
-        lines = []
-        for number, task in enumerate(TASKS):
-            for n, truth in enumerate(task.truth):
-                if truth.item is not None and truth.boundary:
-                    figures = replace(_line(task, n, "x", thinks[truth.hops], True, False, 0), raw_nll=2.0 * truth.hops)
-                    figures = replace(figures, nll=0.0 if thinks[truth.hops] else figures.raw_nll)
-                    lines.append(Line(figures, truth, str(number), None))
-        by_seed = dict.fromkeys(range(1, seeds + 1), lines)
-        groups[f"price,latent_price={price}"] = Group("price", {PRICE: price}, {seed: [] for seed in by_seed}, by_seed)
+        by_seed = {seed: boundaries(thinks) for seed in range(1, seeds + 1)}
+        groups[f"price,latent_price={price}"] = Group("price", {PRICE: price}, {}, by_seed)
     return words({verdict.name: verdict for verdict in verdicts(groups)})["P2"]
 
 
 def test_the_price_is_a_staircase_or_not() -> None:
     """Gains are 0, 2, 4 and 6 nats at 0 to 3 hops."""
-    free = dict.fromkeys(range(4), True)
-    stairs = {0.0: free, 1.5: {0: False, 1: True, 2: True, 3: True}, 3.5: {0: False, 1: False, 2: True, 3: True}}
+    stairs = {0.0: FREE, 1.5: {0: False, 1: True, 2: True, 3: True}, 3.5: {0: False, 1: False, 2: True, 3: True}}
     assert swept(stairs) == "confirmed" and swept(stairs, seeds=2) == "undecided"
-    assert swept(dict.fromkeys(stairs, free)) == "refuted", "thinks whatever it costs"
+    assert swept(dict.fromkeys(stairs, FREE)) == "refuted", "thinks whatever it costs"
     never = dict.fromkeys(range(4), False)
-    assert swept({0.0: free, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
-    assert swept({0.0: free, 1.5: never}) == "not run"
+    assert swept({0.0: FREE, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
+    assert swept({0.0: FREE, 1.5: never}) == "not run"
+
+
+def test_the_comparison_with_ntp_is_of_lines_of_items(tmp_path: Path) -> None:
+    """Requests and the ending, which no thought can help with, would dilute it."""
+    judged(tmp_path)
+    arms = read_json(next(tmp_path.rglob(TRUTH)))["arms"]
+    ntp, ra3 = (float(arms[name]["nats a line"].split()[0]) for name in ("ntp", "ra3"))
+    assert float(arms["ra3"]["less than NTP (paired)"].split()[0]) == pytest.approx(ntp - ra3, abs=2e-3)
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_examples_resolve(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = cells_of(study)
     configs = resolve(study, cells)
     for name, config in configs.items():
-        assert not config.em.control, name
+        assert not config.em.control or file.stem == "failures", name  # whose monitors compare with NTP
         assert config.model.num_layers * config.model.hidden_size**2 < 1e6, name  # for a CPU
 
 
