@@ -135,6 +135,10 @@ class TextConfig(Section):
     max_latent_tokens: int = Field(default=12, ge=1)
     """A thought is at most this many sampled tokens; then its end is forced (and carries no gradient)."""
 
+    keep_latents: bool = True
+    """Earlier thoughts stay in the context. Off: the context of a line holds the thought in force and the expert's
+    lines before it without theirs (a transcript is then read as one sequence for each of its thoughts)."""
+
     @model_validator(mode="after")
     def _check(self) -> "TextConfig":
         if self.granularity == "token" and self.latent_format == "comment":

@@ -18,6 +18,8 @@ import torch
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.em import objective
+from ra3_megatron.em.contexts import Contexts, contexts_of
+from ra3_megatron.em.distinct import Distinct, distinct
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner, policy_batches
 from ra3_megatron.em.policy import LatentPolicy
@@ -48,6 +50,7 @@ class EStep:
     ) -> None:
         self.config = config.estep
         self.temperature = config.rollout.temperature
+        self.keep_latents = config.text.keep_latents
         self.policy = policy
         self.latents = policy.latents
         self.trainer = trainer
@@ -65,16 +68,20 @@ class EStep:
 
     def update(self, transcripts: list[Transcript]) -> tuple[dict[str, float], Rollouts]:
         """One update on these transcripts, which come in groups of G; metrics of it, and what they earned."""
-        rollouts = self.reward(transcripts)
-        plan = self.planner.plan(transcripts)
+        different = distinct(transcripts)
+        rollouts = self.reward(transcripts, different)
+        contexts = self._contexts(different.transcripts)
+        plan = self.planner.plan(contexts.sequences)
         batches = policy_batches(
-            transcripts,
-            rollouts.advantages,
+            different.transcripts,
+            different.summed(rollouts.advantages),
             plan,
             self.runtime,
             self.latents,
             self.config.entropy_coefficient,
             self.temperature,
+            contexts,
+            different.copies,
         )
         results = [self.trainer.step(batches, self.loss) for _ in range(self.config.updates_per_rollout)]
         first, result = results[0], results[-1]
@@ -88,15 +95,19 @@ class EStep:
             "largest_log_prob_difference": first.stats[Stat.LARGEST_DIFFERENCE],
             "truncated_fraction": result.mean(Stat.TRUNCATED, Stat.CHOICES) or 0.0,
             "clip_fraction": result.mean(Stat.CLIPPED, Stat.CHOICES) or 0.0,
-            "tokens": plan.tokens,
+            "tokens": plan.tokens,  # equal transcripts count once, as they cost
             "fill_rate": plan.fill_rate,
+            "distinct_transcripts": len(different.transcripts) / len(transcripts),
         }
         return metrics | self._describe(rollouts), rollouts
 
-    def reward(self, transcripts: list[Transcript]) -> Rollouts:
-        """Rewards and advantages of transcripts that come in groups of G."""
-        plan = self.planner.plan(transcripts)
-        scores = token_log_probs(self.scorer, transcripts, plan, self.runtime, self.latents)
+    def reward(self, transcripts: list[Transcript], different: Distinct | None = None) -> Rollouts:
+        """Rewards and advantages of transcripts that come in groups of G. different: `distinct(transcripts)`."""
+        different = different or distinct(transcripts)
+        contexts = self._contexts(different.transcripts)
+        plan = self.planner.plan(contexts.sequences)
+        found = token_log_probs(self.scorer, different.transcripts, plan, self.runtime, self.latents, contexts=contexts)
+        scores = [found[place] for place in different.which]
         without = self._without_thoughts(transcripts) if self.config.baseline == "no_thought" else None
         likelihoods, rewards, advantages = [], [], []
         for start in range(0, len(transcripts), self.config.group_size):
@@ -141,6 +152,10 @@ class EStep:
             torch.from_numpy(line_log_likelihoods(document, values, self.config.likelihood))
             for document, values in zip(documents, scores, strict=True)
         ]
+
+    def _contexts(self, transcripts: Sequence[Transcript]) -> Contexts:
+        """The sequences as which q and pi read these transcripts."""
+        return contexts_of(transcripts, self.keep_latents, self.latents, self.policy.tokenizer)
 
     def _describe(self, rollouts: Rollouts) -> dict[str, float]:
         offered = np.concatenate([t.offered for t in rollouts.transcripts])

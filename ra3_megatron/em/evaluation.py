@@ -24,6 +24,7 @@ import torch
 
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em import objective
+from ra3_megatron.em.contexts import contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner
 from ra3_megatron.em.policy import LatentPolicy
@@ -80,7 +81,9 @@ def evaluate(
     planner = Planner(config, config.estep, runtime)
 
     def score(items: Sequence[Transcript]) -> list[TokenScores]:
-        return token_scores(model, items, planner.plan(items), runtime, latents, everything=True)
+        contexts = contexts_of(items, config.text.keep_latents, latents, policy.tokenizer)
+        plan = planner.plan(contexts.sequences)
+        return token_scores(model, items, plan, runtime, latents, everything=True, contexts=contexts)
 
     raw, scored = score(documents), score(transcripts)
     settings = config.estep

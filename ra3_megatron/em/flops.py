@@ -1,7 +1,8 @@
 """How much arithmetic a phase takes: the measure by which arms are given equal compute.
 
 Matrix products alone: 2 FLOP a weight and token forward, 4 backward; attention scores are left out (a few percent at
-lengths of a hundred tokens). Sampling and scoring each count one forward pass over every token of a transcript.
+lengths of a hundred tokens). Sampling and scoring each count one forward pass over every token of a transcript; equal
+transcripts of an E-step count once (`em/distinct.py`).
 """
 
 from ra3_megatron.config.model import ModelConfig

@@ -17,6 +17,7 @@ from typing import Any
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.contexts import InForceOnly
 from ra3_megatron.em.controls import control_latents
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
@@ -101,7 +102,8 @@ class EM:
             check_fit(start, name, self.config, run.corpus.tokenizer)
 
         def steps(trainer: Trainer) -> PackedSteps:
-            return PackedSteps(MStep(self.config, settings, trainer, Ordered(store, order.of(1))))
+            documents = self._as_read(Ordered(store, order.of(1)))
+            return PackedSteps(MStep(self.config, settings, trainer, documents))
 
         return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(start is None), start, steps)
 
@@ -175,7 +177,8 @@ class EM:
             return final_of(run, phase)
 
         def steps(trainer: Trainer) -> PackedSteps:
-            return PackedSteps(MStep(self.config, settings, trainer, documents, settings.thought_weight))
+            read = self._as_read(documents)
+            return PackedSteps(MStep(self.config, settings, trainer, read, settings.thought_weight))
 
         return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(drawn=False), start, steps)
 
@@ -248,6 +251,13 @@ class EM:
     def _documents(self, iteration: int) -> Ordered:
         """The documents that iteration's M-step reads, in order, without latents."""
         return Ordered(self.train, self.order.of(iteration))
+
+    def _as_read(self, documents: Any) -> Any:
+        """The documents as the sequences that the model trains on."""
+        if self.config.text.keep_latents:
+            return documents
+        corpus = self.run_context.corpus
+        return InForceOnly(documents, corpus.format, corpus.tokenizer)
 
     def _say(self, text: str) -> None:
         self.run_context.progress.message(text)

@@ -8,6 +8,7 @@ sequences need.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import EStepConfig, PackedTraining
 from ra3_megatron.corpus.packing import pack
 from ra3_megatron.em.balance import DocumentCost, deal_out, round_up
+from ra3_megatron.em.contexts import Contexts, whole
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
@@ -183,20 +185,28 @@ def training_batches(
 
 
 def scoring_batches(
-    transcripts: Sequence[Transcript], plan: Plan, runtime: Runtime, latents: LatentFormat, everything: bool = False
+    transcripts: Sequence[Transcript],
+    plan: Plan,
+    runtime: Runtime,
+    latents: LatentFormat,
+    everything: bool = False,
+    contexts: Contexts | None = None,
 ) -> list[TokenBatch]:
     """log pi of the scored tokens (role EXPERT; with `everything`, of all tokens).
 
     A line's first visible token is renormalised over the tokens that start no thought, where it carries the decision.
+    contexts: the sequences as which the transcripts are read, which `plan` places; None: one each.
     """
+    contexts = contexts or whole(transcripts)
     masks, denominators = [], []
     for transcript in transcripts:
         mask = np.ones(transcript.num_tokens, dtype=bool) if everything else transcript.roles == Role.EXPERT
         masks.append(mask)
         denominators.append(scoring_denominators(transcript, latents))
+    masks, denominators = contexts.split(masks), contexts.split(denominators, ALL)
     batches = []
     for rows in plan.mine(runtime):
-        writer = RowWriter(plan, rows, transcripts)
+        writer = RowWriter(plan, rows, contexts.sequences)
         events = Events(mask=writer.spread(masks), denominator=writer.spread(denominators))
         batches.append(replace(writer.base(), choices=events))
     return batches
@@ -261,33 +271,56 @@ def policy_batches(
     latents: LatentFormat,
     entropy_coefficient: float,
     temperature: float,
+    contexts: Contexts | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[TokenBatch]:
-    """The policy-gradient stream: advantages[i] is A_t of transcript i, [lines]."""
+    """The policy-gradient stream: advantages[i] is A_t of transcript i, [lines].
+
+    contexts: as in `scoring_batches`. copies: how many equal transcripts each one stands for, whose advantages are
+    added up already; None: 1 each.
+    """
+    contexts = contexts or whole(transcripts)
+    copies = copies or [1] * len(transcripts)
     chosen = [choices_of(t, latents) for t in transcripts]
     weights = [
         np.where(c.mask, a[np.maximum(t.lines, 0)], 0).astype(np.float32)
         for t, c, a in zip(transcripts, chosen, advantages, strict=True)
     ]
     behaviour = [t.log_probs for t in transcripts if t.log_probs is not None]
-    bonus = [c.mask.astype(np.float32) * np.float32(entropy_coefficient) for c in chosen]
+    number = [c.mask.astype(np.float32) * np.float32(n) for c, n in zip(chosen, copies, strict=True)]
+    bonus = [n * np.float32(entropy_coefficient) for n in number]
+    streams: dict[str, Sequence[npt.NDArray[Any]]] = {
+        "mask": contexts.split([c.mask for c in chosen]),
+        "numerator": contexts.split([c.numerator for c in chosen], TARGET),
+        "denominator": contexts.split([c.denominator for c in chosen], ALL),
+        "merged": contexts.split([c.merged for c in chosen], TARGET),
+        "decision": contexts.split([c.decision for c in chosen]),
+        "advantage": contexts.split(weights),
+        "entropy_weight": contexts.split(bonus),
+        "copies": contexts.split(number),
+    }
+    fills = {"numerator": TARGET, "denominator": ALL, "merged": TARGET}
+    sampled = contexts.split(behaviour) if len(behaviour) == len(transcripts) else None
     batches = []
     for rows in plan.mine(runtime):
-        writer = RowWriter(plan, rows, transcripts)
+        writer = RowWriter(plan, rows, contexts.sequences)
+        spread = {name: writer.spread(values, fills.get(name, 0)) for name, values in streams.items()}
         events = Events(
-            mask=writer.spread([c.mask for c in chosen]),
-            numerator=writer.spread([c.numerator for c in chosen], TARGET),
-            denominator=writer.spread([c.denominator for c in chosen], ALL),
-            merged=writer.spread([c.merged for c in chosen], TARGET),
+            mask=spread["mask"],
+            numerator=spread["numerator"],
+            denominator=spread["denominator"],
+            merged=spread["merged"],
             temperature=temperature,
         )
         batches.append(
             replace(
                 writer.base(),
                 choices=events,
-                advantage=writer.spread(weights),
-                entropy_weight=writer.spread(bonus),
-                behaviour=writer.spread(behaviour) if len(behaviour) == len(transcripts) else None,
-                decision=writer.spread([c.decision for c in chosen]),
+                advantage=spread["advantage"],
+                entropy_weight=spread["entropy_weight"],
+                copies=spread["copies"],
+                behaviour=None if sampled is None else writer.spread(sampled),
+                decision=spread["decision"],
             )
         )
     return batches

@@ -105,7 +105,8 @@ def latent_policy(
     """
     sampling: Sampling
     if engines is None:
-        sampling = LiveSampling(model, runtime, latents, tokenizer, config.rollout, config.model.context_length)
+        longest, keep = config.model.context_length, config.text.keep_latents
+        sampling = LiveSampling(model, runtime, latents, tokenizer, config.rollout, longest, keep)
     else:
         sampling = engines.sampling(model)
     policy = LatentPolicy(sampling, runtime, config, latents, tokenizer)

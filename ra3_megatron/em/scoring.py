@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from ra3_megatron.em import objective
+from ra3_megatron.em.contexts import Contexts, whole
 from ra3_megatron.em.packing import Plan, RowWriter, scoring_batches
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward
@@ -38,17 +39,25 @@ def token_scores(
     runtime: Runtime,
     latents: LatentFormat,
     everything: bool = False,
+    contexts: Contexts | None = None,
 ) -> list[TokenScores]:
-    """Scores of each scored token (everything: of all tokens) of each transcript; the same on every process."""
-    batches = scoring_batches(transcripts, plan, runtime, latents, everything)
+    """Scores of each scored token (everything: of all tokens) of each transcript; the same on every process.
+
+    contexts: the sequences as which the transcripts are read, which `plan` places; None: one each.
+    """
+    contexts = contexts or whole(transcripts)
+    batches = scoring_batches(transcripts, plan, runtime, latents, everything, contexts)
     found: dict[int, TokenScores] = {}
     for rows, out in zip(plan.mine(runtime), forward(model, batches, runtime), strict=True):
-        writer = RowWriter(plan, rows, transcripts)
+        writer = RowWriter(plan, rows, contexts.sequences)
         log_probs, margins = writer.collect(out[1]), writer.collect(out[3])
         found |= {i: TokenScores(log_probs[i], margins[i]) for i in log_probs}
     for part in runtime.gather_data(found):
         found |= part
-    return [found[i] for i in range(len(transcripts))]
+    scores = [found[i] for i in range(len(contexts.sequences))]
+    log_probs_of = contexts.join([s.log_probs for s in scores])
+    margins_of = contexts.join([s.margins for s in scores])
+    return [TokenScores(*of) for of in zip(log_probs_of, margins_of, strict=True)]
 
 
 def token_log_probs(
@@ -58,9 +67,11 @@ def token_log_probs(
     runtime: Runtime,
     latents: LatentFormat,
     everything: bool = False,
+    contexts: Contexts | None = None,
 ) -> list[npt.NDArray[np.float32]]:
     """log pi of each scored token of each transcript, [tokens], 0 elsewhere; the same on every process."""
-    return [scores.log_probs for scores in token_scores(model, transcripts, plan, runtime, latents, everything)]
+    scores = token_scores(model, transcripts, plan, runtime, latents, everything, contexts)
+    return [s.log_probs for s in scores]
 
 
 def line_log_likelihoods(

@@ -57,6 +57,9 @@ class TokenBatch:
     """Log-probability of each choice when it was made, fp32 [b, s] (ratios; None: on-policy)."""
     decision: Tensor | None = None
     """Choices that are decisions (one a line), bool [b, s]; their global number normalises the stream."""
+    copies: Tensor | None = None
+    """How many equal choices each one stands for, fp32 [b, s] (advantages and entropy weights are their sums); None: 1
+    each."""
     is_thought: Tensor | None = None
     """Targets that are not the expert's document, bool [b, s] (metrics are split by it)."""
     whole_segments: Tensor | None = None

@@ -63,8 +63,15 @@ MAXIMA = [Stat.LARGEST_DIFFERENCE]
 def local_counts(batches: list[TokenBatch]) -> Tensor:
     """This process's part of the normalisers, fp64 [2]."""
     ce = sum(float(b.ce_weight.double().sum()) for b in batches if b.ce_weight is not None)
-    decisions = sum(float(b.decision.sum()) for b in batches if b.decision is not None)
+    decisions = sum(float((b.decision * copies_of(b)).double().sum()) for b in batches if b.decision is not None)
     return torch.tensor([ce, decisions], dtype=torch.float64)
+
+
+def copies_of(batch: TokenBatch) -> Tensor:
+    """How many equal choices each one stands for, fp32 [b, s]."""
+    if batch.copies is not None:
+        return batch.copies
+    return torch.ones(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
 
 
 def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLoss) -> tuple[Tensor, Tensor]:
@@ -83,27 +90,27 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         stats[Stat.CODE_NLL], stats[Stat.CODE_TOKENS] = -log_prob.detach()[code].sum(), code.sum()
         stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -log_prob.detach()[thought].sum(), thought.sum()
     if batch.choices is not None and batch.advantage is not None and batch.decision is not None:
-        mask = batch.choices.mask
+        mask, copies = batch.choices.mask, copies_of(batch)
         ratio = torch.ones_like(choice_log_prob)
         if batch.behaviour is not None:
             difference = torch.where(mask, choice_log_prob - batch.behaviour, 0.0)
             ratio = difference.exp()
-            stats[Stat.MISMATCH] = (ratio.detach() - 1).abs()[mask].sum()
+            stats[Stat.MISMATCH] = ((ratio.detach() - 1).abs() * copies)[mask].sum()
             sizes = difference.detach().abs()
-            stats[Stat.LOG_DIFFERENCE], stats[Stat.LARGEST_DIFFERENCE] = sizes.sum(), sizes.max()
+            stats[Stat.LOG_DIFFERENCE], stats[Stat.LARGEST_DIFFERENCE] = (sizes * copies).sum(), sizes.max()
         if policy.clip_ratio is None:
             objective = batch.advantage * choice_log_prob
         else:
             clipped = ratio.clamp(1 - policy.clip_ratio, 1 + policy.clip_ratio)
             objective = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
-            stats[Stat.CLIPPED] = (clipped != ratio)[mask].sum()
+            stats[Stat.CLIPPED] = copies[mask & (clipped != ratio)].sum()
         if policy.importance_cap is not None:
             objective = objective * ratio.detach().clamp(max=policy.importance_cap)
-            stats[Stat.TRUNCATED] = (ratio.detach() > policy.importance_cap)[mask].sum()
+            stats[Stat.TRUNCATED] = copies[mask & (ratio.detach() > policy.importance_cap)].sum()
         bonus = 0.0 if batch.entropy_weight is None else batch.entropy_weight * entropy
         loss = loss - torch.where(mask, objective + bonus, 0.0).sum() / max(counts.decisions, 1e-30)
-        stats[Stat.CHOICES], stats[Stat.DECISIONS] = mask.sum(), batch.decision.sum()
-        stats[Stat.CHOICE_ENTROPY] = entropy.detach()[mask].sum()
-        stats[Stat.DECISION_ENTROPY] = entropy.detach()[batch.decision & mask].sum()
+        stats[Stat.CHOICES], stats[Stat.DECISIONS] = copies[mask].sum(), copies[batch.decision].sum()
+        stats[Stat.CHOICE_ENTROPY] = (entropy.detach() * copies)[mask].sum()
+        stats[Stat.DECISION_ENTROPY] = (entropy.detach() * copies)[batch.decision & mask].sum()
     stats[Stat.LOSS] = loss.detach()
     return loss, stats

@@ -13,7 +13,9 @@ Names that the report draws (any other name is stored all the same):
                largest_log_prob_difference, refit_seconds
     monitors   a line with the strings `monitor`, `message` and `advice` says that a sign of failure was seen
 Also stored of every training step: tokens, and fill_rate, the share of the positions of its micro-batches that hold one
-(the only value, times aside, that depends on the layout and on the size of micro-batches).
+(the only value, times aside, that depends on the layout and on the size of micro-batches). Of E-steps:
+distinct_transcripts, the share of the transcripts that differ (equal ones are scored and trained on once; tokens counts
+them once).
 """
 
 import json

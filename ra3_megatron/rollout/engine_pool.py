@@ -105,7 +105,15 @@ class EnginePool:
         if self.engines:
             engine: RolloutEngine = self.engines[0] if len(self.engines) == 1 else Router(self.engines)
             length, size = self.config.model.context_length, settings.batch_size
-            sampler = LatentSampler(engine, self.latents, self.tokenizer, length, size, settings.sampler)
+            sampler = LatentSampler(
+                engine,
+                self.latents,
+                self.tokenizer,
+                length,
+                size,
+                settings.sampler,
+                keep_latents=self.config.text.keep_latents,
+            )
         colocated = settings.placement == "colocated"
         shares = (self.runtime.replica_rank, self.runtime.replica_size) if colocated else (0, 1)
         updates = [engine.update for engine in self.engines]

@@ -43,6 +43,9 @@ class _Row:
     job: Job
     draws: Uniforms
     context: list[int]
+    """What stands before the next line, latents included."""
+    plain: list[int]
+    """The same without any latent."""
     total: int
     """Tokens of the finished transcript if no further thought is taken."""
     line: int = 0
@@ -68,7 +71,9 @@ class LatentSampler:
         batch_size: int,
         method: Literal["jump_ahead", "naive"] = "jump_ahead",
         naive_cache: bool = True,
+        keep_latents: bool = True,
     ) -> None:
+        """keep_latents: whether earlier thoughts stay in the context (`text.keep_latents`)."""
         self.engine = engine
         self.latents = latents
         self.tokenizer = tokenizer
@@ -76,6 +81,7 @@ class LatentSampler:
         self.batch_size = batch_size
         self.method = method
         self.naive_cache = naive_cache
+        self.keep_latents = keep_latents
 
     def sample(self, jobs: Sequence[Job]) -> list[Transcript]:
         """One transcript of each job, in order. Documents of like length are sampled together."""
@@ -114,17 +120,18 @@ class LatentSampler:
         if job.decisions is not None:
             draws[:, 0] = np.where(job.decisions, 0.0, 1.0)
         context = [self.tokenizer.bos, *job.document.prompt]
-        return _Row(number, job, draws, context, _length(job.document, self.latents))
+        return _Row(number, job, draws, context, list(context), _length(job.document, self.latents))
 
     def _request(self, row: _Row, window: int) -> LatentRequest:
-        ahead = row.job.document.lines[row.line : row.line + window]
+        observed = row.job.document.observed
+        stop = row.line + window
+        if not self.keep_latents:  # a thought that stands there already changes the context: a request begins with it
+            stop = min([stop, *(line for line in observed if line > row.line)])
+        ahead = row.job.document.lines[row.line : stop]
         return LatentRequest(
             key=row.number,
-            context=row.context,
-            lines=[
-                self._plan(row, line, row.job.document.observed.get(row.line + offset))
-                for offset, line in enumerate(ahead)
-            ],
+            context=row.context if self.keep_latents or row.line not in observed else row.plain,
+            lines=[self._plan(row, line, observed.get(row.line + offset)) for offset, line in enumerate(ahead)],
             uniforms=row.draws[row.line : row.line + len(ahead)],
             last=row.line + len(ahead) == len(row.job.document.lines),
         )
@@ -145,7 +152,10 @@ class LatentSampler:
     def _apply(self, row: _Row, request: LatentRequest, completion: LatentCompletion) -> None:
         decided = completion.decision_log_probs
         for planned, log_prob in zip(request.lines, decided, strict=False):
+            if not self.keep_latents and row.line in row.job.document.observed:
+                row.context = list(row.plain)
             row.context += [*planned.before, *planned.act]
+            row.plain += self._without_latent(row.job.document.lines[row.line])
             row.offered.append(planned.offered)
             if planned.offered:
                 row.decision_log_probs[row.line] = log_prob
@@ -155,12 +165,19 @@ class LatentSampler:
         line = row.job.document.lines[row.line]
         thought = completion.thought
         latent = self._latent(thought, line)
+        if not self.keep_latents:
+            row.context = list(row.plain)
+        row.plain += self._without_latent(line)
         row.context += [*self.latents.before_decision(line)[0], *latent, *self.latents.action(line)[0]]
         row.total += len(latent) - len(self.latents.act(line)[0])
         row.offered.append(True)
         row.thoughts[row.line] = thought
         row.thought_log_probs[row.line] = completion.thought_log_probs
         row.line += 1
+
+    def _without_latent(self, line: Line) -> tuple[int, ...]:
+        """The line as it stands in a document without thoughts."""
+        return (*self.latents.before_decision(line)[0], *self.latents.act(line)[0], *self.latents.action(line)[0])
 
     def _latent(self, thought: Sequence[int], line: Line) -> tuple[int, ...]:
         """A thought with all that the format writes between the decision and the action."""

@@ -58,10 +58,19 @@ class LiveSampling:
         tokenizer: Tokenizer,
         config: RolloutConfig,
         max_tokens: int,
+        keep_latents: bool = True,
     ) -> None:
         self.runtime = runtime
         self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.temperature)
-        self._sampler = LatentSampler(self.engine, latents, tokenizer, max_tokens, config.batch_size, config.sampler)
+        self._sampler = LatentSampler(
+            self.engine,
+            latents,
+            tokenizer,
+            max_tokens,
+            config.batch_size,
+            config.sampler,
+            keep_latents=keep_latents,
+        )
 
     @property
     def weight_version(self) -> int:

@@ -12,6 +12,7 @@ from toy import FORMATS, LARGE, SMALL, Toy, choice_positions
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import EStepConfig, OptimizerConfig
 from ra3_megatron.em import estep
+from ra3_megatron.em.distinct import distinct
 from ra3_megatron.em.estep import EStep, Rollouts
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.packing import plan_rows, policy_batches
@@ -248,6 +249,6 @@ def test_metrics_of_a_step(runtime: Runtime) -> None:
     assert [t.document for t in rollouts.transcripts] == ["toy"] * 8
     assert metrics["think_rate"] == pytest.approx(think.mean())
     assert metrics["reward"] == pytest.approx(metrics["log_likelihood"] - 0.1 * think.mean(), abs=1e-5)
-    assert metrics["tokens"] == sum(t.num_tokens for t in rollouts.transcripts)
+    assert metrics["tokens"] == sum(t.num_tokens for t in distinct(rollouts.transcripts).transcripts)
     assert metrics["log_prob_mismatch"] < 1e-5
     assert metrics["advantage_std"] == pytest.approx(np.concatenate(rollouts.advantages).std(), abs=1e-6)

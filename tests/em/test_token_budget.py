@@ -18,6 +18,7 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import EStepConfig, MStepConfig, OptimizerConfig
 from ra3_megatron.em.balance import DocumentCost, deal_out, round_up
+from ra3_megatron.em.distinct import distinct
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
@@ -172,7 +173,8 @@ def test_estep_with_any_budget(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Non
         plan = seen.plans[-1]
         assert len(seen.plans) == 2 and seen.plans[0] == plan, "rewards and update go by the same plan"
         shapes.append((len(plan.rows), plan.length, plan.micro_batch_size))
-        fill_rates.append(sum(t.num_tokens for t in rollouts.transcripts) / (len(plan.rows) * plan.length))
+        placed = distinct(rollouts.transcripts).transcripts
+        fill_rates.append(sum(t.num_tokens for t in placed) / (len(plan.rows) * plan.length))
         results.append((metrics, gradients(model)))
     check_shapes(shapes)
     same_step(results, fill_rates)

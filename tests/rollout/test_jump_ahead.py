@@ -58,15 +58,16 @@ def assert_same(one: list[Transcript], other: list[Transcript]) -> None:
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=2e-5)
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["all latents", "latent in force"])
 @pytest.mark.parametrize("lean", LEANS.values(), ids=LEANS.keys())
-def test_jump_ahead_is_naive(toy: Toy, make: Maker, lean: float) -> None:
+def test_jump_ahead_is_naive(toy: Toy, make: Maker, lean: float, keep: bool) -> None:
     """Every engine draws the transcripts that the first one draws line by line without a cache."""
     model, jobs = toy.model(seed=2, lean=lean), jobs_of(toy)
-    expected = sample(toy, model, jobs, method="naive", naive_cache=False)
+    expected = sample(toy, model, jobs, method="naive", naive_cache=False, keep_latents=keep)
     think = np.concatenate([t.think for t in expected])
     assert {-30.0: think.mean() == 0, 30.0: think.mean() > 0.4}.get(lean, 0.02 < think.mean() < 0.95)
-    assert_same(sample(toy, model, jobs, make, method="naive"), expected)
-    assert_same(sample(toy, model, jobs, make), expected)
+    assert_same(sample(toy, model, jobs, make, method="naive", keep_latents=keep), expected)
+    assert_same(sample(toy, model, jobs, make, keep_latents=keep), expected)
 
 
 @pytest.mark.parametrize("look_ahead", [0.1, 1.0, 5.0, 1000.0])

@@ -105,6 +105,11 @@ OTHER = {
         "evaluation.samples=2",
         "mstep.thought_weight=0.5",
     ),
+    "comment format, observed thoughts, the latent in force alone": (
+        "corpus.human_comments=as_thoughts",
+        "text.keep_latents=false",
+        "estep.baseline=no_thought",
+    ),
     "statements, one sampler request a line": ("text.granularity=statement", "rollout.sampler=naive"),
 }
 
@@ -122,6 +127,9 @@ def test_other_settings(name: str, ra3: Ra3, config: Path, tmp_path: Path) -> No
         assert infused["think_rate"] > 0
     for arm in ("base", "ntp", "ra3"):
         assert 0 < summary[arm]["code_ce"] < 7
+    if "text.keep_latents=false" in OTHER[name]:
+        step = next(row for row in metrics(run) if row["phase"] == "estep")
+        assert step["largest_log_prob_difference"] < 1e-4, "the trainer reads what the sampler read"
     if "estep.updates_per_rollout=2" in OTHER[name]:
         step = next(row for row in metrics(run) if row["phase"] == "estep")
         assert step["learning_rate"] == pytest.approx(0.003 * 3 / 5), "the last of four updates learns"

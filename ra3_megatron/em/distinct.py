@@ -1,0 +1,51 @@
+"""Equal transcripts are scored and trained on once: the G transcripts of a document are often the same.
+
+The gradient is that of all of them, because a transcript's term is linear in its advantage and equal transcripts have
+the same log-probabilities: the copies' advantages are added up, and counts say how many copies a transcript stands
+for. The more certain q becomes, the less an update costs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ra3_megatron.text.transcript import Transcript
+
+Lines = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The different ones among transcripts, in the order in which they first occur."""
+
+    transcripts: list[Transcript]
+    which: list[int]
+    """For each of all transcripts, the place in `transcripts` of the one that is equal to it."""
+
+    @property
+    def copies(self) -> list[int]:
+        """How many of all transcripts each one stands for."""
+        return np.bincount(self.which, minlength=len(self.transcripts)).tolist()
+
+    def summed(self, values: Sequence[Lines]) -> list[Lines]:
+        """Values of all transcripts, [lines] each, added up over equal ones."""
+        total = [np.zeros(t.num_lines, dtype=np.float32) for t in self.transcripts]
+        for place, value in zip(self.which, values, strict=True):
+            total[place] += value
+        return total
+
+
+def distinct(transcripts: Sequence[Transcript]) -> Distinct:
+    """Equal: the same tokens in the same roles, and the same choices."""
+    places: dict[tuple[bytes, bytes, bytes], int] = {}
+    found: list[Transcript] = []
+    which = []
+    for transcript in transcripts:
+        key = (transcript.ids.tobytes(), transcript.roles.tobytes(), transcript.offered.tobytes())
+        if key not in places:
+            places[key] = len(found)
+            found.append(transcript)
+        which.append(places[key])
+    return Distinct(found, which)
