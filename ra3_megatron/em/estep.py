@@ -18,8 +18,8 @@ import torch
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.em import objective
-from ra3_megatron.em.contexts import Contexts, contexts_of
 from ra3_megatron.em.distinct import Distinct, distinct
+from ra3_megatron.em.latent_context import Contexts, contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner, policy_batches
 from ra3_megatron.em.policy import LatentPolicy

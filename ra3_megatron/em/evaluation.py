@@ -24,7 +24,7 @@ import torch
 
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em import objective
-from ra3_megatron.em.contexts import contexts_of
+from ra3_megatron.em.latent_context import contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.packing import Planner
 from ra3_megatron.em.policy import LatentPolicy

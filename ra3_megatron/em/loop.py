@@ -17,12 +17,12 @@ from typing import Any
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
-from ra3_megatron.em.contexts import InForceOnly
 from ra3_megatron.em.controls import control_latents
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
 from ra3_megatron.em.identity import check_fit
 from ra3_megatron.em.infuse import InfusedCorpus, infuse
+from ra3_megatron.em.latent_context import InForceOnly
 from ra3_megatron.em.monitors import check_mstep, check_pruning
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.order import DocumentOrder, Ordered, Stream, order_seed

@@ -19,7 +19,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import EStepConfig, PackedTraining
 from ra3_megatron.corpus.packing import pack
 from ra3_megatron.em.balance import DocumentCost, deal_out, round_up
-from ra3_megatron.em.contexts import Contexts, whole
+from ra3_megatron.em.latent_context import Contexts, whole
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET

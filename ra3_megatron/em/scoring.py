@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from ra3_megatron.em import objective
-from ra3_megatron.em.contexts import Contexts, whole
+from ra3_megatron.em.latent_context import Contexts, whole
 from ra3_megatron.em.packing import Plan, RowWriter, scoring_batches
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy import FORMATS, LARGE, Documents, Toy
 
-from ra3_megatron.em.contexts import Contexts, InForceOnly, contexts_of
+from ra3_megatron.em.latent_context import Contexts, InForceOnly, contexts_of
 from ra3_megatron.em.packing import plan_rows, policy_batches, training_batches
 from ra3_megatron.em.scoring import token_log_probs
 from ra3_megatron.mcore.startup import Runtime
