@@ -25,9 +25,10 @@ class Group:
     documents: Mapping[int, list[DocumentFigures]]
     lines: Mapping[int, list[Line]]
 
-    def over_seeds(self, value: Callable[[list[Line]], float]) -> Estimate | None:
-        """A figure of the lines, over seeds."""
-        return estimate([value(lines) for lines in self.lines.values()])
+    def over_seeds(self, value: Callable[[list[Line]], float | None]) -> Estimate | None:
+        """A figure of the lines, over seeds; None where a seed has none."""
+        values = [value(lines) for lines in self.lines.values()]
+        return estimate([v for v in values if v is not None]) if None not in values else None
 
 
 def groups_of(done: Sequence[Finished]) -> dict[str, Group]:
@@ -81,7 +82,7 @@ def item_accuracy(lines: list[Line]) -> float:
     return sum(by_hops[hops] * counts[hops] for hops in by_hops) / max(1, sum(counts.values()))
 
 
-def thoughts_right(lines: list[Line]) -> float:
-    """Share of the thoughts at boundaries that are right (0 without any)."""
+def thoughts_right(lines: list[Line]) -> float | None:
+    """Share of the thoughts at boundaries that are right; None without any."""
     said = [line.right_thought for line in lines if line.truth.boundary and line.right_thought is not None]
-    return sum(said) / len(said) if said else 0.0
+    return sum(said) / len(said) if said else None

@@ -40,7 +40,7 @@ def sections(done: Sequence[Finished], folder: Path) -> list[ReportSection]:
 def _row(group: Group, ntp: Group | None) -> dict[str, str]:
     """What the page shows of one arm."""
 
-    def shown(value: Callable[[list[Line]], float], form: str = "{:.3f}") -> str:
+    def shown(value: Callable[[list[Line]], float | None], form: str = "{:.3f}") -> str:
         found = group.over_seeds(value)
         return "-" if found is None else found.text(form)
 
