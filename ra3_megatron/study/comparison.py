@@ -41,6 +41,11 @@ def reference_of(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, str]:
     return found
 
 
+def first_reference(study: StudyConfig, cells: Sequence[Cell]) -> str | None:
+    """The group that others are compared with (the first one, if there are several); None without any."""
+    return next(iter(reference_of(study, cells).values()), None)
+
+
 @dataclass(frozen=True)
 class Difference:
     """One group against its reference."""

@@ -20,7 +20,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.numbers import duration
 from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_text
-from ra3_megatron.study.comparison import differences, mstep_checks
+from ra3_megatron.study.comparison import differences, first_reference, mstep_checks
 from ra3_megatron.study.figures import Picture, draw_figures
 from ra3_megatron.study.plan import CELLS, Cell, cells_of
 from ra3_megatron.study.results import Finished, arms_only, finished, write_results
@@ -66,7 +66,7 @@ def build_study_report(folder: Path, sections: Sequence[ReportSection] = ()) -> 
     if study.sections is not None and done:
         sections = [*importlib.import_module(SECTIONS[study.sections]).sections(done, folder), *sections]
     tables = [
-        results_table(arms),
+        results_table(arms, start_of=first_reference(study, cells)),
         differences_table(differences(study, cells, arms)),
         mstep_table(mstep_checks(arms)),
     ]

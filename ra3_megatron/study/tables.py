@@ -7,7 +7,7 @@ from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
 from ra3_megatron.study.comparison import Difference, MStepCheck, mean_of
 from ra3_megatron.study.intervals import LINE_MEASURES, Interval
 from ra3_megatron.study.measures import MEASURES
-from ra3_megatron.study.results import Finished, by_group, with_shared_seeds
+from ra3_megatron.study.results import Finished, Row, by_group, with_shared_seeds
 
 COLUMNS = {
     "code_ce": "code CE",
@@ -46,21 +46,33 @@ def figure(value: float | None, form: str) -> str:
     return _FORMS[form](value) if form in _FORMS else number(value, 4)
 
 
-def results_table(done: Sequence[Finished], columns: Sequence[str] = tuple(COLUMNS)) -> Table:
-    """Figures of each arm and grid point after its last EM iteration: means over seeds."""
+def results_table(
+    done: Sequence[Finished], columns: Sequence[str] = tuple(COLUMNS), start_of: str | None = None
+) -> Table:
+    """Figures of each arm and grid point after its last EM iteration: means over seeds.
+
+    start_of: group whose model before the first iteration heads the table.
+    """
     rows = []
-    for group, members in by_group(with_shared_seeds(done)).items():
-        values = [mean_of([member.last.figures[name] for member in members]) for name in columns]
-        cells = [figure(value, MEASURES[name].form) for name, value in zip(columns, values, strict=True)]
-        rows.append([group, str(len(members)), *cells])
+
+    def add(name: str, found: Sequence[Row]) -> None:
+        values = [mean_of([row.figures[column] for row in found]) for column in columns]
+        cells = [figure(value, MEASURES[column].form) for column, value in zip(columns, values, strict=True)]
+        rows.append([name, str(len(found)), *cells])
+
+    groups = by_group(with_shared_seeds(done))
+    if start_of in groups:
+        add(f"start of {start_of}", [member.rows[0] for member in groups[start_of]])
+    for group, members in groups.items():
+        add(group, [member.last for member in members])
     header = ["arm", "seeds", *(COLUMNS[name] for name in columns)]
     kept = [n for n, _ in enumerate(header) if n < 2 or any(row[n] != ABSENT for row in rows)]
     return Table(
         "Held-out figures",
         [header[n] for n in kept],
         [[row[n] for n in kept] for row in rows],
-        "Means over the seeds that every arm has, after the last EM iteration. Cross-entropies (CE) in nats per code "
-        "token, given the thoughts in the context, and without any; accuracy: code tokens that greedy decoding would "
+        "Means over the seeds that every arm has, after the last EM iteration (start: before the first). "
+        "Cross-entropies (CE) in nats per code token, given the thoughts in the context, and without any; accuracy: code tokens that greedy decoding would "
         "write; ELBO in nats per line; length in tokens; time with E-steps and infusion, of cells that may have shared "
         "the machine. Tokens, time and FLOPs are those behind the base or warm start.",
     )

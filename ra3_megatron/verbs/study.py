@@ -17,7 +17,7 @@ from ra3_megatron.report.numbers import clock, number, percent
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_text
 from ra3_megatron.study import slurm
-from ra3_megatron.study.comparison import reference_of
+from ra3_megatron.study.comparison import first_reference, reference_of
 from ra3_megatron.study.flops import with_equal_flops
 from ra3_megatron.study.plan import CELLS, Cell, cells_of, resolve
 from ra3_megatron.study.process import LOCK, lock
@@ -204,7 +204,8 @@ def _line(study: StudyConfig, cell: Cell, outcome: Outcome) -> str:
 
 def print_results(study: StudyConfig, console: Console) -> None:
     """The table of results of the cells that are done."""
-    rows = results_table(arms_only(finished(study.path, cells_of(study))), SHORT)
+    cells = cells_of(study)
+    rows = results_table(arms_only(finished(study.path, cells)), SHORT, first_reference(study, cells))
     if not rows.rows:
         return
     table = RichTable(title=study.name, title_justify="left", title_style="bold", box=None, pad_edge=False)
