@@ -72,9 +72,10 @@ def results_table(
         [header[n] for n in kept],
         [[row[n] for n in kept] for row in rows],
         "Means over the seeds that every arm has, after the last EM iteration (start: before the first). "
-        "Cross-entropies (CE) in nats per code token, given the thoughts in the context, and without any; accuracy: code tokens that greedy decoding would "
-        "write; ELBO in nats per line; length in tokens; time with E-steps and infusion, of cells that may have shared "
-        "the machine. Tokens, time and FLOPs are those behind the base or warm start.",
+        "Cross-entropies (CE) in nats per code token, given the thoughts in the context, and without any; accuracy: "
+        "code tokens that greedy decoding would write; ELBO in nats per line; length in tokens; time with E-steps "
+        "and infusion, of cells that may have shared the machine. Tokens, time and FLOPs are those "
+        "behind the base or warm start.",
     )
 
 
