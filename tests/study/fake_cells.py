@@ -8,6 +8,7 @@ As a program: runs the study whose arms are given, for tests that kill the runne
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ def run_cells(study: StudyConfig, folder: Path, jobs: int = 1, cores: int = 4) -
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     place, jobs, *arms = sys.argv[1:]
     try:
         run_cells(study_of(Path(place), arms=dict.fromkeys(arms)), Path(place), int(jobs))
