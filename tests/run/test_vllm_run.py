@@ -44,10 +44,14 @@ def infused(run: Path) -> dict[str, bytes]:
 
 
 def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
-    """The same lines, numbers as close as two ways to compute the same probabilities are."""
+    """The same lines, numbers as close as two ways to compute the same probabilities are.
+
+    The fill rate is about the packing alone, and two replicas have a row each where one replica fills one.
+    """
+    skipped = {"log_prob_mismatch", "log_prob_difference", "fill_rate"}
     assert [line["phase"] for line in one] == [line["phase"] for line in other]
     for left, right in zip(one, other, strict=True):
-        for name in left.keys() & right.keys() - {"log_prob_mismatch", "log_prob_difference"}:
+        for name in left.keys() & right.keys() - skipped:
             if name == "largest_log_prob_difference":
                 assert right[name] < 1e-4
             elif isinstance(left[name], str):
