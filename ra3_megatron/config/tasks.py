@@ -87,8 +87,11 @@ class TasksConfig(Section):
     A small model learns look-ups from many of them in one sequence (`hopprog`)."""
 
     plain_drill_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of drills whose items have 0 hops and no thoughts: from these it learns to do without where one look-up is
-    enough."""
+    """Share of drills whose items have `plain_drill_hops` hops at most and no thoughts: from these it learns to do
+    without where its layers are enough."""
+
+    plain_drill_hops: int = Field(default=0, ge=0)
+    """Hops of an item of such a drill at most; 0: one look-up."""
 
     drill_items: int = Field(default=8, ge=1)
     """Items of a drill."""
@@ -111,6 +114,10 @@ class TasksConfig(Section):
             )
         if self.drill_share and self.family != "hopprog":
             problems.append(f"corpus.tasks.drill_share={self.drill_share} goes with corpus.tasks.family=hopprog")
+        if self.plain_drill_hops > self.max_hops:
+            problems.append(
+                f"corpus.tasks.plain_drill_hops={self.plain_drill_hops} is above corpus.tasks.max_hops={self.max_hops}"
+            )
         problems += self._symbol_problems()
         problems += self._equation_problems() if self.family == "equations" else self._program_problems()
         if problems:

@@ -64,7 +64,7 @@ class HopProg:
         plain = drill and config.plain_drill_share > 0 and rng.random() < config.plain_drill_share
         for _ in range(config.drill_items if drill else rng.randint(config.min_items, config.max_items)):
             chain = [rng.choice(self.symbols)]
-            for _ in range(0 if plain else rng.randint(config.min_hops, config.max_hops)):
+            for _ in range(self._hops(rng, plain)):
                 chain.append(successor[chain[-1]])
             hops = len(chain) - 1
             told = routine[chain[-1]]
@@ -84,6 +84,10 @@ class HopProg:
     def example(self, rng: Random) -> str:
         """A list of digits."""
         return list_of_numbers(rng)
+
+    def _hops(self, rng: Random, plain: bool) -> int:
+        least, most = (0, self.config.plain_drill_hops) if plain else (self.config.min_hops, self.config.max_hops)
+        return rng.randint(least, most) if most > 0 or not plain else 0  # older corpora: no draw for plain drills
 
     def _junk(self, rng: Random) -> str:
         chain = [rng.choice(self.symbols) for _ in range(rng.randint(1, self.config.max_hops + 1))]

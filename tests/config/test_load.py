@@ -165,8 +165,9 @@ def test_impossible_combinations_of_sections_are_all_listed() -> None:
 
 def test_observed_thoughts_need_lines() -> None:
     settings = ["text.granularity=token", "text.latent_format=tokens"]
-    (line,) = problems(*settings, "corpus.human_comments=as_thoughts")
-    assert line.startswith("corpus.human_comments=as_thoughts does not go with text.granularity=token")
+    for key in ("corpus.human_comments", "corpus.warm_start_comments"):
+        (line,) = problems(*settings, f"{key}=as_thoughts")
+        assert line.startswith(f"{key}=as_thoughts does not go with text.granularity=token")
     assert load_config(None, [*settings, "corpus.human_comments=keep"]).text.granularity == "token"
 
 

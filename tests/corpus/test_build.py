@@ -124,6 +124,16 @@ def test_human_comments_as_thoughts(tmp_path: Path, latent_format: str) -> None:
         assert compose(document, document.observed, built.format, built.tokenizer) == mid
 
 
+def test_the_warm_start_reads_human_comments_as_thoughts(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"warm_start_comments": "as_thoughts", "text": {"latent_format": "tokens"}}
+    built = build_corpus(configuration(source(tmp_path / "code"), **settings), tmp_path / "corpus")
+    assert built.manifest.stores["warm/train"].observed_thoughts >= built.manifest.counts.documents / 2
+    assert built.manifest.stores["mid/train"].observed_thoughts == 0
+    for text, warm in zip(built.texts("train"), built.store("warm", "train"), strict=True):
+        assert code_text(warm, built.tokenizer) == strip_comment_lines(text.code)
+        assert to_document(warm, built.format, built.tokenizer).observed
+
+
 def test_comments_may_be_kept_with_the_tokens_format(tmp_path: Path) -> None:
     config = configuration(source(tmp_path / "code"), human_comments="keep", text={"latent_format": "tokens"})
     built = build_corpus(config, tmp_path / "corpus")

@@ -16,6 +16,7 @@ from ra3_megatron.study.hopprog.verdicts import verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
+from ra3_megatron.tasks import measures
 from ra3_megatron.tasks.families import build_family
 from ra3_megatron.tasks.measures import Line
 from ra3_megatron.tasks.task import Task
@@ -102,6 +103,23 @@ def test_what_right_looks_like(tmp_path: Path) -> None:
 def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: list[str]) -> None:
     found = words(judged(tmp_path, **wrong))
     assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted
+
+
+def granular(*arms: str, plain: float = 1.2) -> str:
+    """P6's word when these arms think at boundaries and NTP's lines cost `plain` nats."""
+    truths = {task.name: task for task in TASKS}
+    groups = {}
+    for name in ("ntp", *arms):
+        documents_ = documents(thinks=name != "ntp", plain=plain)
+        lines = {seed: measures.lines_of(documents_, truths.__getitem__) for seed in (1, 2, 3)}
+        groups[name] = Group(name, {}, {}, lines)
+    return words({verdict.name: verdict for verdict in verdicts(groups)})["P6"]
+
+
+def test_granularity_asks_for_a_gain_of_statements_and_tokens() -> None:
+    assert granular("statement", "token") == "confirmed"
+    assert granular("statement", "token", plain=0.3) == "refuted"
+    assert granular("statement") == granular("token") == "not run"
 
 
 def boundaries(thinks: dict[int, bool]) -> list[Line]:

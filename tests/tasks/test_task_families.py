@@ -269,6 +269,19 @@ def test_shares_of_thoughts(family: Family, thought_hops: int | None) -> None:
     assert (inside == 0) == (family == "equations")
 
 
+@pytest.mark.parametrize("most", [0, 2])
+def test_plain_drills_have_few_hops_and_no_thoughts(most: int) -> None:
+    shares = {"drill_share": 0.5, "plain_drill_share": 0.5, "plain_drill_hops": most, "junk_share": 0.0}
+    drills = [task for task in tasks("hopprog", 400, min_hops=1, **shares) if len(task.items) == 8]
+    plain = [task for task in drills if not task.comments]
+    assert within_binomial(len(plain), len(drills), 0.5)
+    assert {item.hops for task in plain for item in task.items} == set(range(most + 1))
+    for task in drills:
+        if task.comments:
+            assert all(task.comments[number, 0] == item.thought for number, item in enumerate(task.items))
+            assert {item.hops for item in task.items} <= {1, 2, 3}
+
+
 @over_families
 def test_no_share_no_comments(family: Family) -> None:
     assert all(task.warm_text == task.code for task in tasks(family, 20, thought_share=0.0, junk_share=0.0))

@@ -17,6 +17,7 @@ def problems(*settings: str) -> list[str]:
     [
         (("min_items=4",), "corpus.tasks.min_items=4 is above corpus.tasks.max_items=3"),
         (("min_hops=2", "max_hops=1"), "corpus.tasks.min_hops=2 is above corpus.tasks.max_hops=1"),
+        (("plain_drill_hops=4",), "corpus.tasks.plain_drill_hops=4 is above corpus.tasks.max_hops=3"),
         (
             ("symbols=11",),
             "corpus.tasks.symbols=11: must be from 2 to 10 with corpus.tasks.family=hopprog and "

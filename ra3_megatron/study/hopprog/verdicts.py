@@ -56,7 +56,7 @@ def verdicts(groups: Mapping[str, Group]) -> list[Verdict]:
         _meaning(ra3, groups.get("transplant")),
         _persistence(ra3),
         Verdict("P5 RLVR", "from RA3's start, problems of 3 items give RL a signal", "not run", "there is no RLVR yet"),
-        Verdict("P6 granularity", "decisions per token, line, statement, routine", "not run", "no such arms"),
+        _granularity(groups),
         _null(groups),
         _depth(groups),
     ]
@@ -163,6 +163,21 @@ def _slope(points: Mapping[int, float]) -> float:
     x, y = list(points), list(points.values())
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def _granularity(groups: Mapping[str, Group]) -> Verdict:
+    claim = f"it gains at least {GAIN} nats a line over NTP also where it may think before each statement or each token"
+    ntp = groups.get("ntp")
+    arms = {name: groups[name] for name in ("statement", "token") if name in groups}
+    if ntp is None or len(arms) < 2:
+        return Verdict("P6 granularity", claim, "not run", "arms ntp, statement and token are needed")
+    words, seen = [], []
+    for name, arm in arms.items():
+        shared = sorted(ntp.lines.keys() & arm.lines.keys())
+        gain = estimate([measures.nats_a_line(ntp.lines[s]) - measures.nats_a_line(arm.lines[s]) for s in shared])
+        words.append(above(gain, GAIN))
+        seen.append(f"{name} {gain.text() if gain else '-'}")
+    return Verdict("P6 granularity", claim, both(*words), "gain in nats a line: " + ", ".join(seen))
 
 
 def _null(groups: Mapping[str, Group]) -> Verdict:
