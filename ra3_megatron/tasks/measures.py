@@ -37,6 +37,48 @@ def lines_of(documents: Iterable[DocumentFigures], task_named: Callable[[str], T
     return found
 
 
+def joined(actions: Sequence[LineFigures], lines: Sequence[str]) -> list[LineFigures] | None:
+    """The figures of `lines` (of a document's code) from those of smaller primitive actions (`text.granularity=token`).
+
+    Nats and tokens of a line's actions are summed; its thought is the first one before any of them. An action of white
+    space alone belongs to the line behind it, or to the last one. None when an action has parts of several lines: it
+    has no truth of its own then. Lines that a cut document does not reach are left out. ValueError when the actions say
+    something else than the lines.
+    """
+    owners = [number for number, line in enumerate(lines) for char in line if not char.isspace()]
+    visible = "".join("".join(lines).split())
+    place = 0
+    by_line: dict[int, list[LineFigures]] = {}
+    for action in actions:
+        text = "".join(action.text.split())
+        if visible[place : place + len(text)] != text:
+            raise ValueError(f"{action.text!r} does not stand at character {place} of the document's lines")
+        touched = set(owners[place : place + len(text)]) or {owners[min(place, len(owners) - 1)]}
+        if len(touched) > 1:
+            return None
+        by_line.setdefault(touched.pop(), []).append(action)
+        place += len(text)
+    if sorted(by_line) != list(range(len(by_line))):
+        raise ValueError("the document has lines without visible text")
+    return [_sum_of(parts, lines[number]) for number, parts in sorted(by_line.items())]
+
+
+def _sum_of(parts: Sequence[LineFigures], text: str) -> LineFigures:
+    return LineFigures(
+        text=text,
+        thought=next((part.thought for part in parts if part.thought is not None), None),
+        offered=any(part.offered for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        nll=sum(part.nll for part in parts),
+        raw_nll=sum(part.raw_nll for part in parts),
+        greedy=all(part.greedy for part in parts),
+        raw_greedy=all(part.raw_greedy for part in parts),
+        layout_nll=sum(part.layout_nll for part in parts),
+        raw_layout_nll=sum(part.raw_layout_nll for part in parts),
+        thought_nll=sum(part.thought_nll for part in parts),
+    )
+
+
 @dataclass(frozen=True)
 class Selectivity:
     """Where thoughts stand, against where items start."""

@@ -1,6 +1,8 @@
 """Ground-truth measures on held-out lines that are made by hand."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -105,3 +107,44 @@ def test_information_of_thoughts_that_say_nothing_is_small() -> None:
     found = lines({task.name: dict.fromkeys(boundaries(task), "same") for task in TASKS})
     information, entropy = measures.mutual_information(found)
     assert abs(information) < 0.05 and entropy < math.log(16) + 0.2
+
+
+# -- primitive actions smaller than lines -----------------------------------------------------------------------------
+
+
+def cut(line: LineFigures) -> list[LineFigures]:
+    """Its words, and the white space between them, which costs nothing, as actions; the thought stands before the first."""
+    words = re.findall(r"\s+|\S+", line.text)
+    share = 1 / sum(not word.isspace() for word in words)
+    return [
+        replace(
+            line,
+            text=word,
+            thought=None if n else line.thought,
+            tokens=1,
+            nll=0.0 if word.isspace() else line.nll * share,
+            raw_nll=0.0 if word.isspace() else line.raw_nll * share,
+        )
+        for n, word in enumerate(words)
+    ]
+
+
+def test_actions_smaller_than_lines_have_the_truth_of_their_line() -> None:
+    for task in TASKS:
+        whole = held_out(task, {n: task.truth[n].thought for n in boundaries(task)})
+        texts = [line.text for line in whole.lines]
+        found = measures.joined([action for line in whole.lines for action in cut(line)], texts)
+        assert found is not None and [line.text for line in found] == texts
+        assert [line.thought for line in found] == [line.thought for line in whole.lines]
+        assert [line.nll for line in found] == pytest.approx([line.nll for line in whole.lines])
+        assert sum(line.tokens for line in found) == sum(len(cut(line)) for line in whole.lines)
+
+
+def test_actions_of_several_lines_have_no_truth() -> None:
+    whole = held_out(TASKS[0], {})
+    texts = [line.text for line in whole.lines]
+    pairs = [replace(a, text=a.text + b.text) for a, b in zip(whole.lines[::2], whole.lines[1::2], strict=False)]
+    assert measures.joined(pairs, texts) is None
+    assert len(measures.joined(whole.lines[:3], texts) or []) == 3, "a document that was cut"
+    with pytest.raises(ValueError, match="does not stand at character 0"):
+        measures.joined(whole.lines[1:], texts)

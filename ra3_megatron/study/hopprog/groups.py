@@ -11,7 +11,7 @@ from ra3_megatron.study.predictions import Estimate, estimate
 from ra3_megatron.study.results import Finished, arms_only, by_group
 from ra3_megatron.study.spec import BASE
 from ra3_megatron.tasks import measures
-from ra3_megatron.tasks.measures import Line
+from ra3_megatron.tasks.measures import Line, joined
 
 PRICE = "estep.latent_price"
 
@@ -32,7 +32,10 @@ class Group:
 
 
 def groups_of(done: Sequence[Finished]) -> dict[str, Group]:
-    """Groups whose corpora are tasks, by name; `base` is the model that the arms start from, on the arms' tasks."""
+    """Groups whose corpora are tasks, by name; `base` is the model that the arms start from, on the arms' tasks.
+
+    A group whose primitive actions have parts of several lines has no truth line by line and is left out.
+    """
     groups = by_group(arms_only(done))
     found = {name: _group(name, cells) for name, cells in groups.items()}
     if "ntp" in groups:
@@ -44,10 +47,14 @@ def _group(name: str, cells: Sequence[Finished], iteration: int | None = None) -
     """The figures after an EM iteration; None: the last one."""
     documents, lines = {}, {}
     for cell in cells:
-        corpus = load_config(cell.folder / "config.yaml", resolved=True).corpus
+        config = load_config(cell.folder / "config.yaml", resolved=True)
         held_out = cell.held_out(cell.last.iteration if iteration is None else iteration)
-        if held_out and corpus.source == "tasks":
-            tasks = Tasks(corpus)
+        if held_out and config.corpus.source == "tasks":
+            tasks = Tasks(config.corpus)
+            if config.text.granularity == "token":
+                held_out = _by_line(held_out, tasks)
+                if held_out is None:
+                    continue
             by_document = [measures.lines_of([document], tasks.task_named) for document in held_out]
             lines[cell.cell.seed] = [line for found in by_document for line in found]
             documents[cell.cell.seed] = [
@@ -55,6 +62,17 @@ def _group(name: str, cells: Sequence[Finished], iteration: int | None = None) -
                 for document, found in zip(held_out, by_document, strict=True)
             ]
     return Group(name, cells[0].cell.point, documents, lines)
+
+
+def _by_line(held_out: Sequence[DocumentFigures], tasks: Tasks) -> list[DocumentFigures] | None:
+    found = []
+    for document in held_out:
+        task = tasks.task_named(document.document)
+        lines = joined(document.lines, task.code.removeprefix(task.prompt).splitlines(keepends=True))
+        if lines is None:
+            return None
+        found.append(replace(document, lines=lines))
+    return found
 
 
 def price_sweep(groups: Mapping[str, Group]) -> list[tuple[float, Group]]:
