@@ -113,7 +113,7 @@ def test_information_of_thoughts_that_say_nothing_is_small() -> None:
 
 
 def cut(line: LineFigures) -> list[LineFigures]:
-    """Its words, and the white space between them, which costs nothing, as actions; the thought stands before the first."""
+    """Its words, and the white space between them, which costs nothing; the thought stands before the first."""
     words = re.findall(r"\s+|\S+", line.text)
     share = 1 / sum(not word.isspace() for word in words)
     return [
