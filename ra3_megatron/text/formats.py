@@ -77,8 +77,8 @@ class LatentFormat(ABC):
     thought_set: int
     """Row from which the second and further tokens of a thought are sampled."""
     think_set_of_token: npt.NDArray[np.int16]
-    """Row of the tokens that start a thought where each token would be the line's first visible one, [vocab_size]; 0
-    when there are none, and for tokens without visible text."""
+    """Row of the tokens that start a thought where each token would be the line's first EXPERT one, [vocab_size]; 0
+    when there are none."""
     ends: npt.NDArray[np.bool_]
     """Tokens that end a thought, [vocab_size]."""
     forced_end: tuple[int, ...]
@@ -240,8 +240,7 @@ class TokensFormat(LatentFormat):
         self.ends = _only(size, end)
         self.forced_end = (end,)
         self.max_thought_ids = max_latent_tokens + 1
-        visible = [bool(token.strip(SPACE_BYTES)) for token in tokenizer.token_bytes]
-        self.think_set_of_token = np.where(visible, self._think_row, self.ALL).astype(np.int16)
+        self.think_set_of_token = np.full(size, self._think_row, dtype=np.int16)  # also spaces: a span may start so
 
     def think_set_of(self, body: Sequence[int]) -> int:
         return self._think_row if body else self.ALL

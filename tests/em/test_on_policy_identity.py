@@ -14,14 +14,16 @@ CODES = ("a = b\n  ab(c):\n   b\n\nc\n\tdd\n", "b\n", "  a\n# bab\n  b = d\nc\n 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_trainer_agrees_with_the_sampler(runtime: Runtime, name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("name", "span"), [*((name, None) for name in FORMATS), ("tokens", 1), ("tokens", 2)], ids=str)
+def test_the_trainer_agrees_with_the_sampler(runtime: Runtime, name: str, span: int | None, temperature: float) -> None:
     toy = Toy(runtime, name, LARGE, max_latent_tokens=3)
+    if span is not None:  # some spans are white space only, or start with it
+        toy.text = toy.text.model_copy(update={"granularity": "token", "token_span": span})
     model = toy.model(seed=21, lean=1.0)
     engine = MegatronEngine(model, runtime, toy.latents, toy.tokenizer.vocab_size, temperature)
     documents = [toy.document(code, human_comments="as_thoughts") for code in CODES]
     jobs = [Job(document, (d, g)) for d, document in enumerate(documents) for g in range(12)]
-    transcripts = LatentSampler(engine, toy.latents, toy.tokenizer, 64, 8).sample(jobs)
+    transcripts = LatentSampler(engine, toy.latents, toy.tokenizer, 128, 8).sample(jobs)
     think = np.concatenate([t.think[t.offered] for t in transcripts])
     assert 0.1 < think.mean() < 0.95
 
