@@ -52,8 +52,23 @@ def batch_problems(parallel: ParallelConfig, batches: Batches) -> Iterator[str]:
             )
 
 
+def chunk_layers(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """Layers of each model chunk of each pipeline stage, [stages][chunks]. The layout must have passed
+    `layout_problems`."""
+    chunks = parallel.virtual_pipeline
+    layers = [[each // chunks] * chunks for each in _split_layers(num_layers + parallel.counted_ends, parallel)]
+    layers[0][0] -= parallel.count_embedding
+    layers[-1][-1] -= parallel.count_output
+    return layers
+
+
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each pipeline stage. The layout must have passed `layout_problems`."""
+    return [sum(chunks) for chunks in chunk_layers(num_layers, parallel)]
+
+
+def _split_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
+    """Layers of each stage, of a number that holds the ends that count."""
     first, last, stages = parallel.first_stage_layers, parallel.last_stage_layers, parallel.pipeline
     given = [layers for layers in (first, last) if layers is not None]
     others = stages - len(given)
@@ -123,7 +138,10 @@ def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
 
 
 def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    layers, stages, virtual = model.num_layers, parallel.pipeline, parallel.virtual_pipeline
+    layers, stages, virtual = model.num_layers + parallel.counted_ends, parallel.pipeline, parallel.virtual_pipeline
+    count = f"model.num_layers={model.num_layers}"
+    if parallel.counted_ends:
+        count += f" + {parallel.counted_ends} (parallel.count_embedding, parallel.count_output)"
     given = {
         f"parallel.{name}={value}": value
         for name in ("first_stage_layers", "last_stage_layers")
@@ -133,14 +151,19 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
         if layers % stages:
             fitting = _dividing([layers], stages)
             yield (
-                f"parallel.pipeline={stages} does not divide model.num_layers={layers}: {fitting} would (or set "
+                f"parallel.pipeline={stages} does not divide {count}: {fitting} would (or set "
                 "parallel.first_stage_layers or parallel.last_stage_layers)"
             )
         elif layers // stages % virtual:
             fitting = _dividing([layers // stages], virtual)
             yield (
                 f"parallel.virtual_pipeline={virtual} does not divide the {layers // stages} layers of a stage "
-                f"(model.num_layers={layers}, parallel.pipeline={stages}): {fitting} would"
+                f"({count}, parallel.pipeline={stages}): {fitting} would"
+            )
+        elif parallel.counted_ends and layers // stages == virtual:
+            yield (
+                f"parallel.count_embedding or parallel.count_output with {count} leaves a model chunk without layers "
+                f"(parallel.pipeline={stages}, parallel.virtual_pipeline={virtual}): switch it off, or use fewer chunks"
             )
         return
     names, rest, others = " + ".join(given), layers - sum(given.values()), stages - len(given)
@@ -229,7 +252,7 @@ def _recompute_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterato
             yield f"parallel.recompute_modules: mlp is of dense layers; model.num_experts={model.num_experts} needs moe"
     if parallel.recompute != "full" or (parallel.pipeline > 1 and any(_pipeline_problems(model, parallel))):
         return
-    sizes = {layers // parallel.virtual_pipeline for layers in stage_layers(model.num_layers, parallel)}
+    sizes = {layers for stage in chunk_layers(model.num_layers, parallel) for layers in stage if layers}
     unit, chunks = parallel.recompute_layers, " and ".join(map(str, sorted(sizes)))
     if parallel.recompute_method == "block" and unit > max(sizes):
         yield f"parallel.recompute_layers={unit} is more than the layers of a model chunk ({chunks})"
@@ -259,13 +282,16 @@ def _variants(model: ModelConfig, near: ParallelConfig, axes: Mapping[str, int])
     """`near` with these sizes, and what depends on them as it is or otherwise."""
     chunks = {n for n in _divisors(model.num_layers) if n <= near.virtual_pipeline}
     stages = {
-        (virtual, *ends)
+        (virtual, *ends, *counted)
         for virtual in {near.virtual_pipeline, *chunks}
         for ends in product({near.first_stage_layers, None}, {near.last_stage_layers, None})
+        for counted in {(near.count_embedding, near.count_output), (False, False)}
     }
     experts = {1} if model.num_experts is None else {near.expert, *_divisors(model.num_experts)}
     inner = {None} if model.num_experts is None else {near.expert_tensor, None}
-    for sequence, (virtual, first, last), expert, expert_tensor in product((False, True), stages, experts, inner):
+    for sequence, (virtual, first, last, embedding, output), expert, expert_tensor in product(
+        (False, True), stages, experts, inner
+    ):
         yield near.model_copy(
             update={
                 **axes,
@@ -273,6 +299,8 @@ def _variants(model: ModelConfig, near: ParallelConfig, axes: Mapping[str, int])
                 "virtual_pipeline": virtual,
                 "first_stage_layers": first,
                 "last_stage_layers": last,
+                "count_embedding": embedding,
+                "count_output": output,
                 "overlap_p2p": near.overlap_p2p or (virtual > 1 and axes["pipeline"] == 2),
                 "expert": expert,
                 "expert_tensor": expert_tensor,

@@ -154,6 +154,12 @@ class ParallelConfig(Section):
     last_stage_layers: int | None = Field(default=None, ge=1)
     """Layers of the last stage, which also holds the output layer; none: as many as any other."""
 
+    count_embedding: bool = False
+    """The embedding counts as one layer when layers are split over stages (126 layers with both ends are 128)."""
+
+    count_output: bool = False
+    """The output layer counts as one layer when layers are split over stages."""
+
     context: int = Field(default=1, ge=1)
     """Context-parallel size: each sequence is split over this many processes."""
 
@@ -209,6 +215,11 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
+    def counted_ends(self) -> int:
+        """How many of embedding and output layer count as a layer."""
+        return self.count_embedding + self.count_output
+
+    @property
     def sequence_multiple(self) -> int:
         """What the length of a row must be a multiple of: two pieces a context-parallel rank, each split over the
         tensor-parallel ranks under sequence parallelism."""
@@ -225,6 +236,16 @@ class ParallelConfig(Section):
             for name in ("first_stage_layers", "last_stage_layers"):
                 if getattr(self, name) is not None:
                     yield f"parallel.{name}={getattr(self, name)} needs parallel.pipeline >= 2"
+            for name in ("count_embedding", "count_output"):
+                if getattr(self, name):
+                    yield f"parallel.{name}=true needs parallel.pipeline >= 2"
+        elif self.counted_ends:
+            for name in ("first_stage_layers", "last_stage_layers"):
+                if getattr(self, name) is not None:
+                    yield (
+                        f"parallel.{name}={getattr(self, name)} does not go with parallel.count_embedding or "
+                        "parallel.count_output: give one or the other"
+                    )
         if self.pipeline == 2 and self.virtual_pipeline > 1 and not self.overlap_p2p:
             yield (
                 "parallel.overlap_p2p=false does not go with parallel.pipeline=2 and "

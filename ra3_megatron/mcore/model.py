@@ -76,6 +76,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        account_for_embedding_in_pipeline_split=parallel.count_embedding,
+        account_for_loss_in_pipeline_split=parallel.count_output,
         overlap_p2p_comm=parallel.overlap_p2p and parallel.virtual_pipeline > 1,
         batch_p2p_comm=not (parallel.overlap_p2p and parallel.virtual_pipeline > 1),
         context_parallel_size=parallel.context,

@@ -17,6 +17,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.layouts import (
     batch_problems,
     changed_keys,
+    chunk_layers,
     fitting_layouts,
     layout_advice,
     layout_problems,
@@ -402,6 +403,61 @@ def test_megatron_takes_every_pipeline_that_passes_and_deals_out_the_same_layers
                 layers += range(begin, begin + held // virtual)
         assert layers == list(range(size)), parallel
     assert len(kinds) == 3 * 2 * 2 * 2 - 1, "all but both ends of two stages with virtual ones"
+
+
+def test_megatron_deals_out_the_same_layers_when_ends_count() -> None:
+    from ra3_megatron.mcore.model import transformer_config
+
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build  # isort: skip
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # isort: skip
+
+    kinds = set()
+    sizes = product(range(2, 25), (2, 3, 4), (1, 2, 3), *2 * [(False, True)])
+    for size, pipeline, virtual, embedding, output in sizes:
+        model = MODEL.model_copy(update={"num_layers": size})
+        parallel = ParallelConfig(
+            pipeline=pipeline, virtual_pipeline=virtual, count_embedding=embedding, count_output=output
+        )
+        if any(layout_problems(model, parallel)):
+            continue
+        kinds.add((pipeline, virtual, embedding, output))
+        config = transformer_config(model, parallel)
+        held = chunk_layers(size, parallel)
+        layers: list[int] = []
+        for chunk in range(virtual):
+            number = chunk if virtual > 1 else None
+            for stage in range(pipeline):
+                assert get_num_layers_to_build(config, number, stage) == held[stage][chunk] > 0
+                begin = get_transformer_layer_offset(config, number, stage)
+                layers += range(begin, begin + held[stage][chunk])
+        assert layers == list(range(size)), parallel
+    assert len(kinds) == 3 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ("parallel.count_output=true", "parallel.count_output=true needs parallel.pipeline >= 2"),
+        (
+            "parallel.pipeline=2 parallel.count_output=true parallel.first_stage_layers=1",
+            "parallel.first_stage_layers=1 does not go with parallel.count_embedding or parallel.count_output",
+        ),
+        (
+            "parallel.pipeline=2 parallel.count_output=true",
+            "parallel.pipeline=2 does not divide model.num_layers=4 + 1 (parallel.count_embedding, "
+            "parallel.count_output): 1 or 5 would",
+        ),
+        (
+            "parallel.pipeline=5 parallel.count_output=true parallel.threads=1",
+            "parallel.count_embedding or parallel.count_output with model.num_layers=4 + 1 "
+            "(parallel.count_embedding, parallel.count_output) leaves a model chunk without layers",
+        ),
+    ],
+)
+def test_ends_that_count_are_checked(settings: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, settings.split())
+    assert line in str(caught.value)
 
 
 @settings(max_examples=200, deadline=None)

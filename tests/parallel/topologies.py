@@ -17,6 +17,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"num_layers": 4, "tied_embeddings": False},
     "deep_tied": {"num_layers": 4, "tied_embeddings": True},
     "eight_layers": {"num_layers": 8, "tied_embeddings": False},
+    "six_layers": {"num_layers": 6, "tied_embeddings": False},
+    "three_layers_tied": {"num_layers": 3, "tied_embeddings": True},
     "four_heads": {"num_layers": 2, "tied_embeddings": False, "num_query_groups": 4},
     "three_groups": {
         "num_layers": 2,
@@ -106,6 +108,10 @@ TOPOLOGIES: dict[str, Topology] = {
     "pp2_tied": topology("tied", pipeline=2, ci=True),
     "pp2_uneven_first": topology("deep", pipeline=2, first_stage_layers=1),
     "pp2_uneven_last": topology("deep_tied", pipeline=2, last_stage_layers=1, ci=True),
+    "pp2_count_output_tied": topology("three_layers_tied", pipeline=2, count_output=True),
+    "pp2_vpp2_count_ends": topology(
+        "six_layers", pipeline=2, virtual_pipeline=2, count_embedding=True, count_output=True, ci=True
+    ),
     "pp2_recompute_full": topology(pipeline=2, recompute="full"),
     "pp2_recompute_selective": topology(pipeline=2, recompute="selective"),
     "pp2_vpp2": topology("deep", pipeline=2, virtual_pipeline=2, ci=True),
