@@ -362,6 +362,63 @@ def study_em(
     raise typer.Exit(run(em_study(path, settings, folder, seeds), jobs, dry_run=dry_run))
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME|HF_DIR", help="Such as llama3.1-8b, or a folder.", show_default=False),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", metavar="N", min=1, help="GPUs of the trainer.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME|FILE", help="h100, h200, b200, a100, or a YAML file.")
+    ] = "h100",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="bf16|fp8", help="Of products with weights.")
+    ] = "bf16",
+    sequence: Annotated[int, typer.Option("--sequence", metavar="S", min=16, help="Tokens of a row.")] = 8192,
+    global_batch: Annotated[int, typer.Option("--global-batch", metavar="B", min=1, help="Rows a step.")] = 128,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout", metavar="KEY=N,…", help="Only this one: tensor=8,pipeline=8,micro_batch=1.", show_default=False
+        ),
+    ] = None,
+    gradients: Annotated[
+        str, typer.Option("--gradients", metavar="fp32|bf16", help="In which they are kept and reduced.")
+    ] = "fp32",
+    rollouts_gib: Annotated[
+        float, typer.Option("--rollouts-gib", metavar="G", min=0, help="Held by a rollout engine on the same GPU.")
+    ] = 0.0,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Layouts to show.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the best layout as YAML for ra3 train.", show_default=False),
+    ] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Compare with published measurements instead.")
+    ] = False,
+) -> None:
+    """Predict memory and step time of every layout that could train a model, and name the best."""
+    for option, value, allowed in (("precision", precision, "bf16 fp8"), ("gradients", gradients, "fp32 bf16")):
+        if value not in allowed.split():
+            raise UserError(f"--{option} {value}: must be {allowed.replace(' ', ' or ')}")
+    from ra3_megatron.verbs import plan as verb
+
+    if calibration:
+        verb.calibration()
+        return
+    if model is None or gpus is None:
+        raise UserError("plan needs --model and --gpus, such as --model llama3.1-8b --gpus 16")
+    verb.plan(
+        verb.Asked(
+            model, gpus, gpu, precision, sequence, global_batch, layout, gradients, rollouts_gib, top, as_json, out
+        )
+    )
+
+
 @app.command("config")
 def config_(
     config: _Config = None,

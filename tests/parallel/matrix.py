@@ -35,10 +35,12 @@ from ra3_megatron.mcore.loss import PolicyLoss, Stat
 from ra3_megatron.mcore.model import build_model, chunks_of
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.mcore.trainer import NonFiniteLoss, StepResult, Trainer, forward
+from ra3_megatron.scaling.counts import stages
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
 from tests.mcore.small_models import (
     MODEL,
+    VOCAB,
     gradients,
     make_documents,
     make_trainer,
@@ -143,6 +145,9 @@ def streams(
 ) -> Numbers:
     """Steps on both streams, the rows dealt out as said."""
     trainer = make_trainer(topology.parallel, runtime, STEPS, stream_model(topology))
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    planned = stages(stream_model(topology), VOCAB, topology.parallel)[runtime.pipeline_rank]
+    assert parameters == planned.parameters, "what ra3 plan counts"
     record = Record(trainer, runtime)
     for step in range(STEPS):
         documents = make_documents(24, seed=100 + step)

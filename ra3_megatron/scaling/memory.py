@@ -1,0 +1,143 @@
+"""Memory of the fullest GPU, by part.
+
+Everything is counted from shapes; only `CONTEXT_GIB` is an allowance. Activations are those that a backward pass needs
+of a pre-norm decoder with fused attention, which keeps no scores (the count of Korthikanti et al., 2022, for SwiGLU and
+grouped queries): of each token and layer, in bf16,
+
+    residual stream before each norm, and the output of each norm     4 h   (split over the tensor group under
+                                                                             sequence parallelism)
+    queries, keys, values, the output of attention                    2 q + 2 kv          (split over the tensor group)
+    both halves of the feed-forward layer, and their product          3 f a token and expert
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ra3_megatron.config.layouts import chunk_layers
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.scaling.counts import Layer, Stage, padded, stages
+
+GIB = 2**30
+CONTEXT_GIB = 2.5
+"""CUDA context, NCCL's buffers and workspaces of libraries."""
+CHUNK_POSITIONS = 2048
+"""As in `mcore/model.py`: positions whose logits exist at the same time."""
+LOGIT_BYTES = 2 + 4 + 4
+"""A logit in bf16, in fp32, and its gradient."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    rollouts: float
+    """Weights and key/value cache of a rollout engine on the same GPU."""
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(asdict(self).values())
+
+    def as_dict(self) -> dict[str, float]:
+        """Parts and total, GiB."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on, and in which types."""
+
+    sequence: int
+    """Tokens of a row."""
+    global_batch: int
+    """Rows a step."""
+    micro_batch: int
+    """Rows of a forward pass."""
+    precision: str = "bf16"
+    """bf16 or fp8 (products of the layers; attention and the output layer stay bf16)."""
+    gradient_bytes: int = 4
+    """Bytes of a gradient that is kept and reduced: 4 as `ra3 train` does it, 2 for bf16."""
+
+    def micro_batches(self, parallel: ParallelConfig) -> int:
+        """Micro-batches of one replica in a step."""
+        return self.global_batch // (self.micro_batch * parallel.data)
+
+
+def memory(
+    model: ModelConfig, vocab_size: int, parallel: ParallelConfig, work: Work, rollouts_gib: float = 0.0
+) -> Memory:
+    """Of the fullest GPU. The layout must have passed `layout_problems`."""
+    each = [
+        _of_stage(number, stage, model, vocab_size, parallel, work, rollouts_gib)
+        for number, stage in enumerate(stages(model, vocab_size, parallel))
+    ]
+    return max(each, key=lambda memory: memory.total)
+
+
+def _of_stage(
+    number: int,
+    stage: Stage,
+    model: ModelConfig,
+    vocab_size: int,
+    parallel: ParallelConfig,
+    work: Work,
+    rollouts_gib: float,
+) -> Memory:
+    replicas = parallel.data * parallel.context
+    expert_replicas = parallel.tensor * replicas // ((parallel.expert_tensor or parallel.tensor) * parallel.expert)
+    shares = (replicas, expert_replicas) if parallel.distributed_optimizer else (1, 1)
+    optimizer = 12 * (stage.dense / shares[0] + stage.sparse / shares[1])  # fp32 weights, two moments
+    tokens = work.micro_batch * work.sequence // parallel.context
+    kept, again = activation_bytes(model, parallel)
+    layers = _layers_in_flight(number, model, parallel, work.micro_batches(parallel))
+    logits = 0.0
+    if stage.output:
+        rows = padded(vocab_size, parallel.tensor) // parallel.tensor
+        logits = min(tokens, CHUNK_POSITIONS) * rows * LOGIT_BYTES + 2 * tokens * 2 * model.hidden_size
+    return Memory(
+        weights=2 * stage.parameters / GIB,
+        gradients=work.gradient_bytes * stage.parameters / GIB,
+        optimizer=optimizer / GIB,
+        activations=tokens * (layers * kept + again) / GIB,
+        logits=logits / GIB,
+        rollouts=rollouts_gib,
+        buffers=CONTEXT_GIB,
+    )
+
+
+def activation_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
+    """Bytes of one token and layer that are kept for the backward pass, and those of one layer that are computed again
+    when its turn comes."""
+    layer, tensor = Layer.of(model), parallel.tensor
+    shared = tensor if parallel.sequence else 1
+    stream, norms = 2 * 2 * layer.hidden / shared, 2 * 2 * layer.hidden / shared
+    attention = (2 * (2 * layer.query + 2 * layer.key_value) + 4 * layer.heads) / tensor
+    feed_forward = 2 * 3 * layer.width * layer.active / (parallel.expert_tensor or tensor)
+    if layer.experts:  # inputs of the experts, as they were dispatched
+        feed_forward += 2 * layer.hidden * layer.active / shared
+    everything = stream + norms + attention + feed_forward
+    if parallel.recompute == "full":
+        return 2 * layer.hidden / shared, everything
+    if parallel.recompute == "selective":
+        named = set(parallel.recompute_modules)
+        again = (norms if "layernorm" in named else 0) + (feed_forward if named & {"mlp", "moe"} else 0)
+        again += 2 * layer.query / tensor if "core_attn" in named else 0
+        return everything - again, again
+    return everything, 0.0
+
+
+def _layers_in_flight(number: int, model: ModelConfig, parallel: ParallelConfig, micro_batches: int) -> float:
+    """Layers whose activations stage `number` keeps at most: forward passes that are ahead of their backward passes."""
+    chunks = chunk_layers(model.num_layers, parallel)[number]
+    behind = parallel.pipeline - number - 1
+    if parallel.virtual_pipeline == 1:
+        return sum(chunks) * min(micro_batches, behind + 1)
+    ahead = 2 * behind + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
+    return sum(chunks) / len(chunks) * min(micro_batches * len(chunks), ahead)

@@ -1,0 +1,105 @@
+"""Tables of this room (`data/*.yaml`): GPUs and architectures by name, or from the user's files."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ra3_megatron.config.base import Section
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.problems import problems
+from ra3_megatron.config.yaml_io import parse
+
+
+class Gpu(Section):
+    """Data sheet of a GPU in its node. Rates are dense peaks; bandwidths are per GPU and, of links, per direction."""
+
+    name: str = ""
+    """How it is called."""
+    memory_gib: float = Field(gt=0)
+    """Memory of the device, GiB."""
+    bf16_tflops: float = Field(gt=0)
+    """Matrix products in bf16, TFLOP/s."""
+    fp8_tflops: float | None = Field(default=None, gt=0)
+    """Matrix products in FP8, TFLOP/s; none: the GPU has no FP8."""
+    memory_gb_s: float = Field(gt=0)
+    """Bandwidth of the memory, GB/s."""
+    nvlink_gb_s: float = Field(gt=0)
+    """Between the GPUs of a node, GB/s."""
+    gpus_per_node: int = Field(default=8, ge=1)
+    """GPUs that NVLink connects."""
+    network_gb_s: float = Field(gt=0)
+    """Each GPU's share of the network between nodes, GB/s."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model to plan for."""
+
+    name: str
+    model: ModelConfig
+    vocab_size: int
+
+
+@cache
+def table(name: str) -> dict[str, Any]:
+    """`data/NAME.yaml`."""
+    text = (resources.files("ra3_megatron.scaling") / "data" / f"{name}.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def gpu_named(name: str) -> Gpu:
+    """A GPU of the table, or of a YAML file with the keys of `Gpu`. Raises UserError."""
+    known = table("gpus")
+    if name.lower() in known:
+        return Gpu(name=name.lower(), **known[name.lower()])
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"--gpu {name}: neither a file nor one of {', '.join(known)}{_near(name, known)}")
+    values = parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"--gpu {file}: holds no keys such as memory_gib")
+    try:
+        return Gpu(**{"name": file.stem, **values})
+    except ValidationError as error:
+        raise UserError("\n".join(f"--gpu {file}: {line}" for line in problems(error))) from error
+
+
+def architecture_named(name: str, sequence: int | None = None) -> Architecture:
+    """An architecture of the table, or of a Hugging Face folder; its rows are `sequence` tokens long. UserError."""
+    known = table("models")
+    if name.lower() in known:
+        keys = dict(known[name.lower()])
+        source = name.lower()
+    else:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UserError(
+                f"--model {name}: neither a folder with config.json nor one of {', '.join(known)}{_near(name, known)}"
+            )
+        from ra3_megatron.hf.families import read_folder  # reads JSON only
+
+        _, keys, longest = read_folder(folder)
+        keys = {**keys, "context_length": min(longest, 8192)}
+        source = str(folder)
+    if sequence is not None:
+        keys["context_length"] = sequence
+    vocabulary = keys.pop("vocab_size")
+    try:
+        return Architecture(source, ModelConfig(**keys, precision="bf16"), int(vocabulary))
+    except ValidationError as error:
+        raise UserError("\n".join(f"--model {name}: {line}" for line in problems(error))) from error
+
+
+def _near(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
