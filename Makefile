@@ -45,9 +45,16 @@ hopprog-depth: install ## Does a deeper model, which does more in one pass, gain
 		warm_start.checkpoint=runs/hopprog-start-4/checkpoints/warm_start/final
 	$(BIN)/ra3 study run examples/studies/hopprog-depth.yaml $(ARGS)
 
+STAGE_2 = corpus.tasks.first=100000 corpus.tasks.count=20000 corpus.tasks.min_hops=0 corpus.tasks.drill_share=0.6 \
+	corpus.tasks.plain_drill_share=0.5 tokenizer.path=runs/hopprog-tokens-base/corpus/tokenizer \
+	warm_start.checkpoint=runs/hopprog-tokens-base/checkpoints/warm_start/final \
+	warm_start.steps=8000 warm_start.optimizer.learning_rate=2e-3
+
 hopprog-granularity: install ## May it think before each line, statement, token? Thoughts between reserved tokens
 	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens \
 		corpus.warm_start_comments=as_thoughts run_dir=runs/hopprog-tokens-base
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens corpus.warm_start_comments=as_thoughts \
+		text.granularity=token text.token_span=1 $(STAGE_2) run_dir=runs/hopprog-token-base
 	$(BIN)/ra3 study run examples/studies/hopprog-granularity.yaml $(ARGS)
 
 code-study: install ## RA3 against NTP on this machine's Python code, 3 seeds, equal tokens and equal FLOPs

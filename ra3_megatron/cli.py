@@ -397,6 +397,29 @@ def plan(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Write the best layout as YAML for ra3 train.", show_default=False),
     ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option("--curves", metavar="DIR", help="Write throughput against GPUs to 8,192.", show_default=False),
+    ] = None,
+    think_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--think-rate",
+            metavar="P",
+            min=0,
+            max=1,
+            help="Plan E-steps too: share of lines with a thought.",
+            show_default=False,
+        ),
+    ] = None,
+    thought_length: Annotated[float, typer.Option("--thought-length", metavar="L", min=1, help="Tokens.")] = 6,
+    lines: Annotated[float, typer.Option("--lines", metavar="T", min=1, help="Lines of a document.")] = 26,
+    line_tokens: Annotated[float, typer.Option("--line-tokens", metavar="N", min=1, help="Tokens of a line.")] = 11,
+    documents: Annotated[int, typer.Option("--documents", metavar="D", min=1, help="Of an E-step update.")] = 128,
+    group: Annotated[int, typer.Option("--group", metavar="G", min=2, help="Transcripts of a document.")] = 8,
+    tokens: Annotated[float, typer.Option("--tokens", metavar="N", min=1, help="Of code in a whole run.")] = 1e9,
+    iterations: Annotated[int, typer.Option("--iterations", metavar="N", min=1, help="EM iterations of a run.")] = 2,
+    updates: Annotated[int, typer.Option("--updates", metavar="N", min=0, help="E-step updates an iteration.")] = 100,
     calibration: Annotated[
         bool, typer.Option("--calibration", help="Compare with published measurements instead.")
     ] = False,
@@ -412,9 +435,30 @@ def plan(
         return
     if model is None or gpus is None:
         raise UserError("plan needs --model and --gpus, such as --model llama3.1-8b --gpus 16")
+    thinking = None
+    if think_rate is not None:
+        from ra3_megatron.scaling.em import Thinking
+
+        thinking = Thinking(think_rate, thought_length, lines, line_tokens, group, documents)
     verb.plan(
         verb.Asked(
-            model, gpus, gpu, precision, sequence, global_batch, layout, gradients, rollouts_gib, top, as_json, out
+            model,
+            gpus,
+            gpu,
+            precision,
+            sequence,
+            global_batch,
+            layout,
+            gradients,
+            rollouts_gib,
+            top,
+            as_json,
+            out,
+            curves,
+            thinking,
+            tokens,
+            iterations,
+            updates,
         )
     )
 

@@ -124,7 +124,7 @@ class TextConfig(Section):
     """Primitive actions and the format in which latents are written between them."""
 
     granularity: Literal["line", "statement", "token"] = "line"
-    """A primitive action is a line, a logical line (statement), or a fixed span of tokens."""
+    """A primitive action is a line, a logical line (statement), or a span of at most `token_span` tokens of a line."""
 
     token_span: int = Field(default=8, ge=1)
     """Tokens in a primitive action (`granularity=token` only)."""

@@ -78,12 +78,6 @@ class RunConfig(Section):
                 "corpus.human_comments=keep does not go with text.latent_format=comment "
                 "(a human comment cannot be told from a thought): use strip or as_thoughts"
             )
-        for name in ("human_comments", "warm_start_comments"):
-            if self.text.granularity == "token" and getattr(self.corpus, name) == "as_thoughts":
-                yield (
-                    f"corpus.{name}=as_thoughts does not go with text.granularity=token "
-                    "(a span of tokens has no comment above it): use strip or keep"
-                )
         if math.isinf(self.estep.latent_price) and self.corpus.human_comments == "as_thoughts":
             yield (
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "

@@ -27,6 +27,8 @@ class Rates:
     """Of the memory's bandwidth, in pointwise kernels (a copy on H100: 2.9 of 3.35 TB/s)."""
     link: float = 0.8
     """Of a link's bandwidth, in collectives of many megabytes."""
+    hop_seconds: float = 4.0e-6
+    """A hop of a ring takes no less than this, whatever it carries."""
     launch_seconds: float = 1.0e-4
     """A layer's forward pass takes no less than this: its kernels are started one after another."""
 

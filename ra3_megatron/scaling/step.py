@@ -10,6 +10,7 @@ The bubble is that of the interleaved 1F1B schedule (Narayanan et al., 2021).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -19,6 +20,8 @@ from ra3_megatron.scaling.memory import Work
 from ra3_megatron.scaling.rates import RATES, Rates
 from ra3_megatron.scaling.tables import Gpu
 
+BUCKET, BUCKET_SHARE = 40_000_000, 1_000_000
+"""Parameters whose gradients Megatron-Core reduces together: at least the first, and the second for each replica."""
 ATTENTION_BACKWARD = 2.5
 """FLOPs of the backward pass of fused attention, in forward passes: it computes the scores again."""
 
@@ -278,8 +281,9 @@ def _data(stage: Stage, one: _Pass, parallel: ParallelConfig, work: Work, gpu: G
     )
     rate = group_bandwidth(gpu, parallel.tensor, replicas, rates)
     moved = stage.dense * (replicas - 1) / replicas + stage.sparse * (expert_replicas - 1) / expert_replicas
-    reduce = work.gradient_bytes * moved / rate
-    gather = 2 * moved / rate
+    rings = math.ceil(stage.parameters / max(BUCKET, BUCKET_SHARE * replicas)) * replicas * rates.hop_seconds
+    reduce = work.gradient_bytes * moved / rate + rings
+    gather = 2 * moved / rate + rings
     if not parallel.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0  # an all-reduce is both
     # the last micro-batch's backward pass hides the one, the first one's forward pass the other

@@ -1,8 +1,8 @@
 """Documents: text ⇄ tokenized lines ⇄ transcripts.
 
 A transcript of a document is: bos and the prompt, if there is one (CONTEXT); for every line its latent and its action,
-as the format writes them; eos (LAYOUT, of the last line), unless the document was cut. The prompt and every primitive
-action are encoded by themselves, so a token boundary stands at every line boundary. Invariant:
+as the format writes them; eos (LAYOUT, of the last line), unless the document was cut. The prompt and every line (or
+statement) are encoded by themselves, so a token boundary stands at every line boundary. Invariant:
 `code_text(compose(document, any thoughts))` is the document's text.
 """
 
@@ -67,20 +67,21 @@ def encode_document(
     if not text.strip(WHITESPACE):
         raise ValueError(f"document {name}: no visible text")
     before = tuple(tokenizer.encode(prompt))
-    if config.granularity == "token":
-        return Document(name, _spans(tokenizer.encode(text), config.token_span, format), prompt=before)
-    actions = segment(text, config.granularity)
-    lines = tuple(_line(tokenizer.encode(action), format, tokenizer) for action in actions)
+    lines: list[Line] = []
     observed: dict[int, tuple[int, ...]] = {}
     row = 0
-    for index, (action, line) in enumerate(zip(actions, lines, strict=True)):
+    for part in segment(text, "statement" if config.granularity == "statement" else "line"):
+        ids = tokenizer.encode(part)
+        spans = config.granularity == "token"
+        actions = _spans(ids, config.token_span, format) if spans else [_line(ids, format, tokenizer)]
         if row in thoughts:
-            indentation = action[: len(action) - len(action.lstrip(WHITESPACE))]
-            ids = format.thought(thoughts[row], line, indentation, tokenizer)
-            if ids:
-                observed[index] = ids
-        row += len(split_rows(action))
-    return Document(name, lines, observed, prompt=before)
+            indentation = part[: len(part) - len(part.lstrip(WHITESPACE))]
+            thought = format.thought(thoughts[row], actions[0], indentation, tokenizer)
+            if thought:
+                observed[len(lines)] = thought
+        lines += actions
+        row += len(split_rows(part))
+    return Document(name, tuple(lines), observed, prompt=before)
 
 
 def raw(document: Document, format: LatentFormat, tokenizer: Tokenizer) -> Transcript:
@@ -181,10 +182,11 @@ def _line(ids: Sequence[int], format: LatentFormat, tokenizer: Tokenizer) -> Lin
     return Line(tuple(ids[:first]), body, tuple(ids[end:]), think_set, think_set != format.ALL)
 
 
-def _spans(ids: Sequence[int], length: int, format: LatentFormat) -> tuple[Line, ...]:
+def _spans(ids: Sequence[int], length: int, format: LatentFormat) -> list[Line]:
+    """A line in pieces of `length` tokens, the last one shorter."""
     bodies = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
     sets = [format.think_set_of(body) for body in bodies]
-    return tuple(Line((), body, (), row, row != format.ALL) for body, row in zip(bodies, sets, strict=True))
+    return [Line((), body, (), row, row != format.ALL) for body, row in zip(bodies, sets, strict=True)]
 
 
 def _comments_above(code: str) -> dict[int, str]:

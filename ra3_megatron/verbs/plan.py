@@ -17,9 +17,13 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.problems import problems
 from ra3_megatron.config.yaml_io import dump, parse
+from ra3_megatron.report.pages import render_page, write_picture
+from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_text
+from ra3_megatron.scaling import curves, em
 from ra3_megatron.scaling.calibration import published
 from ra3_megatron.scaling.counts import token_flops, total_parameters
+from ra3_megatron.scaling.em import Thinking
 from ra3_megatron.scaling.memory import Work
 from ra3_megatron.scaling.search import Plan, Planned, describe, evaluate, layout_keys, problems_of, search
 from ra3_megatron.scaling.step import peak
@@ -45,6 +49,12 @@ class Asked:
     top: int = 10
     as_json: bool = False
     out: Path | None = None
+    curves: Path | None = None
+    thinking: Thinking | None = None
+    """What an E-step is planned for; None: it is not."""
+    tokens: float = 1e9
+    iterations: int = 2
+    updates: int = 100
 
 
 def plan(asked: Asked) -> None:
@@ -70,10 +80,14 @@ def plan(asked: Asked) -> None:
     if asked.out is not None:
         write_text(asked.out, configuration(asked, made, found.best[0]))
     if asked.as_json:
-        one_or_many = found.best[0].as_dict() if asked.layout is not None else _json(asked, made, found, gpu)
+        one_or_many = _one(asked, made, found.best[0], gpu) if asked.layout else _json(asked, made, found, gpu)
         print(json.dumps(one_or_many, indent=2))  # noqa: T201
-        return
-    _print(asked, made, found, gpu, console)
+    else:
+        _print(asked, made, found, gpu, console)
+    if asked.curves is not None:
+        page = _curves(asked, made, work, gpu, asked.curves, Console(stderr=asked.as_json, highlight=False))
+        if not asked.as_json:
+            console.print(Text.assemble(("written to  ", "bold"), str(page)), soft_wrap=True)
 
 
 def calibration() -> None:
@@ -190,6 +204,35 @@ def configuration(asked: Asked, made: Architecture, planned: Planned) -> str:
     return "\n".join(lines) + "\n" + dump(content)
 
 
+def _one(asked: Asked, made: Architecture, planned: Planned, gpu: Gpu) -> dict[str, Any]:
+    more = {}
+    if asked.thinking is not None:
+        more = em.as_dict(made, planned, asked.thinking, gpu, asked.tokens, asked.iterations, asked.updates)
+    return {**planned.as_dict(), **more}
+
+
+def _curves(asked: Asked, made: Architecture, work: Work, gpu: Gpu, folder: Path, console: Console) -> Path:
+    """Write `throughput.png` and `plan.html`; the page."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--curves {folder}: cannot be written ({error.strerror}): choose another folder") from error
+    found: list[curves.Point] = []
+    with Progress(console=console) as progress, progress.task("planning", len(curves.sizes(asked.gpus))) as task:
+        for each in curves.points(made, asked.gpus, work, gpu, asked.rollouts_gib):
+            found += each
+            task.advance()
+    title = f"{made.name} on {gpu.name}, {asked.precision}, rows of {asked.sequence} tokens"
+    tables: dict[str, list[dict[str, str]]] = {}
+    for point in found:
+        tables.setdefault(point.kind, []).append(point.row())
+    picture = write_picture(folder / "throughput.png", curves.draw(found, title))
+    caution = _caution(gpu, asked.precision)
+    page = render_page("plan.html", title=f"Plan: {title}", caution=caution, picture=picture, tables=tables)
+    write_text(folder / "plan.html", page)
+    return folder / "plan.html"
+
+
 def _json(asked: Asked, made: Architecture, found: Plan, gpu: Gpu) -> dict[str, Any]:
     return {
         "model": made.name,
@@ -198,7 +241,7 @@ def _json(asked: Asked, made: Architecture, found: Plan, gpu: Gpu) -> dict[str, 
         "gpus": asked.gpus,
         "precision": asked.precision,
         "mfu_formula": MFU.format(_peak_tflops(gpu, asked.precision)),
-        "layouts": [planned.as_dict() for planned in found.best[: asked.top]],
+        "layouts": [_one(asked, made, planned, gpu) for planned in found.best[: asked.top]],
         "rejected": [{"reason": r.reason, "count": r.count, "fastest": r.example} for r in found.rejected],
         "tried": found.tried,
     }
@@ -226,6 +269,9 @@ def _print(asked: Asked, made: Architecture, found: Plan, gpu: Gpu, console: Con
     console.print(_speed(found.best[: asked.top]))
     console.print()
     console.print(_memory(found.best[: asked.top], gpu))
+    if asked.thinking is not None:
+        console.print()
+        console.print(_em_table(asked, made, found.best[: asked.top], asked.thinking, gpu))
     for each in found.rejected:
         console.print()
         text = f"{each.count} of {found.tried} layouts were left out: {each.reason}. The fastest: {each.example}"
@@ -267,6 +313,28 @@ def _memory(best: list[Planned], gpu: Gpu) -> Table:
         table.add_column(name, justify="right", style="" if name == "total" else "dim")
     for each in best:
         table.add_row(_name(each), *(f"{value:.1f}" for value in each.memory.as_dict().values()))
+    return table
+
+
+def _em_table(asked: Asked, made: Architecture, best: list[Planned], thinking: Thinking, gpu: Gpu) -> Table:
+    """An E-step update, and what a run costs."""
+    table = _table(
+        f"E-step update of {thinking.documents} documents x {thinking.group}, seconds; GPU hours of {asked.iterations} "
+        f"x {asked.updates} updates and {asked.tokens:.3g} tokens"
+    )
+    names = ("sampling", "scoring", "training", "refit", "update s", "documents/s")
+    for name in (*names, "E-steps", "infusion", "M-steps", "GPU hours"):
+        table.add_column(name, justify="right", style="" if name in ("update s", "GPU hours") else "dim")
+    for each in best:
+        update = em.estep_time(made, each, thinking, gpu)
+        cost = em.run_cost(made, each, thinking, gpu, asked.tokens, asked.iterations, asked.updates)
+        seconds = (update.sampling, update.scoring, update.training, update.refit, update.total)
+        table.add_row(
+            _name(each),
+            *(f"{value:.1f}" for value in seconds),
+            f"{thinking.documents / update.total:.1f}",
+            *(f"{value:,.0f}" for value in cost.as_dict().values()),
+        )
     return table
 
 

@@ -163,14 +163,6 @@ def test_impossible_combinations_of_sections_are_all_listed() -> None:
     assert lines[-1].startswith("text.max_latent_tokens=200 leaves no room")
 
 
-def test_observed_thoughts_need_lines() -> None:
-    settings = ["text.granularity=token", "text.latent_format=tokens"]
-    for key in ("corpus.human_comments", "corpus.warm_start_comments"):
-        (line,) = problems(*settings, f"{key}=as_thoughts")
-        assert line.startswith(f"{key}=as_thoughts does not go with text.granularity=token")
-    assert load_config(None, [*settings, "corpus.human_comments=keep"]).text.granularity == "token"
-
-
 def test_keys_of_another_corpus_source_are_refused() -> None:
     lines = problems("corpus.source=jsonl", "corpus.path=x", "corpus.packages=[numpy]", "corpus.hub_config=en")
     assert lines == [

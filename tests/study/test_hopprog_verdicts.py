@@ -120,6 +120,7 @@ def test_granularity_asks_for_a_gain_of_statements_and_tokens() -> None:
     assert granular("statement", "token") == "confirmed"
     assert granular("statement", "token", plain=0.3) == "refuted"
     assert granular("statement") == granular("token") == "not run"
+    assert granular("statement", "token", "ntp_token") == "refuted", "NTP of the same base is the reference"
 
 
 def boundaries(thinks: dict[int, bool]) -> list[Line]:

@@ -196,13 +196,17 @@ def test_line_by_line_encoding_is_the_natural_one(kind: str, all_tokenizers: dic
             assert parts == tokenizer.encode(code)
 
 
-def test_spans_are_the_natural_encoding_cut(tokenizer: Tokenizer) -> None:
+def test_spans_are_the_encoding_of_lines_cut(tokenizer: Tokenizer) -> None:
     config = CONFIGS["span"]
     format = build_format(config, tokenizer)
     code = strip_comment_lines(functions()[0])
     document = encode_document(code, "d", tokenizer, format, config)
-    assert [index for line in document.lines for index in line.body] == tokenizer.encode(code)
-    assert {len(line.body) for line in document.lines[:-1]} == {3}
+    spans = [list(line.body) for line in document.lines]
+    for part in segment(code, "line"):
+        ids = tokenizer.encode(part)
+        for start in range(0, len(ids), 3):
+            assert spans.pop(0) == ids[start : start + 3]
+    assert not spans
     assert all(line.indent == line.tail == () for line in document.lines)
 
 
@@ -211,6 +215,19 @@ def test_spans_are_the_natural_encoding_cut(tokenizer: Tokenizer) -> None:
 COMMENTED = (
     "# top\n\n# one\n# two\nx = 1\n####\ny = (\n    # in\n    2)\n# lost\n\nif x:\n    # deep\n    z = 3\n# end\n"
 )
+
+
+def test_comments_become_thoughts_of_the_first_span_of_a_line(tokenizer: Tokenizer) -> None:
+    config = CONFIGS["span"].model_copy(update={"max_latent_tokens": 40})
+    format = build_format(config, tokenizer)
+    spans = encode_document(COMMENTED, "d", tokenizer, format, config, "as_thoughts")
+    lines = encode_document(
+        COMMENTED, "d", tokenizer, format, CONFIGS["tokens"].model_copy(update={"max_latent_tokens": 40}), "as_thoughts"
+    )
+    assert list(spans.observed.values()) == list(lines.observed.values()) and len(lines.observed) == 3
+    starts = [sum(len(line.ids) for line in lines.lines[:index]) for index in lines.observed]
+    assert [sum(len(span.ids) for span in spans.lines[:index]) for index in spans.observed] == starts
+    assert len(spans.lines) > len(lines.lines)
 
 
 @pytest.mark.parametrize("name", ["comment", "tokens"])

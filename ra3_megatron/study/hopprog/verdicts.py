@@ -173,8 +173,9 @@ def _granularity(groups: Mapping[str, Group]) -> Verdict:
         return Verdict("P6 granularity", claim, "not run", "arms ntp, statement and token are needed")
     words, seen = [], []
     for name, arm in arms.items():
-        shared = sorted(ntp.lines.keys() & arm.lines.keys())
-        gain = estimate([measures.nats_a_line(ntp.lines[s]) - measures.nats_a_line(arm.lines[s]) for s in shared])
+        plain = groups.get(f"ntp_{name}", ntp)  # from the same base
+        shared = sorted(plain.lines.keys() & arm.lines.keys())
+        gain = estimate([measures.nats_a_line(plain.lines[s]) - measures.nats_a_line(arm.lines[s]) for s in shared])
         words.append(above(gain, GAIN))
         seen.append(f"{name} {gain.text() if gain else '-'}")
     return Verdict("P6 granularity", claim, both(*words), "gain in nats a line: " + ", ".join(seen))
