@@ -1,7 +1,7 @@
-"""The one exception that stands for a mistake of the user, not of the program.
+"""The exceptions that the command line shows without a traceback: a mistake of the user, and a stop by a signal.
 
-Invariant: the message is complete by itself. It names the key or the file, the value, and what would be right.
-The command line prints it as it is, without a traceback, and exits with code 2.
+Invariant: a message is complete by itself. It names the key or the file, the value, and what would be right.
+The command line prints it as it is, and exits with code 2 (a mistake) or 75 (a stop).
 """
 
 from __future__ import annotations
@@ -9,3 +9,11 @@ from __future__ import annotations
 
 class UserError(Exception):
     """A mistake that the user can correct: one line per problem, ready to be shown."""
+
+
+STOPPED = 75
+"""Exit code of a run that a signal stopped (EX_TEMPFAIL): the same command with `--resume` goes on."""
+
+
+class StoppedBySignal(Exception):
+    """A signal stopped the run, which has saved and can go on."""

@@ -14,6 +14,7 @@ from ra3_megatron.em.monitors import Alarm
 from ra3_megatron.em.policy import LatentPolicy, latent_policy
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.stopping import StopRequest
 from ra3_megatron.report.metrics import MetricsWriter, read_metrics
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, write_json
@@ -37,6 +38,8 @@ class RunContext:
     """Checkpoint to start from; None: from initial weights."""
     engines: EnginePool | None = None
     """vLLM processes that sample; None: the model itself is sampled from."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether a signal asks to save and stop."""
 
     def new_model(self, drawn: bool = True) -> torch.nn.Module:
         """A model with the run's initial weights; with `drawn=False`, one to load weights into."""

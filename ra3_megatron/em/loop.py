@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import StoppedBySignal, UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.em.controls import control_latents
@@ -147,6 +147,7 @@ class EM:
         folder = run.folder.path / "infused" / f"iteration_{iteration}"
         if run.has_logged(phase.name, iteration):  # the last thing that an infusion does
             return InfusedCorpus(folder)
+        self._stop_if_asked(f"before {phase.key}")
         documents = self._documents(iteration)
         model = run.new_model(drawn=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
@@ -188,6 +189,7 @@ class EM:
         path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
         if run.runtime.broadcast(path.is_file()):
             return dict(read_json(path))
+        self._stop_if_asked(f"before the evaluation of {arm} {iteration}")
         model = run.new_model(drawn=False)
         record = checkpoint.load(model_of, model, run.runtime, verify=self.config.checkpoint.verify)
         count = min(self.config.evaluation.documents, len(self.valid))
@@ -258,6 +260,12 @@ class EM:
             return documents
         corpus = self.run_context.corpus
         return InForceOnly(documents, corpus.format, corpus.tokenizer)
+
+    def _stop_if_asked(self, where: str) -> None:
+        """Behind a phase that is saved: nothing is lost."""
+        signal = self.run_context.stop.agreed(self.run_context.runtime)
+        if signal is not None:
+            raise StoppedBySignal(f"stopped by {signal}: {where}")
 
     def _say(self, text: str) -> None:
         self.run_context.progress.message(text)

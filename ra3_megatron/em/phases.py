@@ -7,6 +7,8 @@ logged behind the checkpoint are rewound before it goes on.
 
 With `checkpoint.async_save` the checkpoints of the way are written while steps go on. One counts (and older ones are
 deleted) when it is complete; a kill before that leaves the one before. `final` is always waited for.
+
+A signal (`mcore/stopping.py`) saves behind the step that it came in, and stops the run.
 """
 
 import shutil
@@ -19,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import StoppedBySignal, UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.mcore import checkpoint
@@ -88,7 +90,7 @@ def train_phase(
 
     updates_per_step: optimizer updates that each step takes. Skips what is done, resumes what was begun. Raises
     UserError when the loss is not finite (the batch is dumped) or a checkpoint cannot be written; the last good
-    checkpoint is kept in both cases.
+    checkpoint is kept in both cases. Raises StoppedBySignal behind a checkpoint when a signal asked for it.
     """
     final = final_of(run, phase)
     if is_done(run, phase):
@@ -138,8 +140,14 @@ def train_phase(
             if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
                 run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
             saves.poll()
-            if (step + 1) % run.config.checkpoint.interval == 0 and step + 1 < steps:
+            if step + 1 == steps:
+                continue
+            signal = run.stop.agreed(run.runtime)
+            if signal is not None or (step + 1) % run.config.checkpoint.interval == 0:
                 saves.begin(f"step_{step + 1:06d}", record_at(step + 1))
+            if signal is not None:
+                saves.wait()
+                raise StoppedBySignal(f"stopped by {signal}: saved behind step {step + 1} of {phase.key}")
         task.close()
         saves.wait()
         saves.finish(final, record_at(steps))

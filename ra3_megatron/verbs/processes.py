@@ -6,14 +6,18 @@ and raised again by the process that started them, so that it is shown once.
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.config.errors import UserError
+import psutil
+
+from ra3_megatron.config.errors import STOPPED, StoppedBySignal, UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import write_text
@@ -51,8 +55,12 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
         )
         command = ["-m", module, str(folder / "config.yaml"), str(folder), *arguments]
         try:
-            elastic_launch(layout, sys.executable)(*command)
+            with _signals_passed_on():
+                elastic_launch(layout, sys.executable)(*command)
         except ChildFailedError as failure:
+            stopped = sorted(folder.glob("stopped.*"))
+            if stopped:
+                raise StoppedBySignal(stopped[0].read_text(encoding="utf-8")) from failure
             errors = sorted(folder.glob("error.*"))
             if errors:
                 raise UserError(errors[0].read_text(encoding="utf-8")) from failure
@@ -68,7 +76,34 @@ def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     except UserError as error:
         write_text(Path(errors) / f"error.{int(os.environ['RANK']):06d}", str(error))
         return 2
+    except StoppedBySignal as stop:
+        write_text(Path(errors) / f"stopped.{int(os.environ['RANK']):06d}", str(stop))
+        return STOPPED
     return 0
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """Within it, what asks a run to save and stop goes to the processes of the layout, and to nobody else."""
+    from ra3_megatron.mcore.stopping import SIGNALS
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children(recursive=False):
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if handled is None:
+            del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+        else:
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
 
 
 def on_main(runtime: Any, action: Any) -> None:

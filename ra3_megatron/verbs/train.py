@@ -62,7 +62,8 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
             with rollout_engines(config, runtime, corpus, folder.path, hf_source(folder)) as engines:
                 run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity, base, engines)
                 try:
-                    EM(run).run()
+                    with run.stop.listening():
+                        EM(run).run()
                     exported = export_models(run)
                 finally:
                     if writer is not None:

@@ -6,6 +6,7 @@ they are tested: everything that a test changes in them is named in the request.
     {"arguments": ["train", …], "output": PATH, "errors": PATH,
      "set": {"module:NAME": value},                              other values of module constants
      "kill": ["module:NAME", "before" | "after", N],            SIGKILL at the N-th call of a function or method
+     "signal": ["module:NAME", "before" | "after", N, NAME],    another signal there
      "file_size": BYTES}                                        no file may grow beyond (a full disk)
     -> {"code": exit code, or minus the signal}
 """
@@ -61,6 +62,8 @@ def _run(request: dict[str, Any]) -> None:
             setattr(owner, name, value)
         if request.get("kill"):
             _kill_at(*request["kill"])
+        if request.get("signal"):
+            _kill_at(*request["signal"])
         if request.get("file_size"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
         sys.argv = ["ra3", *request["arguments"]]
@@ -87,9 +90,10 @@ def _resolve(target: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _kill_at(target: str, when: str, call: int) -> None:
-    owner, name = _resolve(target)
-    function = getattr(owner, name)
+def _kill_at(target: str, when: str, call: int, name: str = "SIGKILL") -> None:
+    number = signal.Signals[name]
+    owner, attribute = _resolve(target)
+    function = getattr(owner, attribute)
     calls = 0
 
     @functools.wraps(function)
@@ -97,13 +101,13 @@ def _kill_at(target: str, when: str, call: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         result = function(*args, **kwargs)
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return result
 
-    setattr(owner, name, wrapped)
+    setattr(owner, attribute, wrapped)
 
 
 if __name__ == "__main__":

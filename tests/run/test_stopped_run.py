@@ -1,0 +1,77 @@
+"""SIGUSR1 or SIGTERM: a run saves behind the step that it came in and stops; `--resume` ends as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from small_run import Ra3, metrics, weights
+
+from ra3_megatron.config.errors import STOPPED
+
+STEPS = "ra3_megatron.em.steps"
+LOOP = "ra3_megatron.em.loop"
+
+PLACES: list[tuple[str, str, str, int, str, str]] = [
+    ("in the warm start", f"{STEPS}:PackedSteps.step", "before", 3, "SIGUSR1", "saved behind step 3 of warm_start"),
+    ("in its last step", f"{STEPS}:PackedSteps.step", "before", 21, "SIGTERM", "before the evaluation of base 0"),
+    ("in E-step 1", f"{STEPS}:EStepSteps.step", "after", 1, "SIGTERM", "saved behind step 1 of estep-1"),
+    ("at the end of E-step 1", f"{STEPS}:EStepSteps.step", "after", 1, "SIGUSR1", "before infuse-1"),
+    ("in infusion 1", f"{LOOP}:infuse", "before", 1, "SIGUSR1", "saved behind step 1 of mstep-1"),
+]
+"""A place, where the signal comes, which one, and what the run says."""
+
+
+@pytest.fixture(scope="module")
+def resumed(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped at every one of PLACES, one after another, and brought to its end."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    arguments = ("train", config, f"run_dir={run}")
+    for number, (place, target, when, call, name, said) in enumerate(PLACES):
+        resume = ["--resume"] if number else []
+        outcome = ra3(*arguments, *resume, code=None, signal=[target, when, call, name])
+        assert outcome.code == STOPPED, f"{place}: exit code {outcome.code}\n{outcome.output}\n{outcome.errors}"
+        assert outcome.errors == f"ra3: stopped by {name}: {said}; the same command with --resume goes on\n", place
+    ra3(*arguments, "--resume")
+    return run
+
+
+def test_metrics_are_those_of_the_uninterrupted_run(finished: Path, resumed: Path) -> None:
+    assert metrics(finished) == metrics(resumed)
+
+
+def test_weights_are_bit_identical(finished: Path, resumed: Path) -> None:
+    for phase in sorted(path.name for path in (finished / "checkpoints").iterdir()):
+        expected, found = (weights(run / "checkpoints" / phase / "final") for run in (finished, resumed))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), phase
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to one process of the layout"])
+def test_processes_of_a_layout_stop_together(to_all: bool, config: Path, tmp_path: Path) -> None:
+    """The signal goes to the process that the user started, or to one that it started."""
+    run = tmp_path / "run"
+    code = "from ra3_megatron.cli import main; main()"
+    settings = ["warm_start.steps=100000", "parallel.data=2", f"run_dir={run}"]
+    command = [sys.executable, "-c", code, "train", str(config), *settings]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    target = process.children()[-1] if to_all else process
+    target.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, errors
+    assert "ra3: stopped by SIGUSR1: saved behind step" in errors and "Traceback" not in errors
+    (saved,) = (run / "checkpoints" / "warm_start").iterdir()
+    step = int(saved.name.removeprefix("step_"))
+    assert max(record["step"] for record in metrics(run)) == step
