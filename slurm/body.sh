@@ -89,6 +89,8 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
     fi
   done
   STEP=
+  # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
+  [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   return "$code"
 }
 

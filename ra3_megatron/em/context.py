@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from ra3_megatron.config.errors import StoppedBySignal
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.build import Corpus
 from ra3_megatron.em.latent_stats import BlankTokens
@@ -89,6 +90,13 @@ class RunContext:
                 step,
                 {"monitor": alarm.name, "message": alarm.message, "advice": alarm.advice},
             )
+
+    def stopped(self, signal: str, where: str) -> NoReturn:
+        """Raise StoppedBySignal. Collective: the main process has said so before any process ends."""
+        text = f"stopped by {signal}: {where}"
+        self.progress.message(text)
+        self.runtime.barrier()
+        raise StoppedBySignal(text)
 
     def sync(self) -> None:
         """Put metrics on disk before a checkpoint stands behind them."""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.config.errors import StoppedBySignal, UserError
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.em.controls import control_latents
@@ -265,7 +265,7 @@ class EM:
         """Behind a phase that is saved: nothing is lost."""
         signal = self.run_context.stop.agreed(self.run_context.runtime)
         if signal is not None:
-            raise StoppedBySignal(f"stopped by {signal}: {where}")
+            self.run_context.stopped(signal, where)
 
     def _say(self, text: str) -> None:
         self.run_context.progress.message(text)

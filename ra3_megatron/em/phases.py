@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from ra3_megatron.config.errors import StoppedBySignal, UserError
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.em.context import RunContext
 from ra3_megatron.mcore import checkpoint
@@ -147,7 +147,7 @@ def train_phase(
                 saves.begin(f"step_{step + 1:06d}", record_at(step + 1))
             if signal is not None:
                 saves.wait()
-                raise StoppedBySignal(f"stopped by {signal}: saved behind step {step + 1} of {phase.key}")
+                run.stopped(signal, f"saved behind step {step + 1} of {phase.key}")
         task.close()
         saves.wait()
         saves.finish(final, record_at(steps))
