@@ -8,7 +8,8 @@ logged behind the checkpoint are rewound before it goes on.
 With `checkpoint.async_save` the checkpoints of the way are written while steps go on. One counts (and older ones are
 deleted) when it is complete; a kill before that leaves the one before. `final` is always waited for.
 
-A signal (`mcore/stopping.py`) saves behind the step that it came in, and stops the run.
+A last checkpoint whose files are damaged is left for the one before it. A signal (`mcore/stopping.py`) saves behind the
+step that it came in, and stops the run.
 """
 
 import shutil
@@ -103,7 +104,7 @@ def train_phase(
     work = make_steps(trainer)
     first, seconds, tokens = 0, 0.0, 0
     if latest is not None:
-        record = checkpoint.load(latest, model, run.runtime, trainer, run.config.checkpoint.verify)
+        record = _load_newest(run, folder, model, trainer)
         first, seconds, tokens = record["step"], record["seconds"], record["tokens"]
         work.load_state_dict(record["data"])
     run.rewind(phase.name, phase.iteration, first)
@@ -220,6 +221,27 @@ def _write_errors() -> Iterator[None]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint inside a phase; None when there is none."""
     return max(_complete(folder), key=_step_of, default=None)
+
+
+def _load_newest(run: RunContext, folder: Path, model: torch.nn.Module, trainer: Trainer) -> dict[str, Any]:
+    """Load the newest checkpoint inside a phase that is whole; its record. Collective.
+
+    One that is not is renamed, so that nothing takes it for a checkpoint any more. Raises DamagedCheckpoint when none
+    is whole.
+    """
+    found = sorted(_complete(folder), key=_step_of, reverse=True)
+    for path, before in zip(found, [*found[1:], None], strict=True):
+        try:
+            return checkpoint.load(path, model, run.runtime, trainer, run.config.checkpoint.verify)
+        except checkpoint.DamagedCheckpoint as problem:
+            if before is None:
+                raise
+            run.progress.message(f"warning: {problem}; going on from {before}", style="yellow")
+            if run.runtime.is_main:
+                shutil.rmtree(folder / f"damaged_{path.name}", ignore_errors=True)
+                path.rename(folder / f"damaged_{path.name}")
+            run.runtime.barrier()
+    raise ValueError(f"{folder} holds no checkpoint")
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -51,6 +51,10 @@ _REPLACED = ".replaced" + PARTIAL
 _EXPERT_GENERATOR = "expert-parallel-rng"
 
 
+class DamagedCheckpoint(UserError):
+    """A complete checkpoint whose files are not as they were written."""
+
+
 class CheckpointWriteError(RuntimeError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
@@ -199,7 +203,8 @@ def load(
     """Load weights (and `trainer`'s optimizer and schedule) in place; returns the record. Collective.
 
     verify: compare the checksums of all files first; their sizes are always compared.
-    Raises UserError when `folder` is no complete checkpoint, lacks a file or does not fit the model.
+    Raises UserError when `folder` is no complete checkpoint or does not fit the model, DamagedCheckpoint when its files
+    are not as they were written.
     """
     record = read_record(folder)
     _check_fit(folder, record, model, trainer)
@@ -345,7 +350,7 @@ def _check_fit(folder: Path, record: dict[str, Any], model: torch.nn.Module, tra
 
 
 def _check_files(folder: Path, record: dict[str, Any], runtime: Runtime, verify: bool) -> None:
-    """UserError on every process when a file is missing, of another size or, if `verify`, of other content.
+    """DamagedCheckpoint on every process when a file is missing, of another size or, if `verify`, of other content.
 
     The main process compares sizes; processes share the reading for checksums.
     """
@@ -358,7 +363,7 @@ def _check_files(folder: Path, record: dict[str, Any], runtime: Runtime, verify:
     if wrong:
         name, problem = min(wrong.items())
         more = f" ({len(wrong) - 1} more files are not whole either)" if len(wrong) > 1 else ""
-        raise UserError(f"{folder / name}: {problem}{more}: use another checkpoint")
+        raise DamagedCheckpoint(f"{folder / name}: {problem}{more}: use another checkpoint")
 
 
 def _only_extra_state_of(folder: Path, template: dict[str, Any]) -> dict[str, Any]:

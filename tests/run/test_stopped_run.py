@@ -53,6 +53,34 @@ def test_weights_are_bit_identical(finished: Path, resumed: Path) -> None:
         assert all(torch.equal(expected[name], found[name]) for name in expected), phase
 
 
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    finished: Path, ra3: Ra3, config: Path, tmp_path: Path
+) -> None:
+    """A file of the last checkpoint is cut short: the run goes on from the one before, to the same numbers."""
+    run = tmp_path / "run"
+    arguments = ("train", config, f"run_dir={run}", "checkpoint.interval=2")
+    outcome = ra3(*arguments, code=STOPPED, signal=[f"{STEPS}:PackedSteps.step", "before", 7, "SIGTERM"])
+    folder = run / "checkpoints" / "warm_start"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000006", "step_000007"]
+    shard = max((folder / "step_000007").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    outcome = ra3(*arguments, "--resume")
+    said = " ".join(outcome.output.split())
+    assert f"warning: {shard}: " in said and f"use another checkpoint; going on from {folder / 'step_000006'}" in said
+    assert metrics(finished) == metrics(run)
+    assert sorted(path.name for path in folder.iterdir()) == ["damaged_step_000007", "final"]
+
+
+def test_without_a_whole_checkpoint_the_run_says_so(ra3: Ra3, config: Path, tmp_path: Path) -> None:
+    arguments = ("train", config, f"run_dir={tmp_path / 'run'}", "checkpoint.keep=1")
+    ra3(*arguments, code=STOPPED, signal=[f"{STEPS}:PackedSteps.step", "before", 3, "SIGTERM"])
+    (saved,) = (tmp_path / "run" / "checkpoints" / "warm_start").iterdir()
+    shard = min(saved.rglob("*.distcp"))
+    shard.unlink()
+    assert ra3.refuses(*arguments, "--resume") == f"{shard}: is missing: use another checkpoint"
+    assert saved.is_dir()
+
+
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to one process of the layout"])
