@@ -467,6 +467,41 @@ def plan(
     )
 
 
+@app.command()
+def launch(
+    script: Annotated[
+        str, typer.Argument(metavar="SCRIPT", help="slurm/ra3_8b.sh, or its name: 8b.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides for the run.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show script, layout, memory and step time, and submit nothing.")
+    ] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", metavar="N", min=1, help="Instead of the script's.", show_default=False)
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="OPTION", help="For sbatch: --sbatch partition=batch.", show_default=False),
+    ] = None,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME|FILE", help="What to plan for, as in ra3 plan.")] = "h100",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the rendered script.", show_default=False)
+    ] = None,
+) -> None:
+    """Check, plan and submit a job script: layout, memory a GPU and step time before a node is asked for."""
+    options = {}
+    for option in sbatch or []:
+        key, _, value = option.removeprefix("--").partition("=")
+        options[key] = value
+    if nodes is not None:
+        options["nodes"] = str(nodes)
+    from ra3_megatron.verbs.launch import launch as verb
+
+    verb(script, overrides or [], options, gpu, dry_run, out)
+
+
 @app.command("config")
 def config_(
     config: _Config = None,

@@ -1,59 +1,87 @@
-# What every job here does; the scripts beside this file source it. It runs in the batch shell, on the job's first node.
+# What every training job here does; the scripts beside this file source it. It runs in the batch shell, on the job's first node.
 #
 # A script sets, before it sources this file:
 #   CONFIG     configuration, relative to the checkout or absolute
-#   SETTINGS   array of overrides, the layout among them; arguments behind the script's name come after these and win
+#   SETTINGS   array of overrides; arguments behind the script's name come after these and win
+#   MODEL      (GPU nodes) name of a Hugging Face folder, such as Llama-3.1-8B
+# parallel.data is set here: as many replicas of the model as the job's processes hold.
 #
-# Sites differ in what site.sh (from site.example.sh) or the environment sets; everything has a default:
+# Sites differ in what site.sh (from site.example.sh) or the environment sets; everything else has a default:
+#   RA3_MODEL       folder of the Hugging Face model                    ($RA3_MODELS/$MODEL)
+#   RA3_MODELS      folder of such folders
+#   RA3_DATA        corpus.path: files with the expert's code           (none: what the configuration says)
+#   RA3_CONFIG      configuration instead of the script's
+#   RA3_ROLLOUT_NODES  the last nodes of the job run vLLM alone         (0: vLLM runs on the trainer's GPUs)
 #   RA3_VENV        virtual environment with ra3                        (the checkout's .venv, if it is there)
 #   RA3_MODULES     modules to load before, separated by spaces
 #   RA3_CONTAINER   image for srun --container-image (pyxis); RA3_MOUNTS for --container-mounts
+#   RA3_SRUN        further options of srun, separated by spaces
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
 #   RA3_RETRIES     attempts after a failure, in all                    (3)
-#   RA3_GRACE       seconds that a stop may take before a requeue       (100)
+#   RA3_GRACE       seconds that a stop may take before a requeue       (100; on GPU nodes 540)
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
 # Exit code 0: the run is finished. 2: a mistake in the configuration, which no retry mends. 1: failed after all attempts.
+# With RA3_RENDER set it prints what it would run, and runs nothing (`ra3 launch` reads that).
 
-set -uo pipefail
+. "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
+CONFIG=${RA3_CONFIG:-$CONFIG}
 
-say() { printf '%s  %s\n' "$(date +%FT%T)" "$*"; }
-
-# The checkout is where the submitted script lies: sbatch copies the script, but remembers where from.
-if [ -z "${RA3_HOME:-}" ]; then
-  RA3_HOME=$(cd "$(dirname "$RA3_SCRIPT")/.." && pwd)
+if [ -n "${MODEL:-}" ]; then
+  RA3_MODEL=${RA3_MODEL:-${RA3_MODELS:+$RA3_MODELS/$MODEL}}
+  [ -n "$RA3_MODEL" ] || mistake "RA3_MODEL is not set: the folder of the Hugging Face model $MODEL (or RA3_MODELS, the folder that holds it)"
+  SETTINGS=("model.hf=$RA3_MODEL" "${SETTINGS[@]}")
 fi
-export RA3_HOME
-[ -f "$RA3_HOME/slurm/site.sh" ] && . "$RA3_HOME/slurm/site.sh"
-
-if [ -n "${RA3_MODULES:-}" ]; then
-  # shellcheck disable=SC2086  # several modules
-  module load $RA3_MODULES
+setting() { # setting KEY DEFAULT: its value among the overrides
+  local value=$2 each
+  for each in "${SETTINGS[@]}" "${ARGUMENTS[@]}"; do
+    [ "${each%%=*}" = "$1" ] && value=${each#*=}
+  done
+  printf %s "$value"
+}
+if [ -n "${RA3_DATA:-}" ]; then
+  SETTINGS+=("corpus.path=$RA3_DATA")
+elif [ -n "${MODEL:-}" ] && [ -z "${RA3_CONFIG:-}$(setting corpus.path "")$(setting corpus.source "")" ]; then
+  mistake "RA3_DATA is not set: files with the code to train on, such as /shared/python/*.parquet"
 fi
-RA3_VENV=${RA3_VENV:-$RA3_HOME/.venv}
-[ -x "$RA3_VENV/bin/ra3" ] && PATH=$RA3_VENV/bin:$PATH
-if [ -z "${RA3_CONTAINER:-}" ] && ! command -v ra3 >/dev/null; then
-  say "ra3 is not installed: neither $RA3_VENV/bin/ra3 nor ra3 on PATH; set RA3_VENV (slurm/site.sh)"
-  exit 2
+
+# Processes of the trainer, and the replicas of the model that they hold.
+ROLLOUT_NODES=${RA3_ROLLOUT_NODES:-0}
+PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
+TRAIN_NODES=$((SLURM_JOB_NUM_NODES - ROLLOUT_NODES))
+[ "$TRAIN_NODES" -gt 0 ] || mistake "RA3_ROLLOUT_NODES=$ROLLOUT_NODES leaves no node to train on: the job has $SLURM_JOB_NUM_NODES"
+TRAINERS=$((TRAIN_NODES * PER_NODE))
+REPLICA=$(($(setting parallel.tensor 1) * $(setting parallel.pipeline 1) * $(setting parallel.context 1)))
+[ $((TRAINERS % REPLICA)) -eq 0 ] || mistake "$TRAINERS processes on $TRAIN_NODES nodes hold no whole number of replicas of $REPLICA (parallel.tensor * pipeline * context): change --nodes or the layout"
+[ -n "$(setting parallel.data "")" ] || SETTINGS+=("parallel.data=$((TRAINERS / REPLICA))")
+if [ "$ROLLOUT_NODES" -gt 0 ]; then
+  ENGINES_PER_NODE=$((PER_NODE / $(setting rollout.vllm.tensor 1)))
+  SETTINGS+=(rollout.engine=vllm rollout.placement=nodes "rollout.replicas=$((ROLLOUT_NODES * ENGINES_PER_NODE))")
 fi
 
 # One run, however often the job is requeued: its number stays.
-RA3_RUNS=${RA3_RUNS:-$RA3_HOME/runs}
 RA3_RUN_DIR=${RA3_RUN_DIR:-$RA3_RUNS/$SLURM_JOB_NAME-$SLURM_JOB_ID}
 LOGS=$RA3_RUN_DIR.logs
-if ! mkdir -p "$LOGS"; then
-  say "$LOGS cannot be written: set RA3_RUNS or RA3_RUN_DIR to a folder that all nodes share"
-  exit 2
+
+TRAIN=(ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}")
+
+if [ -n "${RA3_RENDER:-}" ]; then
+  printf '%s\0' "home=$RA3_HOME" "config=$CONFIG" "run_dir=$RA3_RUN_DIR" "logs=$LOGS" "trainers=$TRAINERS" \
+    "train_nodes=$TRAIN_NODES" "rollout_nodes=$ROLLOUT_NODES" "srun=${SRUN[*]}"
+  printf 'setting=%s\0' "${SETTINGS[@]}" "${ARGUMENTS[@]}"
+  exit 0
 fi
+
+mkdir -p "$LOGS" || mistake "$LOGS cannot be written: set RA3_RUNS or RA3_RUN_DIR to a folder that all nodes share"
 
 # Names of nodes need not resolve here; Slurm knows their addresses.
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$FIRST" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MASTER_ADDR MASTER_PORT
-export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
+export LOCAL_WORLD_SIZE=$PER_NODE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
@@ -68,15 +96,13 @@ trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
 attempt() { # attempt NUMBER: one srun over all nodes; its exit code
-  local logs launch=()
+  local logs
   logs=$LOGS/$(printf 'attempt-%03d' "$1")
   mkdir -p "$logs"
   ln -sfn "$(basename "$logs")" "$LOGS/latest"
-  [ -n "${RA3_CONTAINER:-}" ] && launch+=(--container-image="$RA3_CONTAINER" --container-mounts="${RA3_MOUNTS:-$RA3_HOME,$RA3_RUNS}")
-  say "attempt $1 on $SLURM_JOB_NODELIST: $SLURM_NTASKS processes, logs in $logs"
+  say "attempt $1 on $SLURM_JOB_NODELIST: $TRAINERS processes, logs in $logs"
   cd "$RA3_HOME" || return 2
-  srun --kill-on-bad-exit=1 --output="$logs/rank-%t.txt" "${launch[@]}" \
-    ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
+  "${SRUN[@]}" --nodes="$TRAIN_NODES" --ntasks="$TRAINERS" --output="$logs/rank-%t.txt" "${TRAIN[@]}" &
   STEP=$!
   local code deadline=
   while :; do # a trapped signal ends `wait` before srun has ended
@@ -111,10 +137,7 @@ while :; do
       say "finished: $RA3_RUN_DIR"
       exit 0
       ;;
-    2)
-      say "a mistake that no retry mends (exit code 2): see $LOGS/latest/rank-0.txt"
-      exit 2
-      ;;
+    2) mistake "a mistake that no retry mends (exit code 2): see $LOGS/latest/rank-0.txt" ;;
   esac
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"

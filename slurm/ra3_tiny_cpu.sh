@@ -10,8 +10,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.txt
-RA3_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
-CONFIG=${RA3_CONFIG:-examples/quickstart.yaml}
-SETTINGS=(parallel.tensor=2 parallel.data=2 parallel.threads=1)
+RA3_SCRIPT=${RA3_SCRIPT:-$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* Command=\([^ ]*\).*/\1/p')}
+CONFIG=examples/quickstart.yaml
+SETTINGS=(parallel.pipeline=2 parallel.threads=1)
 ARGUMENTS=("$@")
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/body.sh"

@@ -122,4 +122,5 @@ class RunConfig(Section):
         return layout_advice(self.model, world_size, self.parallel, self._batches())
 
     def _batches(self) -> Batches:
-        return {"warm_start": self.warm_start, "mstep": self.mstep}
+        batches: Batches = {"warm_start": self.warm_start, "mstep": self.mstep}
+        return {name: batch for name, batch in batches.items() if batch.steps}

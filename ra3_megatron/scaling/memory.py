@@ -39,6 +39,8 @@ class Memory:
     rollouts: float
     """Weights and key/value cache of a rollout engine on the same GPU."""
     buffers: float
+    scorer: float = 0.0
+    """The frozen model, which an E-step holds beside the one that it trains."""
 
     @property
     def total(self) -> float:

@@ -44,7 +44,11 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 MinJobAge=3600
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=4 RealMemory=4000
-NodeName=gpu[1-16] NodeAddr=127.0.0.1 CPUs=128 RealMemory=2000000 Gres=gpu:8 State=FUTURE
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=60
+SuspendExcNodes=n[1-2]
+NodeName=gpu[1-16] NodeAddr=127.0.0.1 CPUs=128 RealMemory=2000000 Gres=gpu:8 State=CLOUD
 PartitionName=cpu Nodes=n[1-2] Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:8
 PartitionName=gpu Nodes=gpu[1-16] MaxTime=UNLIMITED State=UP
 """

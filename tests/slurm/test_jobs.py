@@ -6,56 +6,14 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import psutil
 import pytest
 
-from tests.run.small_run import CONFIG, metrics, write_corpus
-from tests.slurm.cluster import Cluster, missing_programs, start, stop
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "slurm" / "ra3_tiny_cpu.sh"
-SETTINGS = ("estep.steps=5", "em.iterations=1", "checkpoint.interval=1", "corpus.max_documents=40")
+from tests.run.small_run import metrics
+from tests.slurm.site import SETTINGS, Site, processes_of, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if missing := missing_programs():
-        pytest.skip(f"needs Debian's packages slurm-wlm and munge (make install-slurm): no {', '.join(missing)}")
-    running = start(tmp_path_factory.mktemp("slurm") / "cluster")
-    yield running
-    stop(running)
-
-
-class Site:
-    """Where jobs of these tests read and write."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        source = write_corpus(folder / "code")
-        self.config = folder / "small.yaml"
-        self.config.write_text(CONFIG.replace("CORPUS", str(source)))
-
-    def submit(self, name: str, *settings: str, options: tuple[str, ...] = (), **changes: str) -> str:
-        environment = {"RA3_CONFIG": str(self.config), "RA3_RUN_DIR": str(self.folder / name), "RA3_VENV": sys.prefix}
-        options = ("--output", str(self.folder / f"{name}.txt"), "--chdir", "/", *options)
-        return self.cluster.submit(TINY, *settings, options=options, **(environment | changes))
-
-    def output(self, name: str) -> str:
-        return (self.folder / f"{name}.txt").read_text()
-
-    def logs(self, name: str) -> Path:
-        return self.folder / f"{name}.logs"
-
-
-@pytest.fixture(scope="module")
-def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site(cluster, tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +24,6 @@ def calm(site: Site) -> list[dict[str, object]]:
     assert "4 processes" in site.output("calm") and "finished: " in site.output("calm")
     assert (site.logs("calm") / "latest" / "rank-3.txt").is_file()
     return metrics(site.folder / "calm")
-
-
-def processes_of(run: Path) -> list[psutil.Process]:
-    """The processes of the run's ranks."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if str(run) in words and "train" in words and not any("srun" in word for word in words[:2]):
-            found.append(process)
-    return found
-
-
-def until(what: Callable[[], object], site: Site, name: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, site.output(name)
-        time.sleep(0.1)
 
 
 def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list[dict[str, object]]) -> None:
