@@ -1,4 +1,4 @@
-"""`ra3 launch`: every script for GPU nodes with the real architectures, checked and planned without a GPU or a Slurm."""
+"""`ra3 launch`: every script for GPU nodes with the real architectures, planned without a GPU or a Slurm."""
 
 from __future__ import annotations
 

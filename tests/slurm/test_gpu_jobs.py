@@ -1,4 +1,4 @@
-"""The scripts for GPU nodes and conversions: taken by a Slurm that has such nodes, and run, on CPU nodes with a small model.
+"""The scripts for GPU nodes and conversions: taken by a Slurm that has such nodes, and run on CPU nodes.
 
 What only GPUs can show (NCCL, memory, speed) is not tested here.
 """
@@ -98,7 +98,7 @@ def test_the_script_of_8b_runs_with_a_small_model(site: Site, folder: Path) -> N
 
 
 def test_what_is_missing_is_said_in_one_line(site: Site) -> None:
-    job = site.submit("no_model", script=SLURM / "ra3_8b.sh", options=(*CPU, "--nodes=1"))
+    job = site.submit("no_model", script=SLURM / "ra3_8b.sh", options=(*CPU, "--nodes=1", "--ntasks-per-node=1"))
     assert site.cluster.wait(job)["ExitCode"] == "2:0"
     assert "RA3_MODEL is not set: the folder of the Hugging Face model Llama-3.1-8B" in site.output("no_model")
 
@@ -112,7 +112,9 @@ def test_launch_submits(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert number, result.output
     job = site.cluster.job(number[1])
     site.cluster.run("scancel", number[1])
-    assert job["JobState"] == "PENDING" and job["NumNodes"] == "1" and job["Command"] == str(SLURM / "ra3_tiny_cpu.sh")
+    assert (
+        job["JobState"] == "PENDING" and job["NumNodes"] == "1-1" and job["Command"] == str(SLURM / "ra3_tiny_cpu.sh")
+    )
 
 
 def said(logs: Path) -> str:
