@@ -23,6 +23,8 @@ Batches = Mapping[str, PackedTraining]
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """One line for each rule by which `model` cannot be laid out like this."""
     yield from _tensor_problems(model, parallel)
+    if model.fp8_recipe:
+        yield from _fp8_problems(model, parallel)
     if parallel.pipeline > 1:
         yield from _pipeline_problems(model, parallel)
     yield from _sequence_problems(model, parallel)
@@ -132,6 +134,31 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         yield f"parallel.tensor={parallel.tensor} does not divide {listed}: {fitting} would"
 
 
+def _fp8_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Dimensions of FP8 products are multiples of 16 on each process."""
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
+    shares = {
+        "model.hidden_size": (model.hidden_size, 1),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor),
+        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor),
+        "the channels of queries, keys and values": (
+            (model.num_attention_heads + 2 * model.num_query_groups) * head,
+            parallel.tensor,
+        ),
+    }
+    for name, (size, parts) in shares.items():
+        if size % (16 * parts):
+            yield (
+                f"{name}={size} does not go with model.precision={model.precision} and parallel.tensor="
+                f"{parallel.tensor}: a process's share must be a multiple of 16 (or use model.precision=bf16)"
+            )
+    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
+        yield (
+            f"parallel.recompute_modules=[…, layernorm] does not go with model.precision={model.precision}: "
+            "Transformer Engine's norms are part of the layers behind them; leave it out"
+        )
+
+
 def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
     keys = ["num_attention_heads", "num_query_groups"] + (["ffn_hidden_size"] if model.num_experts is None else [])
     return {key: getattr(model, key) for key in keys}
@@ -203,10 +230,11 @@ def _stages(number: int) -> str:
 
 
 def _sequence_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    multiple = parallel.sequence_multiple
+    multiple = parallel.sequence_multiple * model.row_multiple
     if model.context_length % multiple:
         needs = [f"parallel.context={parallel.context}"] if parallel.context > 1 else []
         needs += [f"parallel.sequence=true with parallel.tensor={parallel.tensor}"] if parallel.sequence else []
+        needs += [f"model.precision={model.precision}"] if model.row_multiple > 1 else []
         values = _any_of(_multiples(model.context_length, multiple))
         yield (
             f"model.context_length={model.context_length} is not a multiple of {multiple}, for "

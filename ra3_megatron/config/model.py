@@ -106,8 +106,25 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward passes; the optimizer keeps fp32 weights and moments."""
+    precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
+    """Arithmetic of forward and backward passes; the optimizer keeps fp32 weights and moments. `fp8_…`: products with
+    the weights of the layers in FP8 by this recipe of Transformer Engine, all else in bf16; on GPUs that have it."""
+
+    @property
+    def weight_type(self) -> Literal["fp32", "bf16"]:
+        """In which the model's weights are kept, copied to engines and exported."""
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def fp8_recipe(self) -> str | None:
+        """Megatron's name of the recipe; None: no FP8."""
+        return self.precision.removeprefix("fp8_") if self.precision.startswith("fp8_") else None
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of on each process, whatever the layout: FP8 products have
+        dimensions of multiples of 16."""
+        return 16 if self.fp8_recipe else 1
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

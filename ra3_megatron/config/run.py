@@ -98,6 +98,16 @@ class RunConfig(Section):
                 f"model.vocab_size={self.model.vocab_size} goes with tokenizer.kind=hf only: leave it out, the model "
                 "has the tokenizer's vocabulary"
             )
+        if self.model.fp8_recipe and self.rollout.engine != "vllm":
+            yield (
+                f"model.precision={self.model.precision} needs rollout.engine=vllm: FP8 products cannot take single "
+                "tokens, as rollout.engine=megatron samples them"
+            )
+        if self.model.fp8_recipe and self.model.num_experts is not None:
+            yield (
+                f"model.precision={self.model.precision} does not go with model.num_experts={self.model.num_experts}: "
+                "tokens of an expert are no multiple of 16; use model.precision=bf16"
+            )
         lines = list(layout_problems(self.model, self.parallel))
         if lines:
             advice = self.layout_advice(self.parallel.world_size)

@@ -111,7 +111,7 @@ class Planner:
         self.section = section
         self.runtime = runtime
         self.cost = DocumentCost.of(config.model)
-        self.sequence_multiple = config.parallel.sequence_multiple
+        self.sequence_multiple = config.parallel.sequence_multiple * config.model.row_multiple
 
     def plan(self, transcripts: Sequence[Transcript], rows: Sequence[Sequence[int]] | None = None) -> Plan:
         """The plan of these transcripts; rows: indices of each row of `micro_batch_size` rows, if chosen already."""

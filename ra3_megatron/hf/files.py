@@ -58,12 +58,12 @@ def write_config(
     """
     if source is None:
         ids = {key: value for key, value in special.items() if value is not None}
-        values = {**with_dtype(family_for(model).config_json(model, vocab_size), model.precision), **ids}
+        values = {**with_dtype(family_for(model).config_json(model, vocab_size), model.weight_type), **ids}
         write_atomic(folder / FILE, _json(values))
         write_atomic(folder / GENERATION, _json({"_from_model_config": True, **ids}))
         return
     old = ConfigJson.read(source).values
-    values = with_dtype(old, model.precision)
+    values = with_dtype(old, model.weight_type)
     write_atomic(folder / FILE, (source / FILE).read_bytes() if values == old else _json(values))
     if (source / GENERATION).is_file():
         write_atomic(folder / GENERATION, (source / GENERATION).read_bytes())

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.fp8 import fp8_settings, require_fp8, require_fp8_layers, transformer_engine_spec
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.rotary import inverse_frequencies
@@ -52,7 +53,7 @@ _SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatte
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture in this layout."""
-    bf16 = model.precision == "bf16"
+    bf16 = model.weight_type == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -91,6 +92,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         moe_router_dtype="fp32" if model.num_experts else None,
         moe_token_dispatcher_type="alltoall",
         **_recompute(parallel),
+        **fp8_settings(model),
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -268,8 +270,9 @@ def build_model(
 
     vocab_size: tokens of the tokenizer; sets: token sets of the latent format, bool [R, vocab_size]; seed: of the
     initial weights, which are the same in every layout; None: weights are left as they happen to be, to be loaded. In
-    bf16 each chunk is wrapped in Float16Module.
+    bf16 each chunk is wrapped in Float16Module. Raises UserError when `model.precision` asks for FP8 that is not there.
     """
+    require_fp8(model, runtime.device)
     seed_everything(seed or 0)
     config = transformer_config(model, parallel)
     size = padded_vocabulary(vocab_size, parallel.tensor)
@@ -295,6 +298,7 @@ def build_model(
         chunk.frequencies = inverse_frequencies(model).to(runtime.device)
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
+        require_fp8_layers(model, chunk)
     if seed is not None:
         draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
     return torch.nn.ModuleList(Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks)
@@ -327,9 +331,12 @@ def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _layer_spec(model: ModelConfig) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(
-        num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
-    )
+    if model.fp8_recipe:
+        spec = transformer_engine_spec(model)  # its names are those of checkpoints
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+        )
+        spec.submodules.sharded_state_dict_keys_map = keys_map(experts=model.num_experts is not None)
     spec.submodules.self_attention.submodules.core_attention = CachedAttention
-    spec.submodules.sharded_state_dict_keys_map = keys_map(experts=model.num_experts is not None)
     return spec

@@ -41,7 +41,7 @@ def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, prog
             return
         keep_small_files(source, kept)
         shown = bytes_progress(progress, f"converting {source.name}, MB")
-        import_hf(source, target, config.model.precision, progress=shown)
+        import_hf(source, target, config.model.weight_type, progress=shown)
 
     on_main(runtime, convert_once)
     return target

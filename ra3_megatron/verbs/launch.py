@@ -97,7 +97,8 @@ def expectation(config: RunConfig, gpu: Gpu) -> Expected:
         raise UserError("model.vocab_size is not known: give model.hf (RA3_MODEL), so that the job can be planned")
     made = Architecture(config.model.hf or "model", config.model, config.model.vocab_size)
     batch = config.mstep
-    work = Work(config.model.context_length, batch.global_batch_size, batch.micro_batch_size)
+    kind = "fp8" if config.model.fp8_recipe else "bf16"
+    work = Work(config.model.context_length, batch.global_batch_size, batch.micro_batch_size, kind)
     planned = evaluate(made, config.parallel, work, gpu, _engine_gib(config, made))
     thinks = config.method == "ra3" and not math.isinf(config.estep.latent_price)
     held = replace(planned.memory, scorer=planned.memory.weights if thinks else 0.0)

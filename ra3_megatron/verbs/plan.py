@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from ra3_megatron.scaling.tables import Architecture, Gpu, architecture_named, g
 
 MFU = "3 * forward FLOPs (products with weights, causal attention, output layer) / (seconds * GPUs * {} TFLOP/s)"
 """What `mfu` means."""
+FP8 = "fp8_tensorwise"
+"""The recipe that a plan for FP8 is written for."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def plan(asked: Asked) -> None:
     """
     gpu = gpu_named(asked.gpu)
     made = architecture_named(asked.model, asked.sequence)
+    if asked.precision == "fp8" and made.model.num_experts is None:  # which FP8 is planned for, but not trained
+        made = replace(made, model=made.model.model_copy(update={"precision": FP8}))
     try:
         peak(gpu, asked.precision)
     except ValueError as error:
@@ -185,7 +189,7 @@ def configuration(asked: Asked, made: Architecture, planned: Planned) -> str:
         fields = ModelConfig.model_fields
         values = made.model.model_dump()
         model = {k: v for k, v in values.items() if v != fields[k].get_default() and k not in ("vocab_size", "hf")}
-    model |= {"context_length": asked.sequence, "precision": "bf16"}
+    model |= {"context_length": asked.sequence, "precision": made.model.precision}
     batch = {"global_batch_size": asked.global_batch, "micro_batch_size": planned.work.micro_batch}
     content = {
         "model": model,
@@ -193,14 +197,15 @@ def configuration(asked: Asked, made: Architecture, planned: Planned) -> str:
         "warm_start": batch,
         "mstep": batch,
         "estep": {"micro_batch_size": planned.work.micro_batch},
+        **({"rollout": {"engine": "vllm"}} if made.model.fp8_recipe else {}),
     }
     layout = describe(planned.parallel, planned.work.micro_batch)
     lines = [
         f"# Written by ra3 {__version__}: what `ra3 plan` finds fastest for {made.name} on {asked.gpus} {asked.gpu}:",
         f"# {layout}; {planned.memory.total:.1f} GiB a GPU, {planned.step.total:.2f} s a step.",
     ]
-    if asked.precision == "fp8":
-        lines.append("# Planned for FP8, which ra3 train has no key for in this version: this file trains in bf16.")
+    if asked.precision == "fp8" and not made.model.fp8_recipe:
+        lines.append("# Planned for FP8, which ra3 train has not for mixtures of experts: this file trains in bf16.")
     return "\n".join(lines) + "\n" + dump(content)
 
 

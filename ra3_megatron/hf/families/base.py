@@ -142,7 +142,7 @@ def common_keys(config: ConfigJson, multi_head: bool = False, rope_base: float =
 
 def common_json(family: Family, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """The `config.json` keys that decoders of all families share."""
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[model.precision]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[model.weight_type]
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
