@@ -1,6 +1,7 @@
 #!/bin/bash
 # RA3 of Qwen2.5-72B on 16 nodes of 8 H100, vLLM on the same GPUs.
 #   RA3_MODEL=DIR RA3_DATA='DIR/*.parquet' sbatch slurm/ra3_72b.sh [KEY=VALUE …]
+# FP8: model.precision=fp8_tensorwise behind the script's name.
 # docs/clusters.md explains the variables; `ra3 launch slurm/ra3_72b.sh --dry-run` shows what would run, memory and step time.
 #SBATCH --job-name=ra3_72b
 #SBATCH --nodes=16

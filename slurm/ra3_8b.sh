@@ -1,6 +1,7 @@
 #!/bin/bash
 # RA3 of Llama-3.1-8B on 4 nodes of 8 H100, vLLM on the same GPUs.
 #   RA3_MODEL=DIR RA3_DATA='DIR/*.parquet' sbatch slurm/ra3_8b.sh [KEY=VALUE …]
+# FP8: model.precision=fp8_tensorwise behind the script's name.
 # docs/clusters.md explains the variables; `ra3 launch slurm/ra3_8b.sh --dry-run` shows what would run, memory and step time.
 #SBATCH --job-name=ra3_8b
 #SBATCH --nodes=4
