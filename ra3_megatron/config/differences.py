@@ -8,6 +8,7 @@ from ra3_megatron.config.yaml_io import scalar_text
 
 RESULT_FREE = (
     "logging",
+    "profile",
     "parallel",
     "checkpoint",
     "export",

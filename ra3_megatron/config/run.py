@@ -10,6 +10,7 @@ from ra3_megatron.config.base import Section
 from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
 from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.config.profile import ProfileConfig
 from ra3_megatron.config.runtime import CheckpointConfig, ExportConfig, LoggingConfig, RolloutConfig
 from ra3_megatron.config.training import (
     EMConfig,
@@ -63,6 +64,8 @@ class RunConfig(Section):
     """What a run leaves for others."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics and progress."""
+    profile: ProfileConfig = ProfileConfig()
+    """Single steps, looked at closely."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -69,20 +69,22 @@ class EStep:
     def update(self, transcripts: list[Transcript]) -> tuple[dict[str, float], Rollouts]:
         """One update on these transcripts, which come in groups of G; metrics of it, and what they earned."""
         different = distinct(transcripts)
-        rollouts = self.reward(transcripts, different)
-        contexts = self._contexts(different.transcripts)
-        plan = self.planner.plan(contexts.sequences)
-        batches = policy_batches(
-            different.transcripts,
-            different.summed(rollouts.advantages),
-            plan,
-            self.runtime,
-            self.latents,
-            self.config.entropy_coefficient,
-            self.temperature,
-            contexts,
-            different.copies,
-        )
+        with self.trainer.clock.part("scoring"):
+            rollouts = self.reward(transcripts, different)
+        with self.trainer.clock.part("data"):
+            contexts = self._contexts(different.transcripts)
+            plan = self.planner.plan(contexts.sequences)
+            batches = policy_batches(
+                different.transcripts,
+                different.summed(rollouts.advantages),
+                plan,
+                self.runtime,
+                self.latents,
+                self.config.entropy_coefficient,
+                self.temperature,
+                contexts,
+                different.copies,
+            )
         results = [self.trainer.step(batches, self.loss) for _ in range(self.config.updates_per_rollout)]
         first, result = results[0], results[-1]
         metrics = {

@@ -127,7 +127,7 @@ class EM:
 
         def steps(trainer: Trainer) -> EStepSteps:
             policy = run.policy(trainer.model)
-            queue = RolloutQueue(policy, self.train, sampler, key, self.config)
+            queue = RolloutQueue(policy, self.train, sampler, key, self.config, trainer.clock)
             return EStepSteps(run, iteration, EStep(self.config, policy, trainer, scorer, run.blank), queue)
 
         return train_phase(

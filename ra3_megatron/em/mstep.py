@@ -37,13 +37,14 @@ class MStep:
 
     def step(self) -> dict[str, float]:
         """One update on the next rows; metrics of it."""
-        rows = next(self.batcher)
-        taken = [index for row in rows for index in row]
-        place = {index: number for number, index in enumerate(taken)}
-        transcripts = [self.documents[index] for index in taken]
-        self.last_documents = [t.document for t in transcripts]
-        plan = self.planner.plan(transcripts, rows=[[place[index] for index in row] for row in rows])
-        batches = training_batches(transcripts, plan, self.trainer.runtime, self.thought_weight)
+        with self.trainer.clock.part("data"):
+            rows = next(self.batcher)
+            taken = [index for row in rows for index in row]
+            place = {index: number for number, index in enumerate(taken)}
+            transcripts = [self.documents[index] for index in taken]
+            self.last_documents = [t.document for t in transcripts]
+            plan = self.planner.plan(transcripts, rows=[[place[index] for index in row] for row in rows])
+            batches = training_batches(transcripts, plan, self.trainer.runtime, self.thought_weight)
         result = self.trainer.step(batches)
         metrics = {
             "loss": result.loss,

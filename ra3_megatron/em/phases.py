@@ -25,6 +25,8 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.profiling import Profiler
+from ra3_megatron.em.step_times import StepTimes
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.trainer import NonFiniteLoss, Trainer
 
@@ -124,34 +126,41 @@ def train_phase(
         }
 
     saves = _Saves(run, folder, model, trainer)
+    times = StepTimes(trainer.clock, run.runtime.device)
+    profiler = Profiler(run.config.profile, run.folder.profile, phase.name, phase.key, run.runtime)
     try:
         for step in range(first, steps):
-            begin = time.perf_counter()
             try:
-                metrics = work.step(step)
+                with profiler.step(step + 1, trainer.clock), times.step():
+                    metrics = work.step(step)
             except NonFiniteLoss as problem:
                 try:
                     saves.wait()
                 except UserError as failure:
                     run.progress.message(f"warning: {failure}", style="yellow")
                 _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
-            elapsed = time.perf_counter() - begin
             tokens += int(metrics["tokens"])
             task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
             if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
-                run.log(phase.name, phase.iteration, step + 1, {**metrics, **_rates(metrics, elapsed)})
-            saves.poll()
+                values = {**metrics, **_rates(metrics, times.seconds), **times.values()}
+                run.log(phase.name, phase.iteration, step + 1, values)
+            with times.saving():
+                saves.poll()
             if step + 1 == steps:
                 continue
             signal = run.stop.agreed(run.runtime)
             if signal is not None or (step + 1) % run.config.checkpoint.interval == 0:
-                saves.begin(f"step_{step + 1:06d}", record_at(step + 1))
+                with times.saving():
+                    saves.begin(f"step_{step + 1:06d}", record_at(step + 1))
             if signal is not None:
                 saves.wait()
                 run.stopped(signal, f"saved behind step {step + 1} of {phase.key}")
         task.close()
-        saves.wait()
-        saves.finish(final, record_at(steps))
+        with times.saving():
+            saves.wait()
+            saves.finish(final, record_at(steps))
+        if (line := times.line()) is not None:
+            run.progress.message(f"{phase.key}: {line}")
     finally:
         saves.abandon()
     return final

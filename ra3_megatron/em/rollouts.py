@@ -18,6 +18,7 @@ import numpy as np
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.mcore.step_clock import StepClock
 from ra3_megatron.text.transcript import Transcript
 
 _ARRAYS = ("ids", "roles", "lines", "offered", "log_probs")
@@ -27,11 +28,18 @@ class RolloutQueue:
     """Transcripts of `policy` for the updates 0, 1, … of an E-step. All calls are collective."""
 
     def __init__(
-        self, policy: LatentPolicy, documents: Any, sampler: DocumentSampler, key: Sequence[int], config: RunConfig
+        self,
+        policy: LatentPolicy,
+        documents: Any,
+        sampler: DocumentSampler,
+        key: Sequence[int],
+        config: RunConfig,
+        clock: StepClock | None = None,
     ) -> None:
-        """documents: store of the corpus; sampler: their order; key: names the random streams."""
+        """documents: store of the corpus; sampler: their order; key: names the random streams; clock: of the steps."""
         self._policy, self._documents, self._sampler, self._key = policy, documents, sampler, tuple(key)
         self._settings = config.estep
+        self._clock = clock or StepClock()
         self._ahead = config.rollout.max_staleness
         self._published: int | None = None
         self._pending: Callable[[], list[Transcript]] | None = None
@@ -75,7 +83,8 @@ class RolloutQueue:
         if self._published == version:
             return {}
         self._published = version
-        return self._policy.publish(version)
+        with self._clock.part("refit"):
+            return self._policy.publish(version)
 
     def _begin(self, step: int, background: bool = False) -> Callable[[], list[Transcript]]:
         numbers = self._sampler.next(self._settings.documents_per_step)

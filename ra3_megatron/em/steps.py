@@ -40,8 +40,11 @@ class EStepSteps:
 
     def step(self, step: int) -> dict[str, float]:
         settings = self.run.config.estep
-        self.estep.trainer.synchronize()  # what samples reads the weights of the last update
-        transcripts, sampling = self.queue.next(step)
+        clock = self.estep.trainer.clock
+        with clock.part("optimizer"):
+            self.estep.trainer.synchronize()  # what samples reads the weights of the last update
+        with clock.part("sampling"):
+            transcripts, sampling = self.queue.next(step)
         self.last = [t.document for t in transcripts[:: settings.group_size]]
         metrics, rollouts = self.estep.update(transcripts)
         metrics |= sampling

@@ -28,6 +28,7 @@ from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_coun
 from ra3_megatron.mcore.model import STREAMS
 from ra3_megatron.mcore.sequence_split import gather_outputs
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.step_clock import StepClock
 
 
 class NonFiniteLoss(RuntimeError):
@@ -71,6 +72,8 @@ class Trainer:
             average_in_collective=False,
         )
         self.runtime = runtime
+        self.clock = StepClock(runtime.device)
+        """Says where the seconds of a step went, to whoever opens one on it."""
         inner = _chunks(model)
         config = get_model_config(inner[0])
         self.chunks = [
@@ -110,7 +113,8 @@ class Trainer:
             wd_incr_steps=max(steps, 1),
             wd_incr_style="constant",
         )
-        config.finalize_model_grads_func = _finalize
+        config.finalize_model_grads_func = partial(_finalize, clock=self.clock)
+        config.timers = self.clock.timers
         if parallel.overlap_grad_reduce:
             functions = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
@@ -120,14 +124,17 @@ class Trainer:
 
         Raises NonFiniteLoss on every process when the loss or the gradient norm is not finite.
         """
-        shares = _shares(batches, self.runtime)
+        with self.clock.part("data"):
+            shares = _shares(batches, self.runtime)
         counts = global_counts(shares, self.runtime)
         self.model.train()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.clock.part("optimizer"):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         loss = partial(_training_loss, counts=counts, policy=policy or PolicyLoss())
-        results = _run(self.model, shares, self.runtime, loss)
+        with self.clock.schedule(pipelined=self.runtime.pipeline_size > 1):
+            results = _run(self.model, shares, self.runtime, loss)
         each = torch.zeros(1, len(Stat), dtype=torch.float64, device=self.runtime.device)
         if results:  # on the last pipeline stage
             each = torch.stack(results).double()
@@ -140,7 +147,8 @@ class Trainer:
             raise NonFiniteLoss(f"loss is {stats[Stat.LOSS]}")
         self.scheduler.step(increment=1)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        _, norm, _ = self.optimizer.step()
+        with self.clock.part("optimizer"):
+            _, norm, _ = self.optimizer.step()
         grad_norm = float(norm or 0.0)
         if not math.isfinite(grad_norm):
             raise NonFiniteLoss(f"gradient norm is {grad_norm}")
@@ -225,8 +233,9 @@ def _keep(out: Tensor, batch: TokenBatch, non_loss_data: bool) -> Tensor:
     return out
 
 
-def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    finalize_model_grads(model, None, **kwargs)  # the loss is normalised by global counts already
+def _finalize(model: list[Any], num_tokens: Any = None, *, clock: StepClock, **kwargs: Any) -> None:
+    with clock.part("grad_reduce"):
+        finalize_model_grads(model, None, **kwargs)  # the loss is normalised by global counts already
 
 
 def _is_vector(parameter: torch.nn.Parameter) -> bool:

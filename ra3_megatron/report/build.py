@@ -24,6 +24,7 @@ from ra3_megatron.report.run_folder import RunFolder, read_json, require_run, wr
 from ra3_megatron.report.snippets import thought_spans
 from ra3_megatron.report.summary import Monitor, Summary, read_summary
 from ra3_megatron.report.terminal import arm_rows
+from ra3_megatron.report.timings import time_table
 
 CAPTIONS = {
     "cross_entropy": "Held-out cross-entropy of code tokens after each EM iteration, all arms on the same documents.",
@@ -83,6 +84,7 @@ def _render(
         pictures=pictures,
         missing=[CAPTIONS[name] for name in CAPTIONS if name not in drawn],
         monitors=_monitors(records, summary),
+        times=time_table(records),
         snippets=[] if summary is None else [_snippet(text) for text in summary.snippets],
         config=_highlight_yaml(folder.config.read_text(encoding="utf-8")),
         manifest=None if manifest is None else _rows(manifest),

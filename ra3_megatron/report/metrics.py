@@ -16,6 +16,11 @@ Also stored of every training step: tokens, and fill_rate, the share of the posi
 (the only value, times aside, that depends on the layout and on the size of micro-batches). Of E-steps:
 distinct_transcripts, the share of the transcripts that differ (equal ones are scored and trained on once; tokens counts
 them once).
+Of every training step, as the main process saw it (docs/profiling.md):
+    seconds_PART         in each part of the step (`PARTS`); they add up to `seconds`, and refit has refit_seconds in it
+    seconds_checkpoint   saving checkpoints between the line before and this step; not in `seconds`
+    peak_memory_gib      on a GPU: most memory that tensors held at once during the step, GiB
+    peak_rss_gib         on a CPU: most memory of the process so far, since it began, GiB
 """
 
 import json
@@ -32,10 +37,35 @@ from ra3_megatron.report.run_folder import RunFolder, read_json_lines, write_tex
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-TIME_FIELDS = frozenset(
-    {"time", "seconds", "tokens_per_second", "documents_per_second", "refit_seconds", "refit_bytes_per_second"}
+PARTS = (
+    "data",
+    "sampling",
+    "refit",
+    "scoring",
+    "forward",
+    "backward",
+    "pipeline",
+    "grad_reduce",
+    "optimizer",
+    "other",
 )
-"""Fields that depend on the clock; all others are the same in a resumed and an uninterrupted run."""
+"""Parts of a training step, in the order of tables: `seconds_PART` of each that the step has add up to `seconds`."""
+
+TIME_FIELDS = frozenset(
+    {
+        "time",
+        "seconds",
+        *(f"seconds_{part}" for part in PARTS),
+        "seconds_checkpoint",
+        "tokens_per_second",
+        "documents_per_second",
+        "refit_seconds",
+        "refit_bytes_per_second",
+        "peak_memory_gib",
+        "peak_rss_gib",
+    }
+)
+"""Fields that depend on the clock or the machine; all others are the same in a resumed and an uninterrupted run."""
 
 RESERVED_FIELDS = frozenset({"phase", "iteration", "step", "global_step", "nonfinite", "time"})
 """Fields that `MetricsWriter.write` sets itself."""

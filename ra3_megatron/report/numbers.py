@@ -55,3 +55,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def step_time(seconds: float) -> str:
+    """Time of a step, also of a short one: 0.4 ms, 31 ms, 5.2 s, 3 min 05 s."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.1f} ms" if seconds < 0.00995 else f"{1000 * seconds:.0f} ms"
+    return duration(seconds)
+
+
+def whole_percent(share: float) -> str:
+    """A share in whole percent; one that would round to nothing is named as less than one."""
+    return "<1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"

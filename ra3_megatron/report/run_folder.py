@@ -71,6 +71,11 @@ class RunFolder:
         """Pictures of the report, one PNG each."""
         return self.path / "figures"
 
+    @property
+    def profile(self) -> Path:
+        """Traces of single steps."""
+        return self.path / "profile"
+
 
 def require_run(run_dir: Path | str) -> RunFolder:
     """The run folder at `run_dir`.

@@ -40,6 +40,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.loop import EM
     from ra3_megatron.em.outcome import summarize
+    from ra3_megatron.em.profiling import check_profile
     from ra3_megatron.mcore.fp8 import require_fp8
     from ra3_megatron.report.build import build_report
     from ra3_megatron.report.metrics import MetricsWriter
@@ -54,6 +55,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     folder = RunFolder(Path(config.run_dir))
     check_export(config)
     require_fp8(config.model, runtime.device)
+    check_profile(config.profile, runtime)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)

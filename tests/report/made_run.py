@@ -86,6 +86,8 @@ def write_made_metrics(run_dir: Path, tensorboard: bool = False) -> None:
                 loss = last + (first - last) * math.exp(-4 * step / steps) + draw.gauss(0, 0.03)
                 values = {"loss": loss, "code_ce": loss, "grad_norm": 1 + draw.random(), "learning_rate": 1e-3}
                 values |= {"tokens_per_second": 14_000 + draw.gauss(0, 300), "seconds": 0.56}
+                values |= {"seconds_forward": 0.168, "seconds_backward": 0.336, "seconds_optimizer": 0.056}
+                values |= {"seconds_other": 0.0, "seconds_checkpoint": 0.7 * (step % 20 == 1), "peak_memory_gib": 41.5}
                 if thoughts:
                     values["thought_ce"] = loss + 1.2
                 writer.write(phase, iteration, step, values)
@@ -104,6 +106,11 @@ def write_made_metrics(run_dir: Path, tensorboard: bool = False) -> None:
                     "log_prob_mismatch": 1e-4 * (1 + draw.random()),
                     "largest_log_prob_difference": 1e-3 * (1 + draw.random()),
                     "refit_seconds": 0.1 + 0.05 * draw.random(),
+                    **dict.fromkeys(("seconds_sampling", "seconds_scoring"), 0.75),
+                    "seconds": 2.0,
+                    "seconds_refit": 0.498,
+                    "seconds_other": 0.002,
+                    "peak_memory_gib": step / 8,
                 }
                 writer.write("estep", iteration, step, values)
             train("mstep", iteration, 40, 2.5, 2.3, thoughts=True)

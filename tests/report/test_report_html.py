@@ -42,6 +42,8 @@ class Page(HTMLParser):
             self.pictures.append(values["src"] or "")
         if tag == "mark":
             self.marked.append("")
+        if tag in ("td", "th", "br"):
+            self.handle_data(" ")
         self.links += [value for name, value in attrs if name in ("href", "src") and value]
 
     def handle_endtag(self, tag: str) -> None:
@@ -67,6 +69,9 @@ def test_finished_run_has_all_parts(run: Path) -> None:
     assert "2.13.0" in page.text["versions"]
     assert "1,402,554" in page.text["data"]
     assert "E-step 1" in page.text["timings"]
+    times = " ".join(page.text["where-the-time-goes"].split())
+    assert "warm start 100 560 ms – – – 30% 168 ms 60% 336 ms 10% 56 ms 0% 0.0 ms 35 ms 41.50 GiB" in times
+    assert "E-step 40 2.0 s 38% 750 ms 25% 498 ms 38% 750 ms – – – <1% 2.0 ms 0.0 ms 2.50 GiB" in times
     assert "-2.3000 → -2.1000" in page.text["iterations"]
     assert "Nothing was logged" not in page.text["curves"]
 

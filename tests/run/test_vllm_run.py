@@ -85,6 +85,7 @@ def test_vllm_samples_what_the_live_model_samples(
         assert infused(run) == infused(live)
     steps = [line for line in read(run) if line["phase"] == "estep" and "refit_seconds" in line]
     assert len(steps) == 2 and all(line["refit_bytes_per_second"] > 0 for line in steps)
+    assert all(line["seconds_refit"] >= line["refit_seconds"] and line["seconds_sampling"] > 0 for line in steps)
     assert not engines_of(run), "no engine is left behind"
 
 
