@@ -11,11 +11,14 @@
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
 #   RA3_RETRIES     attempts after a failure, in all                    (3)
+#   RA3_PREFLIGHT   0: train without a check of the nodes before         (1)
+#   RA3_PREFLIGHT_OPTIONS   options of ra3 preflight, separated by spaces
 #   RA3_GRACE       seconds that a stop may take before a requeue       (100)
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
-# Exit code 0: the run is finished. 2: a mistake in the configuration, which no retry mends. 1: failed after all attempts.
+# Exit code 0: the run is finished. 2: a mistake in the configuration, which no retry mends. 1: failed after all attempts,
+# or the nodes are not fit to train on.
 
 set -uo pipefail
 
@@ -67,16 +70,7 @@ pass_on() { # the time limit is near, or the job is preempted: srun hands the si
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-attempt() { # attempt NUMBER: one srun over all nodes; its exit code
-  local logs launch=()
-  logs=$LOGS/$(printf 'attempt-%03d' "$1")
-  mkdir -p "$logs"
-  ln -sfn "$(basename "$logs")" "$LOGS/latest"
-  [ -n "${RA3_CONTAINER:-}" ] && launch+=(--container-image="$RA3_CONTAINER" --container-mounts="${RA3_MOUNTS:-$RA3_HOME,$RA3_RUNS}")
-  say "attempt $1 on $SLURM_JOB_NODELIST: $SLURM_NTASKS processes, logs in $logs"
-  cd "$RA3_HOME" || return 2
-  srun --kill-on-bad-exit=1 --output="$logs/rank-%t.txt" "${launch[@]}" \
-    ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
+await() { # wait for the srun that was started last; its exit code
   STEP=$!
   local code deadline=
   while :; do # a trapped signal ends `wait` before srun has ended
@@ -89,6 +83,42 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
     fi
   done
   STEP=
+  return "$code"
+}
+
+preflight() { # preflight FOLDER: are these nodes fit to train on? 3 if they are not, having named them
+  local code nodes
+  # shellcheck disable=SC2086  # several options
+  srun --wait=30 --output="$1/preflight-%t.txt" "${launch[@]}" \
+    ra3 preflight "$CONFIG" --run-dir "$RA3_RUN_DIR" ${RA3_PREFLIGHT_OPTIONS:-} "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
+  await
+  code=$?
+  cat "$1/preflight-0.txt" 2>/dev/null
+  [ "$code" -eq 0 ] || [ -n "$STOPPING" ] && return "$code"
+  nodes=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
+  [ -n "$nodes" ] || return "$code"
+  # what others say when the first process has nothing to say any more
+  grep -q '^node ' "$1/preflight-0.txt" 2>/dev/null || sed -n '/^node /p' "$1"/preflight-*.txt | sort -u | head -n 20
+  say "nodes not fit to train on: $nodes"
+  return 3
+}
+
+attempt() { # attempt NUMBER: one srun over all nodes; its exit code
+  local logs code launch=()
+  logs=$LOGS/$(printf 'attempt-%03d' "$1")
+  mkdir -p "$logs"
+  ln -sfn "$(basename "$logs")" "$LOGS/latest"
+  [ -n "${RA3_CONTAINER:-}" ] && launch+=(--container-image="$RA3_CONTAINER" --container-mounts="${RA3_MOUNTS:-$RA3_HOME,$RA3_RUNS}")
+  say "attempt $1 on $SLURM_JOB_NODELIST: $SLURM_NTASKS processes, logs in $logs"
+  cd "$RA3_HOME" || return 2
+  if [ "${RA3_PREFLIGHT:-1}" != 0 ]; then
+    preflight "$logs" || return
+    [ -n "$STOPPING" ] && return 75
+  fi
+  srun --kill-on-bad-exit=1 --output="$logs/rank-%t.txt" "${launch[@]}" \
+    ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
+  await
+  code=$?
   # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   return "$code"
@@ -112,8 +142,13 @@ while :; do
       exit 0
       ;;
     2)
-      say "a mistake that no retry mends (exit code 2): see $LOGS/latest/rank-0.txt"
+      say "a mistake that no retry mends (exit code 2): see $LOGS/latest"
       exit 2
+      ;;
+    3)
+      [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING"
+      say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
+      exit 1
       ;;
   esac
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
