@@ -206,25 +206,33 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_a_process_that_hangs_is_named_and_ends_nobody_else(tmp_path: Path) -> None:
-    """The second process is stopped by a signal as soon as both have met."""
+    """The second process is stopped by a signal as soon as both have met; a third one hangs alone."""
     code = (
-        "import os, signal, sys\n"
+        "import os, signal, time\n"
         "from ra3_megatron.cluster import node\n"
-        "def look(*given): os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "def look(*given):\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    time.sleep(1000)\n"
         "node.look = look\n"
         "from ra3_megatron.cli import main\n"
         "main()\n"
     )
+    alone = code.replace("    os.kill(os.getpid(), signal.SIGSTOP)\n", "")
     port = free_port()
     first, second = start(0, tmp_path, port, 12), start(1, tmp_path, port, 12, ("-c", code))
+    third = start(0, tmp_path, free_port(), 4, ("-c", alone), WORLD_SIZE="1")
     try:
         output, errors = first.communicate(timeout=120)
+        itself, _ = third.communicate(timeout=120)
     finally:
-        second.kill()
-        second.communicate()
+        for process in (second, third):
+            process.kill()
+            process.communicate()
     assert first.returncode == 3 and errors == "", (output, errors)
     (line,) = [line for line in output.splitlines() if line.startswith("node n")]
     assert line == "node n1: node: no answer from rank 1 within 11 s: hung or ended"
+    assert third.returncode == 3, "a process ends even if its own check hangs"
+    assert "node n0: node: rank 0 still hangs in it after 4 s" in itself.splitlines()
 
 
 def test_one_process_needs_no_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
