@@ -1,6 +1,7 @@
 """The `ra3` command: each verb parses, builds, calls, closes.
 
 Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user (one line on stderr for each problem),
+3 nodes that are not fit to train on (`preflight`, a line for each problem on stdout),
 75 stopped by SIGUSR1 or SIGTERM after saving, 130 interrupted. Invariant: this module imports neither torch nor a room
 of the package at the top, so that `--help` and `--version` answer at once.
 """
@@ -124,6 +125,69 @@ def train(
     from ra3_megatron.verbs.train import train as run_training
 
     raise typer.Exit(run_training(resolved, resume=resume))
+
+
+@app.command()
+def preflight(
+    config: _Config = None,
+    overrides: _Overrides = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Folder of the run; otherwise run_dir.", show_default=False),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus-per-node",
+            metavar="N",
+            min=0,
+            help="That there must be; 0: processes on CPU. Otherwise whatever there is.",
+            show_default=False,
+        ),
+    ] = None,
+    mib: Annotated[
+        float | None,
+        typer.Option("--mib", metavar="M", min=0.01, help="To all-reduce (64; on CPUs 16).", show_default=False),
+    ] = None,
+    min_bus_gbs: Annotated[
+        float | None,
+        typer.Option(
+            "--min-bus-gbs",
+            metavar="R",
+            min=0,
+            help="GB/s of bus bandwidth below which something is broken (on GPUs 10 between nodes, 100 inside one; on "
+            "CPUs none).",
+            show_default=False,
+        ),
+    ] = None,
+    min_free_gib: Annotated[
+        float, typer.Option("--min-free-gib", metavar="G", min=0, help="Free for the run folder.")
+    ] = 10.0,
+    min_tmp_gib: Annotated[
+        float, typer.Option("--min-tmp-gib", metavar="G", min=0, help="Free for temporary files.")
+    ] = 1.0,
+    max_skew: Annotated[float, typer.Option("--max-skew", metavar="S", min=0, help="Seconds between clocks.")] = 5.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", metavar="S", min=4, help="Seconds for all; processes meet in three quarters of them."
+        ),
+    ] = 60.0,
+    out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all results.", show_default=False)
+    ] = None,
+) -> None:
+    """Check the nodes of a job before training, and name those that are not fit; exit with 3 if there are any.
+
+    Run it with srun or torchrun in the processes that the training will have: srun ra3 preflight run.yaml
+    """
+    path, settings = _split(config, overrides)
+    folder = run_dir if run_dir is not None else Path(_load(path, settings).run_dir)
+    from ra3_megatron.cluster.results import Limits
+    from ra3_megatron.verbs.preflight import preflight as check_nodes
+
+    limits = Limits(gpus_per_node, mib, min_bus_gbs, min_free_gib, min_tmp_gib, max_skew, timeout)
+    raise typer.Exit(check_nodes(folder, limits, out))
 
 
 @app.command()

@@ -12,6 +12,7 @@
 #   RA3_DATA        corpus.path: files with the expert's code           (none: what the configuration says)
 #   RA3_CONFIG      configuration instead of the script's
 #   RA3_ROLLOUT_NODES  the last nodes of the job run vLLM alone         (0: vLLM runs on the trainer's GPUs)
+#   RA3_ENGINES_PER_NODE  engines that each of them takes               (as many as its GPUs allow; without GPUs 1)
 #   RA3_VENV        virtual environment with ra3                        (the checkout's .venv, if it is there)
 #   RA3_MODULES     modules to load before, separated by spaces
 #   RA3_CONTAINER   image for srun --container-image (pyxis); RA3_MOUNTS for --container-mounts
@@ -19,11 +20,14 @@
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
 #   RA3_RETRIES     attempts after a failure, in all                    (3)
+#   RA3_PREFLIGHT   0: train without a check of the nodes before         (1)
+#   RA3_PREFLIGHT_OPTIONS   options of ra3 preflight, separated by spaces
 #   RA3_GRACE       seconds that a stop may take before a requeue       (100; on GPU nodes 540)
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
-# Exit code 0: the run is finished. 2: a mistake in the configuration, which no retry mends. 1: failed after all attempts.
+# Exit code 0: the run is finished. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
+# diverged). 1: failed after all attempts, or the nodes are not fit to train on.
 # With RA3_RENDER set it prints what it would run, and runs nothing (`ra3 launch` reads that).
 
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
@@ -57,8 +61,10 @@ REPLICA=$(($(setting parallel.tensor 1) * $(setting parallel.pipeline 1) * $(set
 [ $((TRAINERS % REPLICA)) -eq 0 ] || mistake "$TRAINERS processes on $TRAIN_NODES nodes hold no whole number of replicas of $REPLICA (parallel.tensor * pipeline * context): change --nodes or the layout"
 [ -n "$(setting parallel.data "")" ] || SETTINGS+=("parallel.data=$((TRAINERS / REPLICA))")
 if [ "$ROLLOUT_NODES" -gt 0 ]; then
-  ENGINES_PER_NODE=$((PER_NODE / $(setting rollout.vllm.tensor 1)))
-  SETTINGS+=(rollout.engine=vllm rollout.placement=nodes "rollout.replicas=$((ROLLOUT_NODES * ENGINES_PER_NODE))")
+  ENGINES=$((ROLLOUT_NODES * ${RA3_ENGINES_PER_NODE:-$((PER_NODE / $(setting rollout.vllm.tensor 1)))}))
+  [ "$ENGINES" -gt 0 ] || mistake "rollout.vllm.tensor=$(setting rollout.vllm.tensor 1): an engine needs more than the $PER_NODE GPUs of a node"
+  SETTINGS+=(rollout.engine=vllm rollout.placement=nodes)
+  [ -n "$(setting rollout.replicas "")" ] || SETTINGS+=("rollout.replicas=$ENGINES")
 fi
 
 # One run, however often the job is requeued: its number stays.
@@ -95,14 +101,7 @@ pass_on() { # the time limit is near, or the job is preempted: srun hands the si
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-attempt() { # attempt NUMBER: one srun over all nodes; its exit code
-  local logs
-  logs=$LOGS/$(printf 'attempt-%03d' "$1")
-  mkdir -p "$logs"
-  ln -sfn "$(basename "$logs")" "$LOGS/latest"
-  say "attempt $1 on $SLURM_JOB_NODELIST: $TRAINERS processes, logs in $logs"
-  cd "$RA3_HOME" || return 2
-  "${SRUN[@]}" --nodes="$TRAIN_NODES" --ntasks="$TRAINERS" --output="$logs/rank-%t.txt" "${TRAIN[@]}" &
+await() { # wait for the srun that was started last; its exit code
   STEP=$!
   local code deadline=
   while :; do # a trapped signal ends `wait` before srun has ended
@@ -115,8 +114,67 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
     fi
   done
   STEP=
+  return "$code"
+}
+
+UNFIT=
+preflight() { # preflight FOLDER: are all nodes fit to train on? It sets UNFIT if they are not, having named them
+  local code nodes
+  # shellcheck disable=SC2086  # several options
+  "${SRUN[@]}" --kill-on-bad-exit=0 --wait=30 --output="$1/preflight-%t.txt" \
+    ra3 preflight "$CONFIG" --run-dir "$RA3_RUN_DIR" ${RA3_PREFLIGHT_OPTIONS:-} "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
+  await
+  code=$?
+  cat "$1/preflight-0.txt" 2>/dev/null
+  [ "$code" -eq 0 ] || [ -n "$STOPPING" ] && return "$code"
+  nodes=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
+  [ -n "$nodes" ] || return "$code"
+  # what others say when the first process has nothing to say any more
+  grep -q '^node ' "$1/preflight-0.txt" 2>/dev/null || sed -n '/^node /p' "$1"/preflight-*.txt | sort -u | head -n 20
+  say "nodes not fit to train on: $nodes"
+  UNFIT=$nodes
+  return 1
+}
+
+HOSTS=
+host_engines() { # host_engines LOGS: a process on each rollout node, until the trainers have gone
+  "${SRUN[@]}" --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES" --ntasks-per-node=1 --relative="$TRAIN_NODES" \
+    --cpu-bind=none --output="$1/engines-%t.txt" \
+    ra3 engines --run-dir "$RA3_RUN_DIR" ${RA3_ENGINES_PER_NODE:+--engines-per-node "$RA3_ENGINES_PER_NODE"} &
+  HOSTS=$!
+}
+end_engines() { # they end by themselves when the run is finished; else srun ends its step on SIGTERM, at once
+  [ -n "$HOSTS" ] || return 0
+  local deadline=$((SECONDS + ${RA3_GRACE:-100}))
+  kill -TERM "$HOSTS" 2>/dev/null
+  while kill -0 "$HOSTS" 2>/dev/null; do
+    [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$HOSTS"
+    sleep 0.2
+  done
+  HOSTS=
+}
+
+attempt() { # attempt NUMBER: one srun over all nodes; its exit code
+  local logs code
+  logs=$LOGS/$(printf 'attempt-%03d' "$1")
+  mkdir -p "$logs"
+  ln -sfn "$(basename "$logs")" "$LOGS/latest"
+  say "attempt $1 on $SLURM_JOB_NODELIST: $TRAINERS processes, logs in $logs"
+  cd "$RA3_HOME" || return 2
+  if [ "${RA3_PREFLIGHT:-1}" != 0 ]; then
+    preflight "$logs" || return
+    [ -n "$STOPPING" ] && return 75
+  fi
+  [ "$ROLLOUT_NODES" -gt 0 ] && host_engines "$logs"
+  "${SRUN[@]}" --nodes="$TRAIN_NODES" --ntasks="$TRAINERS" --ntasks-per-node="$PER_NODE" --relative=0 \
+    --output="$logs/rank-%t.txt" "${TRAIN[@]}" &
+  await
+  code=$?
+  end_engines
   # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
+  # … or of a mistake: of what ra3 says as it ends, that alone does not go on
+  [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' && code=2
   return "$code"
 }
 
@@ -128,21 +186,28 @@ requeue() { # give the nodes back and go on later
 
 number=$(find "$LOGS" -maxdepth 1 -name 'attempt-*' | wc -l)
 touch "$LOGS/failures"
+failures=0
 while :; do
   number=$((number + 1))
   attempt "$number"
   code=$?
-  case $code in
-    0)
-      say "finished: $RA3_RUN_DIR"
-      exit 0
-      ;;
-    2) mistake "a mistake that no retry mends (exit code 2): see $LOGS/latest/rank-0.txt" ;;
-  esac
+  if [ "$code" -eq 0 ]; then
+    say "finished: $RA3_RUN_DIR"
+    exit 0
+  elif [ "$code" -eq 2 ]; then
+    say "nothing that was saved is lost: mend it and submit again with RA3_RUN_DIR=$RA3_RUN_DIR"
+    mistake "a mistake that no retry mends, or a full disk (exit code 2): see $LOGS/latest"
+  fi
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"
+  if [ -n "$UNFIT" ]; then
+    say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
+    exit 1
+  fi
   echo "attempt $number: exit code $code" >>"$LOGS/failures"
-  failures=$(wc -l <"$LOGS/failures")
+  failures=$((failures + 1)) # a full disk may hold no line of it
+  counted=$(wc -l <"$LOGS/failures")
+  [ "$counted" -gt "$failures" ] && failures=$counted
   say "attempt $number failed with exit code $code ($failures of $((${RA3_RETRIES:-3} + 1))): see $LOGS/latest"
   if [ "$failures" -gt "${RA3_RETRIES:-3}" ]; then
     say "no attempts are left"

@@ -16,8 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
-
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+from ra3_megatron.mcore.launch import adopt_slurm
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,6 @@ class Runtime:
             dist.barrier()
 
 
-def launched() -> bool:
-    """Whether torchrun or srun started this process as one of several (or of one)."""
-    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ)
-
-
 def initialize(
     parallel: ParallelConfig,
     seed: int,
@@ -174,9 +168,7 @@ def initialize(
     advice: names layouts that fit a number of processes. Raises UserError when the world that was started is not the
     one the layout needs.
     """
-    for name, source in _SLURM.items():
-        if name not in os.environ and launched():
-            os.environ[name] = os.environ[source]
+    adopt_slurm()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if world_size != parallel.world_size:

@@ -25,7 +25,7 @@ from ra3_megatron.report.run_folder import write_text
 
 def runs_here(config: RunConfig) -> bool:
     """Whether this process is one of the layout's: torchrun or srun started it, or the layout needs no other."""
-    from ra3_megatron.mcore.startup import launched
+    from ra3_megatron.mcore.launch import launched
 
     return launched() or config.parallel.world_size == 1
 

@@ -13,8 +13,8 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.mcore import startup
-from ra3_megatron.mcore.startup import Runtime, available_cores, initialize, launched, seed_everything
+from ra3_megatron.mcore.launch import SLURM, launched
+from ra3_megatron.mcore.startup import Runtime, available_cores, initialize, seed_everything
 from tests.processes import run_processes
 
 
@@ -85,7 +85,7 @@ def test_launched(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ex
 def places() -> dict[str, Any]:
     found: dict[str, Any] = {}
     # the environment of srun is enough: no RANK, no WORLD_SIZE
-    for name, source in startup._SLURM.items():
+    for name, source in SLURM.items():
         os.environ[source] = os.environ.pop(name)
     os.environ["SLURM_STEP_ID"] = "0"
     for name, parallel in (

@@ -31,6 +31,7 @@ class Site:
     ) -> str:
         """Submit a job with its output and its run folder called `name`; its number."""
         environment = {"RA3_CONFIG": str(self.config), "RA3_RUN_DIR": str(self.folder / name), "RA3_VENV": sys.prefix}
+        environment["RA3_PREFLIGHT"] = "0"  # seconds of each attempt
         options = ("--output", str(self.folder / f"{name}.txt"), "--chdir", "/", *options)
         return self.cluster.submit(script, *settings, options=options, **(environment | changes))
 

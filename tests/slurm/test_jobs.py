@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 @pytest.fixture(scope="module")
 def calm(site: Site) -> list[dict[str, object]]:
     """Metrics of a job that nothing happens to, submitted from another folder than the checkout."""
-    job = site.submit("calm", *SETTINGS)
+    job = site.submit("calm", *SETTINGS, RA3_PREFLIGHT="1")
     assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("calm")
     assert "4 processes" in site.output("calm") and "finished: " in site.output("calm")
     assert (site.logs("calm") / "latest" / "rank-3.txt").is_file()
@@ -73,10 +73,10 @@ def test_scancel_with_a_signal_saves_and_requeues(site: Site) -> None:
 
 
 def test_retries_are_bounded_and_a_mistake_is_not_retried(site: Site) -> None:
-    job = site.submit("mistake", "estep.stepps=3")
-    assert site.cluster.wait(job)["ExitCode"] == "2:0"
+    job = site.submit("mistake", "estep.stepps=3", RA3_PREFLIGHT="1")
+    assert site.cluster.wait(job)["ExitCode"] == "2:0", site.output("mistake")
     assert "a mistake that no retry mends" in site.output("mistake")
-    assert "estep.stepps" in (site.logs("mistake") / "latest" / "rank-0.txt").read_text()
+    assert "estep.stepps" in (site.logs("mistake") / "latest" / "preflight-0.txt").read_text()
     broken = site.folder / "broken" / "bin"
     broken.mkdir(parents=True)
     (broken / "ra3").write_text("#!/bin/sh\nexit 3\n")
@@ -85,6 +85,20 @@ def test_retries_are_bounded_and_a_mistake_is_not_retried(site: Site) -> None:
     assert site.cluster.wait(job)["JobState"] == "FAILED"
     assert "no attempts are left" in site.output("broken_job")
     assert sorted(path.name for path in site.logs("broken_job").glob("attempt-*")) == ["attempt-001", "attempt-002"]
+
+
+def test_the_nodes_are_checked_before_training(site: Site, calm: list[dict[str, object]]) -> None:
+    """A good allocation is described; a bad one ends the job at once, its nodes named, with no retry."""
+    rows = [line.split() for line in site.output("calm").splitlines()]
+    assert [row[:3] for row in rows if row[:1] in (["n1"], ["n2"])] == [["n1", "2", "CPU"], ["n2", "2", "CPU"]]
+    job = site.submit("unfit", *SETTINGS, RA3_PREFLIGHT="1", RA3_PREFLIGHT_OPTIONS="--min-free-gib 1e9")
+    assert site.cluster.wait(job)["ExitCode"] == "1:0"
+    output = site.output("unfit")
+    for node in ("n1", "n2"):
+        assert f"\nnode {node}: run folder: " in output and "should be 1e+09 (--min-free-gib)" in output
+    assert "nodes not fit to train on: n1 n2" in output and "no retry on the same nodes" in output
+    assert [path.name for path in site.logs("unfit").glob("attempt-*")] == ["attempt-001"]
+    assert not (site.folder / "unfit").exists() and not list((site.logs("unfit") / "latest").glob("rank-*"))
 
 
 def test_a_study_runs_as_arrays(site: Site) -> None:
