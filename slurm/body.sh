@@ -11,6 +11,8 @@
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
 #   RA3_RETRIES     attempts after a failure, in all                    (3)
+#   RA3_ROLLOUT_NODES   the job's last nodes that host rollout engines instead of training   (0; see docs/rollouts.md)
+#   RA3_ENGINES_PER_NODE  engines that each of them takes               (as many as its GPUs allow; without GPUs 1)
 #   RA3_GRACE       seconds that a stop may take before a requeue       (100)
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
@@ -57,6 +59,20 @@ export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
+# The first nodes train, the others host engines.
+ROLLOUT_NODES=${RA3_ROLLOUT_NODES:-0}
+PROCESSES=$SLURM_NTASKS
+WHERE=()
+if [ "$ROLLOUT_NODES" -gt 0 ]; then
+  TRAINER_NODES=$((SLURM_JOB_NUM_NODES - ROLLOUT_NODES))
+  if [ "$TRAINER_NODES" -lt 1 ]; then
+    say "RA3_ROLLOUT_NODES=$ROLLOUT_NODES leaves none of the job's $SLURM_JOB_NUM_NODES nodes to train: ask for more --nodes"
+    exit 2
+  fi
+  PROCESSES=$((TRAINER_NODES * LOCAL_WORLD_SIZE))
+  WHERE=(--nodes="$TRAINER_NODES" --ntasks="$PROCESSES" --ntasks-per-node="$LOCAL_WORLD_SIZE" --relative=0)
+fi
+
 STEP=
 STOPPING=
 pass_on() { # the time limit is near, or the job is preempted: srun hands the signal to every process
@@ -67,15 +83,34 @@ pass_on() { # the time limit is near, or the job is preempted: srun hands the si
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
+HOSTS=
+host_engines() { # host_engines LOGS: a process on each rollout node, until the trainers have gone
+  srun --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES" --ntasks-per-node=1 --relative="$TRAINER_NODES" --cpu-bind=none \
+    --output="$1/engines-%t.txt" "${launch[@]}" \
+    ra3 engines --run-dir "$RA3_RUN_DIR" ${RA3_ENGINES_PER_NODE:+--engines-per-node "$RA3_ENGINES_PER_NODE"} &
+  HOSTS=$!
+}
+end_engines() { # they end by themselves when the run is finished; else srun ends its step on SIGTERM, at once
+  [ -n "$HOSTS" ] || return 0
+  local deadline=$((SECONDS + ${RA3_GRACE:-100}))
+  kill -TERM "$HOSTS" 2>/dev/null
+  while kill -0 "$HOSTS" 2>/dev/null; do
+    [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$HOSTS"
+    sleep 0.2
+  done
+  HOSTS=
+}
+
 attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   local logs launch=()
   logs=$LOGS/$(printf 'attempt-%03d' "$1")
   mkdir -p "$logs"
   ln -sfn "$(basename "$logs")" "$LOGS/latest"
   [ -n "${RA3_CONTAINER:-}" ] && launch+=(--container-image="$RA3_CONTAINER" --container-mounts="${RA3_MOUNTS:-$RA3_HOME,$RA3_RUNS}")
-  say "attempt $1 on $SLURM_JOB_NODELIST: $SLURM_NTASKS processes, logs in $logs"
+  say "attempt $1 on $SLURM_JOB_NODELIST: $PROCESSES processes, logs in $logs"
   cd "$RA3_HOME" || return 2
-  srun --kill-on-bad-exit=1 --output="$logs/rank-%t.txt" "${launch[@]}" \
+  [ "$ROLLOUT_NODES" -gt 0 ] && host_engines "$logs"
+  srun --kill-on-bad-exit=1 --output="$logs/rank-%t.txt" "${launch[@]}" "${WHERE[@]}" \
     ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
   STEP=$!
   local code deadline=
@@ -89,6 +124,7 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
     fi
   done
   STEP=
+  end_engines
   # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   return "$code"

