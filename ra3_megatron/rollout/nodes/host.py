@@ -97,7 +97,8 @@ class Host:
                 watched: list[Any] = [trainer, *starting]
                 for event in wait(watched):
                     if isinstance(event, EngineProcess):
-                        trainer.send(_started(event, starting.pop(event)))
+                        if event in starting:  # it was not ended just now
+                            trainer.send(_started(event, starting.pop(event)))
                         continue
                     message = trainer.recv()
                     if isinstance(message, Done):

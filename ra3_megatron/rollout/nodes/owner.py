@@ -54,9 +54,10 @@ class EngineNodes:
             for place in range(here):
                 first = place * spec.tensor_parallel
                 devices = node.offer.gpus[first : first + spec.tensor_parallel]
-                engines.append(NodeEngine(node, len(engines)))
-                log = f"engine-{node.offer.node}-{place}.log"
-                node.send(Begin(len(engines) - 1, replace(spec, devices=devices, threads=share), log))
+                number = len(engines)
+                engines.append(NodeEngine(node, number))
+                log = f"engine-{node.offer.node}-{number}.log"
+                node.send(Begin(number, replace(spec, devices=devices, threads=share), log))
         return engines
 
     @property

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 from multiprocessing.connection import Connection
 
 IDLE_SECONDS, INTERVAL_SECONDS, PROBES = 20, 10, 4
@@ -21,8 +22,16 @@ def tune(connection: Connection) -> None:
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_SECONDS)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_SECONDS)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
-        limit = (IDLE_SECONDS + PROBES * INTERVAL_SECONDS) * 1000
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)  # of what was sent and not acknowledged
+        patience = (IDLE_SECONDS + PROBES * INTERVAL_SECONDS) * 1000
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)  # of what was sent and not acknowledged
+
+
+def limit(connection: Connection, seconds: float) -> None:
+    """From now on, reads and writes that take longer fail with OSError. 0: none does."""
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 def own_address(connection: Connection) -> str:
