@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import Ra3, metrics, weights
+from small_run import CHUNK, Ra3, metrics, weights
 
 from ra3_megatron.rollout.nodes.meeting import FILE, Meeting
 from ra3_megatron.rollout.nodes.messages import Done, Offer
@@ -27,6 +27,8 @@ MODEL = ("model.head_dim=32", "em.iterations=1", "em.control=false", "rollout.en
 NODES = ("rollout.placement=nodes", "checkpoint.interval=1")
 ADDRESS = "127.0.0.2"
 """Of the node with the engines: this machine's, too, but not the trainer's."""
+APART = CHUNK | {"ra3_megatron.rollout.refit.carriers:SharedCarrier": None}
+"""Memory that both share would be no way to another machine."""
 
 
 class Host:
@@ -95,7 +97,7 @@ def test_engines_elsewhere_give_the_same_run_also_to_a_second_attempt(
     assert killed.code == -signal.SIGKILL
     hosting.says("the trainer has gone, and its engines with it")
     assert not engines_of(run)
-    ra3(*arguments, "rollout.replicas=2", "--resume")
+    ra3(*arguments, "rollout.replicas=2", "--resume", set=APART)
     assert hosting.ends() == 0 and "the run is finished" in hosting.output.read_text()
     assert metrics(run) == metrics(servers)
     assert infused(run) == infused(servers)
