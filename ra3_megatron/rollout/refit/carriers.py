@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from ra3_megatron.rollout.refit.buckets import ALIGNMENT, Bucket
 from ra3_megatron.rollout.refit.channel import Setup
 from ra3_megatron.rollout.refit.errors import RefitError
+from ra3_megatron.rollout.vllm.wire import own_address
 
 BUFFERS = 2
 """Of a shared carrier."""
@@ -89,7 +90,7 @@ def make_inlet(setup: Setup, connection: Connection, timeout: float) -> Inlet:
     """What the sender's set-up describes."""
     if setup.carrier == "shared":
         return SharedInlet(setup, connection)
-    return BroadcastInlet(setup, timeout)
+    return BroadcastInlet(setup, timeout, own_address(connection))
 
 
 class SharedCarrier:
@@ -194,7 +195,7 @@ class BroadcastCarrier:
         for number, receiver in enumerate(receivers):
             group = _Group(self._host, self._store.port, prefix, number + 1, size, self._device.type)
             receiver.send(Setup("broadcast", self._capacity, group))
-        self._group = _join(self._store, prefix, 0, size, self._device.type, self._timeout)
+        self._group = _join(self._store, prefix, 0, size, self._device.type, self._timeout, self._host)
 
     def buffer(self, number: int) -> Tensor:
         return self._buffer
@@ -217,13 +218,14 @@ class BroadcastInlet:
 
     asks = True
 
-    def __init__(self, setup: Setup, timeout: float) -> None:
+    def __init__(self, setup: Setup, timeout: float, host: str) -> None:
+        """host: this machine's address, as the sender reaches it."""
         group: _Group = setup.details
         self.capacity, self._timeout = setup.capacity, timeout
         device = torch.device("cuda", torch.cuda.current_device()) if group.device == "cuda" else torch.device("cpu")
         self._buffer = torch.empty(setup.capacity, dtype=torch.uint8, device=device)
         self._store = TCPStore(group.host, group.port, is_master=False, timeout=timedelta(seconds=timeout))
-        self._group = _join(self._store, group.prefix, group.rank, group.size, group.device, timeout)
+        self._group = _join(self._store, group.prefix, group.rank, group.size, group.device, timeout, host)
 
     def content(self, bucket: Bucket) -> Tensor:
         part = self._buffer[: bucket.size]
@@ -247,8 +249,12 @@ def _on_device(arguments: tuple[Any, ...], unique: str) -> tuple[Any, ...]:
     return (*arguments[:place], numbers[unique], *arguments[place + 1 :])
 
 
-def _join(store: Store, prefix: str, rank: int, size: int, device: str, timeout: float) -> Any:
-    """A group beside the process's own ones, which nobody else knows of."""
+def _join(store: Store, prefix: str, rank: int, size: int, device: str, timeout: float, host: str) -> Any:
+    """A group beside the process's own ones, which nobody else knows of.
+
+    host: address at which gloo waits for the others, as it would otherwise take what this machine's name resolves to,
+    which may be its loopback. NCCL chooses by itself (NCCL_SOCKET_IFNAME).
+    """
     limit = timedelta(seconds=timeout)
     own = PrefixStore(prefix, store)
     if device == "cuda":
@@ -259,7 +265,9 @@ def _join(store: Store, prefix: str, rank: int, size: int, device: str, timeout:
         return ProcessGroupNCCL(own, rank, size, options)
     from torch.distributed import ProcessGroupGloo
 
-    return ProcessGroupGloo(own, rank, size, limit)
+    choices = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    choices._devices, choices._timeout = [ProcessGroupGloo.create_device(hostname=host)], limit
+    return ProcessGroupGloo(own, rank, size, choices)
 
 
 def _broadcast(group: Any, part: Tensor, timeout: float) -> None:

@@ -21,9 +21,10 @@ import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ra3_megatron.rollout.vllm.messages import Address, Call, EngineSpec, Ready, Reply, Start
+from ra3_megatron.rollout.vllm.wire import tune
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process itself
@@ -48,6 +49,29 @@ ERROR_LINE = re.compile(r"^\S*(Error|Exception|Exit|Interrupt)\b.*")
 
 class EngineError(RuntimeError):
     """A vLLM process died, hung or refused a call; the message is complete by itself."""
+
+
+class Watched(Protocol):
+    """A process with an engine, wherever it runs."""
+
+    authkey: bytes
+    """Of its connection, once it is ready."""
+
+    def wait_ready(self, timeout: float) -> Address:
+        """Wait until it listens; its address. Raises EngineError, after which it is gone."""
+        ...
+
+    def epitaph(self) -> str:
+        """How it ended; it is made to end when it still runs."""
+        ...
+
+    def close(self) -> None:
+        """Wait for the process, whose connection was closed, to end."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
 
 
 class EngineProcess:
@@ -111,6 +135,10 @@ class EngineProcess:
             raise EngineError(f"the vLLM engine did not start: {ready.failed}; log {self.log}")
         return ready.address
 
+    def fileno(self) -> int:
+        """Readable when `wait_ready` would not wait any more. Not to be asked for after that."""
+        return self._ready.fileno()
+
     @property
     def pid(self) -> int:
         return self._process.pid
@@ -156,10 +184,8 @@ class EngineProcess:
 class EngineClient:
     """The owner's connection to a vLLM process."""
 
-    def __init__(
-        self, address: Address, authkey: bytes, call_timeout: float, process: EngineProcess | None = None
-    ) -> None:
-        """process: the one behind the address, if this process started it: it is ended when it hangs."""
+    def __init__(self, address: Address, authkey: bytes, call_timeout: float, process: Watched | None = None) -> None:
+        """process: the one behind the address, if it is this process's to end: it is ended when it hangs."""
         self.call_timeout = call_timeout
         self.process = process
         self._name = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
@@ -167,6 +193,7 @@ class EngineClient:
         """Why nothing can be asked any more."""
         self._turn = threading.Lock()
         self._connection: Connection = Client(address, authkey=authkey)
+        tune(self._connection)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the server's `method` returned. Raises EngineError when it refused, failed, died or hung. Threads that
@@ -226,7 +253,7 @@ def start_engine(spec: EngineSpec, log: Path, start_timeout: float, call_timeout
     return connect_all([EngineProcess.start(spec, log)], start_timeout, call_timeout)[0]
 
 
-def connect_all(processes: Sequence[EngineProcess], start_timeout: float, call_timeout: float) -> list[EngineClient]:
+def connect_all(processes: Sequence[Watched], start_timeout: float, call_timeout: float) -> list[EngineClient]:
     """Connections to processes that were started together; all are ended when one does not come up."""
     try:
         return [

@@ -18,8 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from ra3_megatron.rollout.vllm.messages import (
     Start,
     WeightSource,
 )
+from ra3_megatron.rollout.vllm.wire import limit, tune
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ whole blocks, and the rest is computed again."""
 
 LEAST_MEMORY = 0.01
 """Share of a GPU's memory that must be free at the start. The size of the cache is given, so vLLM reserves no share."""
+
+HANDSHAKE_SECONDS = 5.0
+"""Whoever connects must have proved by then that it knows the key."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -207,13 +210,21 @@ def _drawn(instruction: Instruction, stash: Stash, written: list[int], spec: Eng
     return Drawn(ids, log_probs, ended)
 
 
-def accept(listener: Listener) -> Connection:
+def accept(listener: Listener, authkey: bytes) -> Connection:
     """The first connection that knows the key."""
     while True:
+        connection = listener.accept()
         try:
-            return listener.accept()
-        except (AuthenticationError, EOFError, OSError) as error:
+            limit(connection, HANDSHAKE_SECONDS)
+            deliver_challenge(connection, authkey)
+            answer_challenge(connection, authkey)
+            limit(connection, 0.0)
+            tune(connection)
+        except Exception as error:  # a stranger may send anything
+            connection.close()
             logger.warning("a connection was refused: %s %s", type(error).__name__, error)
+            continue
+        return connection
 
 
 def serve(server: EngineServer, owner: Connection) -> bool:
@@ -268,14 +279,14 @@ def main() -> int:
     with os.fdopen(ready, "wb") as pipe:
         try:
             server = EngineServer(start.spec)
-            listener = Listener(start.address, authkey=start.authkey)
+            listener = Listener(start.address)
         except Exception as error:
             traceback.print_exc()
             pickle.dump(Ready(failed=one_line(error)), pipe)
             return 1
         pickle.dump(Ready(listener.address), pipe)
     with listener:
-        owner = accept(listener)
+        owner = accept(listener, start.authkey)
     with contextlib.suppress(OSError):
         path.parent.rmdir()  # its starter's, which may be killed and leave it
     with owner:
