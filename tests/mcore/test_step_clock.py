@@ -152,7 +152,7 @@ def in_four_processes() -> list[tuple[dict[Part, float], float]]:
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_a_train_step_of_several_processes() -> None:
-    for rank in run_processes(4, in_four_processes):
+    for rank in run_processes(4, in_four_processes, timeout=360):
         for layout, (seconds, wall) in zip(LAYOUTS, rank, strict=True):
             check(seconds, wall, pipelined="pipeline" in layout)
             assert seconds.get("pipeline", 1.0) > 0
