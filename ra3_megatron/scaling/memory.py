@@ -1,8 +1,8 @@
 """Memory of the fullest GPU, by part.
 
-Everything is counted from shapes; only the device's `context_gib` is an allowance. Activations are those that a backward pass needs
-of a pre-norm decoder with fused attention, which keeps no scores (the count of Korthikanti et al., 2022, for SwiGLU and
-grouped queries): of each token and layer, in bf16 (in fp32 twice that),
+Everything is counted from shapes; only the device's `context_gib` is an allowance. Activations are those that a
+backward pass needs of a pre-norm decoder with fused attention, which keeps no scores (the count of Korthikanti et al.,
+2022, for SwiGLU and grouped queries): of each token and layer, in bf16 (in fp32 twice that),
 
     residual stream before each norm, and the output of each norm     4 h   (split over the tensor group under
                                                                              sequence parallelism)
@@ -129,8 +129,8 @@ def _of_stage(
 
 
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
-    """Bytes in bf16 of one token and layer that are kept for the backward pass, and those of one layer that are computed again
-    when its turn comes."""
+    """Bytes in bf16 of one token and layer that are kept for the backward pass, and those of one layer that are
+    computed again when its turn comes."""
     layer, tensor = Layer.of(model), parallel.tensor
     shared = tensor if parallel.sequence else 1
     stream, norms = 2 * 2 * layer.hidden / shared, 2 * 2 * layer.hidden / shared

@@ -88,7 +88,7 @@ def mfu(model: ModelConfig, vocab_size: int, gpu: Gpu, work: Work, gpus: int, se
 
 
 def peak(gpu: Gpu, precision: str) -> float:
-    """FLOP/s of products with weights at best. Raises ValueError for FP8 on a GPU without it, and for fp32 where it is not known."""
+    """FLOP/s of products with weights at best. ValueError for FP8 or fp32 on a device without it."""
     if precision == "bf16":
         return gpu.bf16_tflops * 1e12
     if precision == "fp32":
@@ -263,9 +263,7 @@ def _context_messages(layer: Layer, parallel: ParallelConfig, work: Work, gpu: G
     return volume / (rate * 1e9 * rates.link)
 
 
-def _dispatch(
-    layer: Layer, parallel: ParallelConfig, work: Work, tokens: float, gpu: Gpu, rates: Rates
-) -> float:
+def _dispatch(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float, gpu: Gpu, rates: Rates) -> float:
     """Seconds in which a layer's tokens go to their experts and back, forward."""
     if parallel.expert == 1:
         return 0.0
