@@ -9,8 +9,10 @@ the end: a cell without it was not measured.
 """
 
 import os
+import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +93,7 @@ def _measure(config: RunConfig, runtime: Any, corpus: Path, rows: str, warmup: i
         "vocab_size": content.tokenizer.vocab_size,
         "cores": len(os.sched_getaffinity(0)),
         "threads": config.parallel.threads,
-        "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size)),
+        "host_processes": max(Counter(runtime.gather_all(socket.gethostname())).values()),
         "nodes": sorted(set(runtime.gather_all(node()))),
         "memory": runtime.gather_all(memory),
         "memory_of": "device memory" if runtime.device.type == "cuda" else "resident set",

@@ -178,7 +178,7 @@ def made(study: ScalingConfig, seconds: dict[str, list[float]], **more: Any) -> 
             "vocab_size": 330,
             "cores": 1,
             "threads": 1,
-            "local_processes": processes,
+            "host_processes": processes,
             "nodes": ["a:0"],
             "memory": [{"rank": r, "before_gib": 0.25, "peak_gib": 0.5 + r} for r in range(processes)],
             "steps": [{"seconds": s, "tokens": tokens} for s in [99.0] * study.warmup + times],

@@ -68,9 +68,9 @@ class CellFigures:
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether its processes' threads were more than the cores of a node. Not told of GPUs."""
+        """Whether its processes' threads were more than the cores of a machine. Not told of GPUs."""
         on_cpu = self.raw["probes"][0]["device"] == "cpu"
-        return bool(on_cpu and self.raw["local_processes"] * (self.raw["threads"] or 1) > self.raw["cores"])
+        return bool(on_cpu and self.raw["host_processes"] * (self.raw["threads"] or 1) > self.raw["cores"])
 
     @property
     def disturbed(self) -> bool:
