@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -172,13 +173,11 @@ def test_a_scaling_study_measures_over_nodes(site: Site) -> None:
     options = ("--folder", folder, "--processes", "1,2,4", "--processes-per-node", "2", "--mode", "strong")
     layout = ("--layouts", "data,micro_batch=1", "--steps", "2", "--warmup", "1", "--repeats", "1")
     said = site.cluster.run("ra3", "study", "scaling", site.config, *options, *layout, "--slurm", PATH=path)
-    assert "3 cells submitted as job arrays" in said
-    until(
-        lambda: (folder / "report.html").is_file() and "all done" in (folder / "report.html").read_text(),
-        site,
-        "calm",
-        500,
-    )
+    jobs = re.findall(r"\d+", said.partition("3 cells submitted as job arrays ")[2].splitlines()[0])
+    assert len(jobs) == 3, said
+    for job in jobs:
+        assert site.cluster.wait(job, 600)["JobState"] == "COMPLETED", said
+    assert "3 cells, all done" in (folder / "report.html").read_text()
     by_world = {}
     for file in (folder / "cells").glob("*/summary.json"):
         found = json.loads(file.read_text())
