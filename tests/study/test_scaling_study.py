@@ -100,6 +100,17 @@ def test_a_file_says_the_same(small: Path) -> None:
     assert again == study.model_copy(update={"steps": 5, "settings": {"estep.group_size": 4}})
 
 
+def test_the_example_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    study = load_scaling(Path("examples/scaling/h100-weak.yaml"))
+    found = measured(study)
+    groups = jobs.groups(study, found.cells, found.configs)
+    assert [group.nodes for group in groups] == [2**n for n in range(10)]
+    assert all(len(group.cells) == 2 * 3 and group.each == 8 for group in groups)
+    rows = {c.parallel.world_size: c.warm_start.global_batch_size for c in found.configs.values()}
+    assert rows == {8 * 2**n: 32 * 2**n for n in range(10)}
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
