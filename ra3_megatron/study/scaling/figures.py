@@ -6,8 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from ra3_megatron.report.numbers import count
 from ra3_megatron.report.plots import FIGURE_WIDTH
 from ra3_megatron.scaling.search import Planned
 from ra3_megatron.study.figures import COLOURS, MARKERS, Picture
@@ -55,10 +56,13 @@ def _figure(rows: Sequence[Row], predictions: Mapping[str, Planned]) -> Figure:
     left.plot(ends, [start * n / ends[0] for n in ends], "--", color="#777777", lw=1, label="ideal")
     right.axhline(1.0, color="#777777", linestyle="--", lw=1)
     left.set_yscale("log")
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: count(value)))
     right.set_ylim(bottom=0)
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _finish(left, "tokens/s of all processes")
-    _finish(right, "efficiency")
+    ticks = sorted({row.point.processes for row in rows})
+    _finish(left, "tokens/s of all processes", ticks)
+    _finish(right, "efficiency", ticks)
     left.legend(frameon=False, fontsize=8)
     return figure
 
@@ -94,11 +98,11 @@ def _empty(height: float = 3.8) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: Axes, label: str, ticks: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("processes", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
