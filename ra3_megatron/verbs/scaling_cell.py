@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def _training(run: Any, rows: str, warmup: int) -> tuple[list[dict[str, float]],
     for number in range(settings.steps):
         if number == warmup:
             _reset_peak(runtime)
-        steps.append(_timed(mstep.step, runtime))
+        steps.append(_timed(mstep.step, trainer, runtime))
     peak = _peak(runtime)
     return steps, peak, _layer_seconds(run, trainer.model) if runtime.world_size == 1 else None
 
@@ -148,19 +148,24 @@ def _layer_seconds(run: Any, model: Any) -> float:
     return min(taken)
 
 
-def _timed(step: Any, runtime: Any) -> dict[str, float]:
-    """Metrics of a step with its seconds, as a run measures them: from the documents to the updated weights."""
+def _timed(step: Any, trainer: Any, runtime: Any) -> dict[str, float]:
+    """Metrics of a step with its seconds, as a run measures them: from the documents to the updated weights. With those
+    of its parts, where the trainer has a clock for them."""
+    clock = getattr(trainer, "clock", None)
     begin = time.perf_counter()
-    metrics = step()
+    with nullcontext() if clock is None else clock.step():
+        metrics = step()
     if runtime.device.type == "cuda":
         import torch
 
         torch.cuda.synchronize(runtime.device)
     elapsed = time.perf_counter() - begin
-    kept = ("loss", "tokens", "fill_rate", "think_rate", "distinct_transcripts")
+    kept = ("loss", "tokens", "fill_rate", "think_rate", "distinct_transcripts", "refit_seconds")
+    parts = {} if clock is None else {f"seconds_{part}": float(value) for part, value in clock.seconds.items()}
     return {
         "seconds": elapsed,
-        **{k: float(v) for k, v in metrics.items() if k in kept or k.startswith("seconds_") or k == "refit_seconds"},
+        **parts,
+        **{k: float(v) for k, v in metrics.items() if k in kept},
     }
 
 
@@ -227,7 +232,7 @@ def _estep(run: Any, updates: int) -> dict[str, Any]:
         sampler = DocumentSampler(len(store), order_seed(config.seed, Stream.ESTEP_ORDER, 1))
         queue = RolloutQueue(policy, store, sampler, (config.seed, Stream.ESTEP, 1), config)
         steps = EStepSteps(run, 1, EStep(config, policy, trainer, scorer, run.blank), queue)
-        taken = [_timed(lambda number=number: steps.step(number), runtime) for number in range(updates + 1)]
+        taken = [_timed(lambda number=number: steps.step(number), trainer, runtime) for number in range(updates + 1)]
     return {
         "engine": config.rollout.engine,
         "documents": settings.documents_per_step,

@@ -37,7 +37,8 @@ def probe(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
 
     `links` holds what two processes exchange on one node (`node`) and on two (`network`), where there are such.
     """
-    device, precision = runtime.device, config.model.precision
+    device = runtime.device
+    precision = config.model.precision if config.model.precision in DTYPES else "bf16"  # FP8 is not measured
     peaks: dict[str, float] = {}
     sizes: dict[str, dict[int, float]] = {}
     for name, dtype in DTYPES.items():
@@ -45,7 +46,7 @@ def probe(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
         sizes[name] = {n: _product(n, n, n, dtype, device) / 1e12 for n in SQUARES[device.type]}
         peaks[name] = max(sizes[name].values())
     runtime.barrier()
-    shares = _shares(config, peaks[precision] * 1e12, device)
+    shares = _shares(config, DTYPES[precision], peaks[precision] * 1e12, device)
     runtime.barrier()
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -93,10 +94,10 @@ def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, device: to
     return 2.0 * rows * inner * columns / best_seconds(lambda: torch.mm(one, other, out=out), device)
 
 
-def _shares(config: RunConfig, peak: float, device: torch.device) -> dict[str, float]:
+def _shares(config: RunConfig, dtype: torch.dtype, peak: float, device: torch.device) -> dict[str, float]:
     """Shares of the peak in this cell's own products and attention."""
     model, parallel = config.model, config.parallel
-    layer, dtype = Layer.of(model), DTYPES[model.precision]
+    layer = Layer.of(model)
     micro = config.warm_start.micro_batch_size
     tokens = max(1, micro * model.context_length // parallel.context)
     width = max(1, 2 * layer.width // parallel.tensor)

@@ -335,3 +335,13 @@ def test_a_real_study_on_one_and_two_processes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("ra3_megatron.verbs.scaling_cell.MODULE", "ra3_megatron.verbs.no_such_module")
     assert "failed: exit code 1" in ra3(*start, code=1).stdout
     assert "1 of 2 cells are done" in Path("out/report.html").read_text()
+
+
+def test_parts_are_shown_where_the_trainer_tells_them(small: Path) -> None:
+    study = study_of(repeats=1, steps=2, warmup=0, mode="strong")
+    steps = [{"seconds": 1.0, "tokens": 256, "seconds_forward": 0.25 + n / 10, "seconds_backward": 0.5} for n in (0, 1)]
+    found = made(study, {"as_configured": [1.0]}, steps=steps)
+    assert finished_cells(study.path, found)[0].parts == pytest.approx({"forward": 0.3, "backward": 0.5})
+    write_report(study, found)
+    assert (study.path / "figures" / "parts.png").is_file()
+    assert "| as_configured-dp2-b4 | forward | 0.3 | – |" in (study.path / "table.md").read_text()

@@ -52,7 +52,7 @@ def described(done: Sequence[CellFigures], processes_per_node: int | None) -> di
     def of(name: str) -> float:
         return _three(median(probe[name] for probe in alone))
 
-    precision = done[0].config.model.precision
+    precision = done[0].precision
     tflops = {name: _three(median(probe["tflops"][name] for probe in alone)) for name in alone[0]["tflops"]}
     links = {name: _link(done, name) for name in ("node", "network")}
     inside = links["node"] or links["network"]
@@ -94,7 +94,7 @@ def planned(cell: CellFigures, gpu: Gpu) -> Planned:
         config.model.context_length,
         settings.global_batch_size,
         settings.micro_batch_size,
-        config.model.precision,
+        cell.precision,
     )
     return evaluate(made, config.parallel, work, gpu)
 
@@ -103,7 +103,7 @@ def peak_of(scaling: ScalingConfig, cell: CellFigures, gpu: Gpu) -> float | None
     """FLOP/s of all processes that MFU is held against: the data sheet's; None where they were measured in the cell."""
     if scaling.gpu == MEASURE:
         return None
-    return peak(gpu, cell.config.model.precision) * cell.processes
+    return peak(gpu, cell.precision) * cell.processes
 
 
 def _link(done: Sequence[CellFigures], name: str) -> dict[str, float] | None:

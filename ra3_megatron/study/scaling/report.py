@@ -95,7 +95,7 @@ def _notes(scaling: ScalingConfig, done: Sequence[CellFigures], gpu: Gpu | None,
             "on a quiet machine, and say little."
         )
     if done and gpu is not None:
-        precisions = {cell.config.model.precision for cell in done}
+        precisions = {cell.precision for cell in done}
         if scaling.gpu == MEASURE:
             what = "what all processes reached at once in the same job, in the best of several square products"
         else:

@@ -62,9 +62,16 @@ class CellFigures:
         return float(max(each["peak_gib"] for each in self.raw["memory"]))
 
     @property
-    def peak_tflops(self) -> float:
-        """What all processes reached at once in products of the run's precision, added up."""
-        return float(sum(each["tflops"][self.config.model.precision] for each in self.raw["probes"]))
+    def precision(self) -> str:
+        """As the planner calls it: all recipes of FP8 are fp8."""
+        return self.config.model.precision.partition("_")[0]
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """What all processes reached at once in products of the run's precision, added up; None where that was not
+        measured (FP8)."""
+        found = [each["tflops"].get(self.precision) for each in self.raw["probes"]]
+        return None if None in found else float(sum(found))
 
     @property
     def oversubscribed(self) -> bool:
@@ -77,10 +84,13 @@ class CellFigures:
         """Whether others used the machine right before it began."""
         return bool(self.raw["busy_cores"] >= BUSY)
 
-    def mfu(self, peak_flops: float | None) -> float:
-        """3 * forward FLOPs (`token_flops`) / (seconds * peak). peak: FLOP/s of all processes; None: as measured."""
+    def mfu(self, peak_flops: float | None) -> float | None:
+        """3 * forward FLOPs (`token_flops`) / (seconds * peak). peak: FLOP/s of all processes; None: as
+        measured. None without either."""
         flops = token_flops(self.config.model, self.raw["vocab_size"], self.config.model.context_length)
-        peak = self.peak_tflops * 1e12 if peak_flops is None else peak_flops
+        peak = peak_flops or (self.peak_tflops or 0.0) * 1e12
+        if not peak:
+            return None
         return 3 * sum(flops.values()) * self.tokens_per_second / peak
 
     def json(self) -> dict[str, Any]:

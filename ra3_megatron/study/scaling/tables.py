@@ -103,13 +103,17 @@ def _cells(row: Row, planned: Planned | None, peaks: Mapping[str, float | None])
         "p10–p90": f"{_three(low)}–{_three(high)}",
         "speed-up": f"{row.speedup:.2f}",
         "efficiency": percent(row.efficiency),
-        "MFU": percent(median(cell.mfu(peaks.get(point.arm)) for cell in row.cells)),
+        "MFU": percent(median(used) if (used := _mfu(row, peaks)) else None),
         "GiB": f"{peak.median:.2f}",
         "planned GiB": ABSENT if planned is None else f"{planned.memory.total:.2f}",
         "predicted s": ABSENT if planned is None else _three(planned.step.total),
         "ratio": ABSENT if planned is None else f"{planned.step.total / seconds.median:.2f}",
         "repeats": str(len(row.cells)),
     }
+
+
+def _mfu(row: Row, peaks: Mapping[str, float | None]) -> list[float]:
+    return [used for cell in row.cells if (used := cell.mfu(peaks.get(row.point.arm))) is not None]
 
 
 def _mark(cells: Sequence[CellFigures]) -> str:
