@@ -464,6 +464,104 @@ def study_em(
     raise typer.Exit(run(em_study(path, settings, folder, seeds), jobs, dry_run=dry_run))
 
 
+@study.command("scaling")
+def study_scaling(
+    config: _RequiredConfig,
+    overrides: _Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="DIR", help="Folder of the study.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        str | None, typer.Option("--processes", metavar="LIST", help="Such as 1,2,4.", show_default=False)
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            "--layouts",
+            metavar="LAYOUT;…",
+            help="Keys of a layout and the size that grows with the processes: 'data;tensor;tensor=2,pipeline'.",
+            show_default=False,
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sizes",
+            metavar="NAME=KEY:VALUE,…",
+            help="A model by name, such as small=num_layers:2,hidden_size:64; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", metavar="strong|weak|both", help="Both otherwise.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", metavar="B", min=1, help="Rows a step.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps measured; 12.", show_default=False)
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", metavar="N", min=0, help="Steps before them; 3.", show_default=False)
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", metavar="N", min=1, help="Cells of a point; 3.", show_default=False)
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", metavar="full|corpus", help="Generated rows or packed documents.", show_default=False),
+    ] = None,
+    estep: Annotated[
+        int | None, typer.Option("--estep", metavar="N", min=0, help="E-step updates as well.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME|FILE|measure",
+            help="What the prediction is for; what is measured otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    processes_per_node: Annotated[
+        int | None, typer.Option("--processes-per-node", metavar="N", min=1, help="Of Slurm.", show_default=False)
+    ] = None,
+    cell: Annotated[
+        str | None, typer.Option("--cell", metavar="NAME|INDEX", help="Only this cell.", show_default=False)
+    ] = None,
+    to_slurm: Annotated[
+        bool, typer.Option("--slurm", help="Write job arrays for Slurm, and submit them if that is possible.")
+    ] = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Measure strong and weak scaling over layouts, numbers of processes and sizes, beside the planner's prediction.
+
+    CONFIG is a configuration of ra3 train, or the YAML file of a scaling study, whose keys are those of the options.
+    """
+    from ra3_megatron.study.scaling.options import scaling_study
+    from ra3_megatron.verbs.scaling import scaling
+
+    path, settings = _split(config, overrides)
+    if path is None:
+        raise UserError("study scaling needs a configuration file, such as examples/quickstart.yaml")
+    given = {
+        "folder": None if folder is None else str(folder),
+        "processes": processes,
+        "layouts": layouts,
+        "sizes": sizes,
+        "mode": mode,
+        "batch": batch,
+        "steps": steps,
+        "warmup": warmup,
+        "repeats": repeats,
+        "rows": rows,
+        "estep": estep,
+        "gpu": gpu,
+        "processes_per_node": processes_per_node,
+    }
+    raise typer.Exit(scaling(scaling_study(path, given, settings), cell, dry_run, to_slurm))
+
+
 @app.command()
 def plan(
     model: Annotated[

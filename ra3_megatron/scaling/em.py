@@ -129,6 +129,7 @@ def sampling_seconds(
     made: Architecture, thinking: Thinking, gpus: int, transcripts: float, gpu: Gpu, rates: Rates = RATES
 ) -> float:
     """Sampling `transcripts` transcripts on all GPUs."""
+    rates = gpu.own(rates)
     size = engine_gpus(made, gpu)
     engines = max(1, gpus // size)
     share = transcripts / engines

@@ -1,8 +1,8 @@
 """Memory of the fullest GPU, by part.
 
-Everything is counted from shapes; only `CONTEXT_GIB` is an allowance. Activations are those that a backward pass needs
-of a pre-norm decoder with fused attention, which keeps no scores (the count of Korthikanti et al., 2022, for SwiGLU and
-grouped queries): of each token and layer, in bf16,
+Everything is counted from shapes; only the device's `context_gib` is an allowance. Activations are those that a
+backward pass needs of a pre-norm decoder with fused attention, which keeps no scores (the count of Korthikanti et al.,
+2022, for SwiGLU and grouped queries): of each token and layer, in bf16 (in fp32 twice that),
 
     residual stream before each norm, and the output of each norm     4 h   (split over the tensor group under
                                                                              sequence parallelism)
@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass
 from ra3_megatron.config.layouts import chunk_layers
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.scaling.counts import Layer, Stage, padded, stages
+from ra3_megatron.scaling.rates import CONTEXT_GIB
 
 GIB = 2**30
-CONTEXT_GIB = 2.5
-"""CUDA context, NCCL's buffers and workspaces of libraries."""
 CHUNK_POSITIONS = 2048
 """As in `mcore/model.py`: positions whose logits exist at the same time."""
-LOGIT_BYTES = 2 + 4 + 4
-"""A logit in bf16, in fp32, and its gradient."""
+LOGIT_BYTES = 4 + 4
+"""A logit in fp32, and its gradient; beside them it is there in the type of the layers where that is another one."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,19 @@ class Work:
     micro_batch: int
     """Rows of a forward pass."""
     precision: str = "bf16"
-    """bf16 or fp8 (products of the layers; attention and the output layer stay bf16)."""
+    """bf16, fp8 (products of the layers; attention and the output layer stay bf16), or fp32."""
     gradient_bytes: int = 4
     """Bytes of a gradient that is kept and reduced: 4 as `ra3 train` does it, 2 for bf16."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight and of a value of the residual stream."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer keeps of a parameter: two moments, and fp32 weights where the model's are others."""
+        return 8 if self.precision == "fp32" else 12
 
     def micro_batches(self, parallel: ParallelConfig) -> int:
         """Micro-batches of one replica in a step."""
@@ -73,11 +82,16 @@ class Work:
 
 
 def memory(
-    model: ModelConfig, vocab_size: int, parallel: ParallelConfig, work: Work, rollouts_gib: float = 0.0
+    model: ModelConfig,
+    vocab_size: int,
+    parallel: ParallelConfig,
+    work: Work,
+    rollouts_gib: float = 0.0,
+    context_gib: float = CONTEXT_GIB,
 ) -> Memory:
-    """Of the fullest GPU. The layout must have passed `layout_problems`."""
+    """Of the fullest GPU. The layout must have passed `layout_problems`. context_gib: see `Gpu`."""
     each = [
-        _of_stage(number, stage, model, vocab_size, parallel, work, rollouts_gib)
+        _of_stage(number, stage, model, vocab_size, parallel, work, rollouts_gib, context_gib)
         for number, stage in enumerate(stages(model, vocab_size, parallel))
     ]
     return max(each, key=lambda memory: memory.total)
@@ -91,32 +105,34 @@ def _of_stage(
     parallel: ParallelConfig,
     work: Work,
     rollouts_gib: float,
+    context_gib: float,
 ) -> Memory:
     replicas = parallel.data * parallel.context
     expert_replicas = parallel.tensor * replicas // ((parallel.expert_tensor or parallel.tensor) * parallel.expert)
     shares = (replicas, expert_replicas) if parallel.distributed_optimizer else (1, 1)
-    optimizer = 12 * (stage.dense / shares[0] + stage.sparse / shares[1])  # fp32 weights, two moments
+    optimizer = work.state_bytes * (stage.dense / shares[0] + stage.sparse / shares[1])
     tokens = work.micro_batch * work.sequence // parallel.context
     kept, again = activation_bytes(model, parallel)
     layers = _layers_in_flight(number, model, parallel, work.micro_batches(parallel))
     logits = 0.0
     if stage.output:
         rows = padded(vocab_size, parallel.tensor) // parallel.tensor
-        logits = min(tokens, CHUNK_POSITIONS) * rows * LOGIT_BYTES + 2 * tokens * 2 * model.hidden_size
+        each = LOGIT_BYTES + (0 if work.precision == "fp32" else work.element_bytes)
+        logits = min(tokens, CHUNK_POSITIONS) * rows * each + 2 * tokens * work.element_bytes * model.hidden_size
     return Memory(
-        weights=2 * stage.parameters / GIB,
+        weights=work.element_bytes * stage.parameters / GIB,
         gradients=work.gradient_bytes * stage.parameters / GIB,
         optimizer=optimizer / GIB,
-        activations=tokens * (layers * kept + again) / GIB,
+        activations=tokens * (layers * kept + again) * work.element_bytes / 2 / GIB,
         logits=logits / GIB,
         rollouts=rollouts_gib,
-        buffers=CONTEXT_GIB,
+        buffers=context_gib,
     )
 
 
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
-    """Bytes of one token and layer that are kept for the backward pass, and those of one layer that are computed again
-    when its turn comes."""
+    """Bytes in bf16 of one token and layer that are kept for the backward pass, and those of one layer that are
+    computed again when its turn comes."""
     layer, tensor = Layer.of(model), parallel.tensor
     shared = tensor if parallel.sequence else 1
     stream, norms = 2 * 2 * layer.hidden / shared, 2 * 2 * layer.hidden / shared

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CONTEXT_GIB = 2.5
+"""CUDA context, NCCL's buffers and workspaces of libraries."""
+
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet's rates. The first three are fitted to the rows of `data/published.yaml` marked `fit`
+    """Shares of the data sheet's rates. Those called fitted are so to the rows of `data/published.yaml` marked `fit`
     (`fit` in `calibration.py`, and a test that they are what it finds); the others are measurements of others, rounded.
     """
 
@@ -15,6 +18,8 @@ class Rates:
     """Of the bf16 peak, in products with weights. Fitted."""
     fp8_matmul: float = 0.498
     """Of the FP8 peak, in products with weights. Fitted."""
+    fp32_matmul: float = 0.602
+    """The same of the fp32 peak. Of no GPU; a device that was measured has its own (`rates` of its description)."""
     exposed: float = 0.302
     """Share of the messages inside layers and between stages that products do not hide, where they overlap. Fitted."""
     attention_forward: float = 0.60

@@ -102,7 +102,8 @@ def evaluate(made: Architecture, parallel: ParallelConfig, work: Work, gpu: Gpu,
     """One layout. It must have passed `problems_of`."""
     step = step_time(made.model, made.vocab_size, parallel, work, gpu)
     used = mfu(made.model, made.vocab_size, gpu, work, parallel.world_size, step.total)
-    return Planned(parallel, work, memory(made.model, made.vocab_size, parallel, work, rollouts_gib), step, used)
+    held = memory(made.model, made.vocab_size, parallel, work, rollouts_gib, gpu.context_gib)
+    return Planned(parallel, work, held, step, used)
 
 
 def problems_of(model: ModelConfig, parallel: ParallelConfig, work: Work) -> list[str]:

@@ -88,9 +88,13 @@ def mfu(model: ModelConfig, vocab_size: int, gpu: Gpu, work: Work, gpus: int, se
 
 
 def peak(gpu: Gpu, precision: str) -> float:
-    """FLOP/s of products with weights at best. Raises ValueError for FP8 on a GPU without it."""
+    """FLOP/s of products with weights at best. ValueError for FP8 or fp32 on a device without it."""
     if precision == "bf16":
         return gpu.bf16_tflops * 1e12
+    if precision == "fp32":
+        if gpu.fp32_tflops is None:
+            raise ValueError(f"precision fp32: the description of {gpu.name} has no fp32_tflops")
+        return gpu.fp32_tflops * 1e12
     if gpu.fp8_tflops is None:
         raise ValueError(f"--precision fp8: {gpu.name} has no FP8")
     return gpu.fp8_tflops * 1e12
@@ -100,6 +104,7 @@ def step_time(
     model: ModelConfig, vocab_size: int, parallel: ParallelConfig, work: Work, gpu: Gpu, rates: Rates = RATES
 ) -> StepTime:
     """Of a training step (an M-step's). The layout must have passed `layout_problems` and divide the batch."""
+    rates = gpu.own(rates)
     held = stages(model, vocab_size, parallel)
     passes = [_micro_batch(stage, model, vocab_size, parallel, work, gpu, rates) for stage in held]
     slow = max(passes, key=lambda each: each.total)
@@ -128,6 +133,7 @@ def forward_seconds(
     rates: Rates = RATES,
 ) -> float:
     """Of forward passes alone over `tokens` tokens of one replica (scoring), the pipeline being full."""
+    rates = gpu.own(rates)
     each = [
         _micro_batch(stage, model, vocab_size, parallel, work, gpu, rates)
         for stage in stages(model, vocab_size, parallel)
@@ -157,16 +163,16 @@ def _micro_batch(
     scores = 4 * tokens * (work.sequence + 1) / 2 * layer.query / tensor
     again = _recomputed(layer, parallel, tokens, products, scores)
 
-    rate = peak(gpu, work.precision) * (rates.fp8_matmul if work.precision == "fp8" else rates.bf16_matmul)
-    half = peak(gpu, "bf16")
+    rate = _products(gpu, work.precision, rates)
+    plain = "bf16" if work.precision == "fp8" else work.precision  # of attention and the output layer
     head = layer.query // layer.heads
-    fused = half * (1.0 if head >= 128 else rates.small_heads)
+    fused = peak(gpu, plain) * (1.0 if head >= 128 else rates.small_heads)
     attention_forward = scores / (fused * rates.attention_forward)
     attention_backward = ATTENTION_BACKWARD * scores / (fused * rates.attention_backward)
     bytes_forward, bytes_backward = _pointwise(layer, parallel, work, tokens)
     bandwidth = gpu.memory_gb_s * 1e9 * rates.memory
-    messages = _tensor_messages(layer, parallel, tokens, gpu, rates)
-    exchanged = _dispatch(layer, parallel, tokens, gpu, rates)
+    messages = _tensor_messages(layer, parallel, work, tokens, gpu, rates)
+    exchanged = _dispatch(layer, parallel, work, tokens, gpu, rates)
     around = _context_messages(layer, parallel, work, gpu, rates)
     ring = (max(0.0, around - attention_forward), max(0.0, 2 * around - attention_backward))
 
@@ -175,7 +181,7 @@ def _micro_batch(
     full = parallel.recompute == "full"
     layers = stage.layers
     output = 2 * tokens * model.hidden_size * padded(vocab_size, tensor) / tensor if stage.output else 0.0
-    output_seconds = output / (half * rates.bf16_matmul)
+    output_seconds = output / _products(gpu, plain, rates)
     accumulated = 2 * work.gradient_bytes * stage.parameters / bandwidth  # every micro-batch adds to the gradients
     first = layers * (forward + idle) + output_seconds
     matmul = layers * (3 * products + again.products) / rate + 3 * output_seconds
@@ -186,6 +192,12 @@ def _micro_batch(
     context_seconds = layers * (ring[0] * (2 if full else 1) + ring[1])
     total = matmul + attention + pointwise + tensor_seconds + expert_seconds + context_seconds
     return _Pass(matmul, attention, pointwise, tensor_seconds, context_seconds, expert_seconds, 1 - first / total)
+
+
+def _products(gpu: Gpu, precision: str, rates: Rates) -> float:
+    """FLOP/s that products with weights reach."""
+    shares = {"bf16": rates.bf16_matmul, "fp8": rates.fp8_matmul, "fp32": rates.fp32_matmul}
+    return peak(gpu, precision) * shares[precision]
 
 
 @dataclass(frozen=True)
@@ -221,8 +233,8 @@ def _pointwise(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float
     hidden = layer.hidden / (parallel.tensor if parallel.sequence else 1)
     rotated = (layer.query + layer.key_value) / parallel.tensor
     width = layer.width * layer.active / (parallel.expert_tensor or parallel.tensor)
-    forward = 2 * (10 * hidden + 2 * rotated + 3 * width)
-    backward = 2 * (12 * hidden + 2 * rotated + 5 * width)
+    forward = work.element_bytes * (10 * hidden + 2 * rotated + 3 * width)
+    backward = work.element_bytes * (12 * hidden + 2 * rotated + 5 * width)
     if work.precision == "fp8":
         attention = layer.query / parallel.tensor
         forward += 4 * (2 * hidden + attention + width)
@@ -230,11 +242,13 @@ def _pointwise(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float
     return tokens * forward, tokens * backward
 
 
-def _tensor_messages(layer: Layer, parallel: ParallelConfig, tokens: float, gpu: Gpu, rates: Rates) -> float:
+def _tensor_messages(
+    layer: Layer, parallel: ParallelConfig, work: Work, tokens: float, gpu: Gpu, rates: Rates
+) -> float:
     """Exposed seconds of a layer's forward pass: two gathers and two scatters of the stream (or two reductions)."""
     if parallel.tensor == 1:
         return 0.0
-    volume = 4 * 2 * tokens * layer.hidden * (parallel.tensor - 1) / parallel.tensor
+    volume = 4 * work.element_bytes * tokens * layer.hidden * (parallel.tensor - 1) / parallel.tensor
     return rates.exposed * volume / group_bandwidth(gpu, 1, parallel.tensor, rates)
 
 
@@ -243,18 +257,18 @@ def _context_messages(layer: Layer, parallel: ParallelConfig, work: Work, gpu: G
     if parallel.context == 1:
         return 0.0
     tokens = work.micro_batch * work.sequence / parallel.context
-    volume = 2 * 2 * tokens * layer.key_value / parallel.tensor * (parallel.context - 1)
+    volume = 2 * work.element_bytes * tokens * layer.key_value / parallel.tensor * (parallel.context - 1)
     inside = parallel.tensor * parallel.context <= gpu.gpus_per_node
     rate = gpu.nvlink_gb_s if inside else gpu.network_gb_s  # the slowest hop decides
     return volume / (rate * 1e9 * rates.link)
 
 
-def _dispatch(layer: Layer, parallel: ParallelConfig, tokens: float, gpu: Gpu, rates: Rates) -> float:
+def _dispatch(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float, gpu: Gpu, rates: Rates) -> float:
     """Seconds in which a layer's tokens go to their experts and back, forward."""
     if parallel.expert == 1:
         return 0.0
     own = tokens / parallel.tensor  # sequence parallelism
-    volume = 2 * 2 * own * layer.active * layer.hidden * (parallel.expert - 1) / parallel.expert
+    volume = 2 * work.element_bytes * own * layer.active * layer.hidden * (parallel.expert - 1) / parallel.expert
     return volume / group_bandwidth(gpu, parallel.tensor, parallel.expert, rates)
 
 
@@ -266,7 +280,7 @@ def _between_stages(model: ModelConfig, parallel: ParallelConfig, work: Work, gp
     stride = parallel.tensor * parallel.context * parallel.data
     inside = stride * parallel.pipeline <= gpu.gpus_per_node
     rate = (gpu.nvlink_gb_s if inside else gpu.network_gb_s) * 1e9 * rates.link
-    message = 2 * tokens * model.hidden_size / (parallel.tensor if parallel.sequence else 1) / rate
+    message = work.element_bytes * tokens * model.hidden_size / (parallel.tensor if parallel.sequence else 1) / rate
     share = rates.exposed if parallel.virtual_pipeline > 1 and parallel.overlap_p2p else 1.0
     return share * 2 * parallel.virtual_pipeline * work.micro_batches(parallel) * message
 
@@ -283,7 +297,7 @@ def _data(stage: Stage, one: _Pass, parallel: ParallelConfig, work: Work, gpu: G
     moved = stage.dense * (replicas - 1) / replicas + stage.sparse * (expert_replicas - 1) / expert_replicas
     rings = math.ceil(stage.parameters / max(BUCKET, BUCKET_SHARE * replicas)) * replicas * rates.hop_seconds
     reduce = work.gradient_bytes * moved / rate + rings
-    gather = 2 * moved / rate + rings
+    gather = work.element_bytes * moved / rate + rings
     if not parallel.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0  # an all-reduce is both
     # the last micro-batch's backward pass hides the one, the first one's forward pass the other
@@ -293,10 +307,11 @@ def _data(stage: Stage, one: _Pass, parallel: ParallelConfig, work: Work, gpu: G
 
 
 def _optimizer(stage: Stage, parallel: ParallelConfig, work: Work, gpu: Gpu, rates: Rates) -> float:
-    """Seconds of the update: reads the gradient twice (its norm first), reads and writes 12 bytes of state, writes
-    bf16."""
+    """Seconds of the update: reads the gradient twice (its norm first), reads and writes 12 bytes of state (with the
+    fp32 weights), writes bf16 where the model is in it."""
     replicas = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     expert = (parallel.expert_tensor or parallel.tensor) * parallel.expert
     shares = max(1, parallel.tensor * replicas // expert) if parallel.distributed_optimizer else 1
     own = stage.dense / replicas + stage.sparse / shares
-    return (2 * work.gradient_bytes + 26) * own / (gpu.memory_gb_s * 1e9 * rates.memory)
+    written = 0 if work.precision == "fp32" else work.element_bytes
+    return (2 * work.gradient_bytes + 24 + written) * own / (gpu.memory_gb_s * 1e9 * rates.memory)

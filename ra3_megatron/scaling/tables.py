@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ra3_megatron.config.base import Section
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.config.problems import problems
 from ra3_megatron.config.yaml_io import parse
+from ra3_megatron.scaling.rates import CONTEXT_GIB, Rates
 
 
 class Gpu(Section):
@@ -30,6 +31,8 @@ class Gpu(Section):
     """Matrix products in bf16, TFLOP/s."""
     fp8_tflops: float | None = Field(default=None, gt=0)
     """Matrix products in FP8, TFLOP/s; none: the GPU has no FP8."""
+    fp32_tflops: float | None = Field(default=None, gt=0)
+    """Matrix products in fp32, TFLOP/s; none: nothing is planned in fp32."""
     memory_gb_s: float = Field(gt=0)
     """Bandwidth of the memory, GB/s."""
     nvlink_gb_s: float = Field(gt=0)
@@ -38,6 +41,23 @@ class Gpu(Section):
     """GPUs that NVLink connects."""
     network_gb_s: float = Field(gt=0)
     """Each GPU's share of the network between nodes, GB/s."""
+    context_gib: float = Field(default=CONTEXT_GIB, ge=0)
+    """What a process takes before it holds a model, GiB: context, buffers and workspaces of libraries."""
+    rates: dict[str, float] = {}
+    """Shares of these peaks that are reached on it, by their names in `scaling/rates.py`, where they are others than
+    there."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Gpu:
+        known = [field.name for field in fields(Rates)]
+        unknown = [name for name in self.rates if name not in known]
+        if unknown:
+            raise ValueError(f"rates.{unknown[0]}: is no rate; they are {', '.join(known)}")
+        return self
+
+    def own(self, rates: Rates) -> Rates:
+        """These rates with the device's own in their place."""
+        return replace(rates, **self.rates)
 
 
 @dataclass(frozen=True)

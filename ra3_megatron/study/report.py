@@ -71,7 +71,7 @@ def build_study_report(folder: Path, sections: Sequence[ReportSection] = ()) -> 
         mstep_table(mstep_checks(arms)),
     ]
     write_text(folder / TABLES, f"## Study {study.name}\n\n" + (markdown(tables) or "No cell is done yet.\n"))
-    pictures = _write_pictures(folder, draw_figures(study, arms))
+    pictures = write_pictures(folder, draw_figures(study, arms))
     extra = [
         {"title": section.title, "html": section.html, "pictures": _extra_pictures(folder, number, section)}
         for number, section in enumerate(sections, start=1)
@@ -100,7 +100,7 @@ def statuses(folder: Path, cells: Sequence[Cell]) -> list[_Status]:
     return found
 
 
-def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> list[dict[str, str]]:
+def write_pictures(folder: Path, pictures: Sequence[Picture]) -> list[dict[str, str]]:
     """Write the figures; those of an earlier report are removed."""
     target = folder / FIGURES
     target.mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ def _render(
         extra=extra,
         monitors=[(cell.cell.name, monitor) for cell in done for monitor in cell.summary.monitors],
         times=[(cell.cell.name, duration(_seconds(cell))) for cell in done],
-        versions=_versions(done),
+        versions=versions_of([cell.folder for cell in done]),
         study=highlight(text, YamlLexer(), HtmlFormatter(nowrap=True)),
         code_style=HtmlFormatter(style="friendly").get_style_defs("pre.code"),
         dark_code_style=HtmlFormatter(style="github-dark").get_style_defs("pre.code"),
@@ -167,11 +167,11 @@ def _facts(study: StudyConfig, cells: Sequence[Cell], done: Sequence[Finished]) 
     ]
 
 
-def _versions(done: Sequence[Finished]) -> list[tuple[str, str]]:
+def versions_of(folders: Sequence[Path]) -> list[tuple[str, str]]:
     """Software and machines of the cells: what they all share once, else every value."""
     values: dict[str, dict[str, None]] = {}
-    for cell in done:
-        file = RunFolder(cell.folder).versions
+    for folder in folders:
+        file = RunFolder(folder).versions
         for key, value in _leaves(read_json(file) if file.is_file() else {}):
             values.setdefault(key, {})[value] = None
     return [(key, "; ".join(found)) for key, found in values.items() if list(found) != ["None"]]

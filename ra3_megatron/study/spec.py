@@ -165,9 +165,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def make_study(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> StudyConfig:
     """The study that parsed YAML describes; `source` stands in front of each line of a UserError."""
     try:
-        study = StudyConfig.model_validate(_with_overrides(dict(values), overrides))
+        study = StudyConfig.model_validate(settings_with_overrides(dict(values), overrides, StudyConfig))
     except ValidationError as error:
-        lines = [_line(details) for details in error.errors(include_url=False)]
+        lines = [problem_line(details, StudyConfig) for details in error.errors(include_url=False)]
         raise UserError("\n".join(f"{source}: {line}" for line in lines)) from error
     lines = list(_problems(study))
     if lines:
@@ -180,14 +180,15 @@ def dump_study(study: StudyConfig) -> str:
     return "# A study of ra3: `ra3 study run` of this file goes on with it.\n" + dump(study.model_dump())
 
 
-def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def settings_with_overrides(values: dict[str, Any], overrides: Sequence[str], schema: type[Section]) -> dict[str, Any]:
+    """Values of a study with overrides on top: keys of `schema`, or settings of all cells. UserError."""
     settings = dict(values["settings"]) if isinstance(values.get("settings"), dict) else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
             raise UserError(f"{override}: is no override; write key=value, such as estep.steps=5 or seeds=[1,2]")
-        if key in StudyConfig.model_fields and key != "seed":
+        if key in schema.model_fields and key != "seed":
             values[key] = parse_override(text, override)
         else:
             settings = {**_flat_or_as_is(settings), key: parse_override(text, override)}
@@ -201,10 +202,11 @@ def _flat_or_as_is(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
 
 
-def _line(details: Any) -> str:
+def problem_line(details: Any, schema: type[Section]) -> str:
+    """One line on what pydantic found wrong with a study."""
     key, kind = dotted(details["loc"]), details["type"]
     if kind == "extra_forbidden":
-        known = list(ArmConfig.model_fields if key.startswith("arms.") else StudyConfig.model_fields)
+        known = list(ArmConfig.model_fields if key.startswith("arms.") else schema.model_fields)
         close = get_close_matches(key.rsplit(".", 1)[-1], known, n=1)
         if key.startswith("arms."):
             return f"{key}: unknown key beside {', '.join(sorted(_ARM_KEYS))}: put settings of the run under `settings`"

@@ -24,6 +24,8 @@ from ra3_megatron.study.process import LOCK, lock
 from ra3_megatron.study.report import build_study_report, statuses
 from ra3_megatron.study.results import arms_only, finished, write_results
 from ra3_megatron.study.runner import PATIENCE, Command, Outcome, Runner, train_command
+from ra3_megatron.study.scaling.report import build_scaling_report
+from ra3_megatron.study.scaling.spec import SCALING_FILE
 from ra3_megatron.study.spec import STUDY_FILE, StudyConfig, dump_study, load_study
 from ra3_megatron.study.state import conflicts, stage
 from ra3_megatron.study.tables import SHORT, results_table
@@ -50,7 +52,7 @@ def run(
     command: what runs a cell. Raises UserError when the study cannot run as it is; then nothing has been written.
     """
     cells, configs = _checked(study)
-    wanted = cells if cell is None else [_find(cells, cell)]
+    wanted = cells if cell is None else [find_cell(cells, cell)]
     console = Console(highlight=False)
     if dry_run:
         _print_plan(study, cells, wanted, console)
@@ -65,7 +67,7 @@ def report(folder: Path) -> Path:
     """Rebuild the report of a study; its path. Raises UserError when `folder` holds none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such study folder")
-    return build_study_report(folder)
+    return build_scaling_report(folder) if (folder / SCALING_FILE).is_file() else build_study_report(folder)
 
 
 def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
@@ -98,7 +100,8 @@ def _check_folder(study: StudyConfig) -> None:
         raise UserError(f"folder={folder}: exists and holds no study: choose another folder")
 
 
-def _find(cells: Sequence[Cell], wanted: str) -> Cell:
+def find_cell(cells: Sequence[Cell], wanted: str) -> Cell:
+    """A cell by its name or number. UserError for one that is not there."""
     if wanted.isdecimal():
         if int(wanted) < len(cells):
             return cells[int(wanted)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -144,3 +145,29 @@ def test_a_study_runs_as_arrays(site: Site) -> None:
     site.cluster.run("ra3", "study", "run", study, "--slurm", PATH=path)
     folder = site.folder / "study" / "cells"
     until(lambda: len(list(folder.glob("*/summary.json"))) == 3, site, "calm")
+
+
+def test_a_scaling_study_measures_over_nodes(site: Site) -> None:
+    """World sizes 1, 2 and 4, of two processes a node at most: one array for each number of nodes and processes."""
+    folder = site.folder / "scaling"
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    options = ("--folder", folder, "--processes", "1,2,4", "--processes-per-node", "2", "--mode", "strong")
+    layout = ("--layouts", "data,micro_batch=1", "--steps", "2", "--warmup", "1", "--repeats", "1")
+    said = site.cluster.run("ra3", "study", "scaling", site.config, *options, *layout, "--slurm", PATH=path)
+    jobs = re.findall(r"\d+", said.partition("3 cells submitted as job arrays ")[2].splitlines()[0])
+    assert len(jobs) == 3, said
+    for job in jobs:
+        assert site.cluster.wait(job, 600)["JobState"] == "COMPLETED", said
+    assert "3 cells, all done" in (folder / "report.html").read_text()
+    by_world = {}
+    for file in (folder / "cells").glob("*/summary.json"):
+        found = json.loads(file.read_text())
+        by_world[found["processes"]] = found
+    assert sorted(by_world) == [1, 2, 4]
+    assert {world: len(found["nodes"]) for world, found in by_world.items()} == {1: 1, 2: 1, 4: 2}
+    assert set(by_world[4]["probes"][0]["links"]) == {"node", "network"}
+    losses = {world: [step["loss"] for step in found["steps"]] for world, found in by_world.items()}
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4) and losses[2] == pytest.approx(losses[1], rel=1e-4)
+    rows = json.loads((folder / "scaling.json").read_text())["rows"]
+    assert [row["processes"] for row in rows] == [1, 2, 4]
+    assert rows[2]["oversubscribed"] == (len(os.sched_getaffinity(0)) < 4)  # both nodes are this machine
