@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,10 @@ def _layer_seconds(run: Any, model: Any) -> float:
 
 
 def _timed(step: Any, trainer: Any, runtime: Any) -> dict[str, float]:
-    """Metrics of a step with its seconds, as a run measures them: from the documents to the updated weights. With those
-    of its parts, where the trainer has a clock for them."""
-    clock = getattr(trainer, "clock", None)
+    """Metrics of a step with its seconds and those of its parts, as a run measures them: from the documents to the
+    updated weights."""
     begin = time.perf_counter()
-    with nullcontext() if clock is None else clock.step():
+    with trainer.clock.step():
         metrics = step()
     if runtime.device.type == "cuda":
         import torch
@@ -161,7 +160,7 @@ def _timed(step: Any, trainer: Any, runtime: Any) -> dict[str, float]:
         torch.cuda.synchronize(runtime.device)
     elapsed = time.perf_counter() - begin
     kept = ("loss", "tokens", "fill_rate", "think_rate", "distinct_transcripts", "refit_seconds")
-    parts = {} if clock is None else {f"seconds_{part}": float(value) for part, value in clock.seconds.items()}
+    parts = {f"seconds_{part}": float(value) for part, value in trainer.clock.seconds.items()}
     return {
         "seconds": elapsed,
         **parts,
@@ -230,7 +229,7 @@ def _estep(run: Any, updates: int) -> dict[str, Any]:
         policy = run.policy(trainer.model)
         store = run.corpus.store("mid", "train")
         sampler = DocumentSampler(len(store), order_seed(config.seed, Stream.ESTEP_ORDER, 1))
-        queue = RolloutQueue(policy, store, sampler, (config.seed, Stream.ESTEP, 1), config)
+        queue = RolloutQueue(policy, store, sampler, (config.seed, Stream.ESTEP, 1), config, trainer.clock)
         steps = EStepSteps(run, 1, EStep(config, policy, trainer, scorer, run.blank), queue)
         taken = [_timed(lambda number=number: steps.step(number), trainer, runtime) for number in range(updates + 1)]
     return {
