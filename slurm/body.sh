@@ -86,8 +86,9 @@ await() { # wait for the srun that was started last; its exit code
   return "$code"
 }
 
-preflight() { # preflight FOLDER: are these nodes fit to train on? 3 if they are not, having named them
-  local code nodes
+UNFIT=
+preflight() { # preflight FOLDER: are these nodes fit to train on? Otherwise names them in UNFIT; srun's exit code
+  local code
   # shellcheck disable=SC2086  # several options
   srun --wait=30 --output="$1/preflight-%t.txt" "${launch[@]}" \
     ra3 preflight "$CONFIG" --run-dir "$RA3_RUN_DIR" ${RA3_PREFLIGHT_OPTIONS:-} "${SETTINGS[@]}" "${ARGUMENTS[@]}" &
@@ -95,12 +96,12 @@ preflight() { # preflight FOLDER: are these nodes fit to train on? 3 if they are
   code=$?
   cat "$1/preflight-0.txt" 2>/dev/null
   [ "$code" -eq 0 ] || [ -n "$STOPPING" ] && return "$code"
-  nodes=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
-  [ -n "$nodes" ] || return "$code"
+  UNFIT=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
+  [ -n "$UNFIT" ] || return "$code"
   # what others say when the first process has nothing to say any more
   grep -q '^node ' "$1/preflight-0.txt" 2>/dev/null || sed -n '/^node /p' "$1"/preflight-*.txt | sort -u | head -n 20
-  say "nodes not fit to train on: $nodes"
-  return 3
+  say "nodes not fit to train on: $UNFIT"
+  return "$code"
 }
 
 attempt() { # attempt NUMBER: one srun over all nodes; its exit code
@@ -145,14 +146,13 @@ while :; do
       say "a mistake that no retry mends (exit code 2): see $LOGS/latest"
       exit 2
       ;;
-    3)
-      [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING"
-      say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
-      exit 1
-      ;;
   esac
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"
+  if [ -n "$UNFIT" ]; then
+    say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
+    exit 1
+  fi
   echo "attempt $number: exit code $code" >>"$LOGS/failures"
   failures=$(wc -l <"$LOGS/failures")
   say "attempt $number failed with exit code $code ($failures of $((${RA3_RETRIES:-3} + 1))): see $LOGS/latest"
