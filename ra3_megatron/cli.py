@@ -182,7 +182,8 @@ def preflight(
     Run it with srun or torchrun in the processes that the training will have: srun ra3 preflight run.yaml
     """
     path, settings = _split(config, overrides)
-    folder = run_dir if run_dir is not None else Path(_load(path, settings).run_dir)
+    resolved = _load(path, settings)  # a mistake in it is one before training, too
+    folder = run_dir if run_dir is not None else Path(resolved.run_dir)
     from ra3_megatron.cluster.results import Limits
     from ra3_megatron.verbs.preflight import preflight as check_nodes
 

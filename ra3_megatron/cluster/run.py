@@ -183,22 +183,22 @@ class Preflight:
         except Exception as error:
             problem = first_line(error)
 
-        def judge(answers: dict[int, list]) -> str:
+        def judge(answers: dict[int, list]) -> tuple[str, float]:
             said = [(self.nodes[rank], text) for rank, (_, text) in answers.items() if text]
             for name, text in dict(said).items():
                 self._add(Result(name, self.check, "bad", f"all-reduce failed: {text}", "failed"))
             slowest = min(rate for rate, _ in answers.values())
             if not said and least is not None and slowest < least and len(nodes) > 1:
-                return "pairs"
+                return "pairs", slowest
             if not said:
                 self._add(*collective.judge(slowest, nodes, least, {}))
-            return "failed" if said else "done"
+            return "failed" if said else "done", slowest
 
-        then = meeting.ask("rate", (rate, problem), list(range(self.place.world_size)), judge)
+        then, slowest = meeting.ask("rate", (rate, problem), list(range(self.place.world_size)), judge)
         if then == "failed":
             return  # the group is not left: that would wait for what is stuck
         if then == "pairs":
-            self._pairs(meeting, values, rate, least or 0.0)
+            self._pairs(meeting, values, slowest, least or 0.0)
         dist.destroy_process_group()
 
     def _pairs(self, meeting: Meeting, values: torch.Tensor, rate: float, least: float) -> None:
@@ -221,6 +221,11 @@ class Preflight:
             return True
 
         meeting.ask("pairs", (rates, problem), leaders, judge)
+
+    @property
+    def in_group(self) -> bool:
+        """Whether a process group was not left, so that the end of Python could wait for it."""
+        return dist.is_initialized()
 
     def hung(self) -> None:
         """Note that this process is past its deadline, in a check that does not come back."""

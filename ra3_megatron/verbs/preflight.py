@@ -31,7 +31,7 @@ class _Signalled(Exception):
 def preflight(run_dir: Path, limits: "Limits", out: Path | None = None) -> int:
     """Check the nodes of this job, show what was found, write it to `out` as JSON; the exit code, 0 or 3.
 
-    A process whose checks hang does not return from here, but ends with that code.
+    A process whose checks or transfers hang does not return from here, but ends with that code.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch tells of each second that it waits, with a stack
     from ra3_megatron.cluster.place import here
@@ -54,7 +54,7 @@ def preflight(run_dir: Path, limits: "Limits", out: Path | None = None) -> int:
     if out is not None and checks.place.is_main:
         _write(checks, good, out)
     code = 0 if good else BAD_ALLOCATION
-    if hung:
+    if hung or checks.in_group:
         _leave(code)
     return code
 
