@@ -113,10 +113,11 @@ def test_a_run_without_nodes_says_how_many_it_needs(
     ra3: Ra3, config: Path, tmp_path: Path, host: Callable[..., Host]
 ) -> None:
     hosting, run = host(), tmp_path / "run"
-    settings = ("rollout.placement=nodes", "rollout.replicas=2", "rollout.vllm.start_timeout=6")
+    hosting.says("waiting for the trainer")
+    settings = ("rollout.placement=nodes", "rollout.replicas=2", "rollout.vllm.start_timeout=8")
     failed = ra3("train", config, *MODEL, *settings, f"run_dir={run}", code=None)
     (line,) = [line for line in failed.errors.splitlines() if line.startswith("ra3: ")]
-    assert failed.code and line.count("1 of 2 engines have a place after 6 s, on 1 nodes") == 1
+    assert failed.code and line.count("1 of 2 engines have a place after 8 s, on 1 nodes") == 1
     assert f"start `ra3 engines --run-dir {run}`" in line
     assert not (run / "vllm" / FILE).exists() and not (run / "checkpoints").exists()
     assert hosting.process.poll() is None, "it waits for the next attempt"
