@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.hf.families import family_for, read_folder
 from ra3_megatron.hf.files import write_config
@@ -79,7 +79,7 @@ class EnginePool:
         in_all = sum(runtime.gather_all(count))
         try:
             self._together(lambda: self._start(folder, count, in_all))
-        except UserError:
+        except (UserError, Unavailable):
             self.close()
             raise
 
@@ -185,9 +185,9 @@ class EnginePool:
 
     def _together(self, action: Callable[[], None]) -> None:
         """Do this on every process; what fails on one is raised on all."""
-        failure = ""
+        failure, mistake = "", False
         try:
             action()
         except (EngineError, UserError, OSError) as error:
-            failure = str(error)
-        raise_anywhere(failure, self.runtime)
+            failure, mistake = str(error), not isinstance(error, (EngineError, ConnectionError))
+        raise_anywhere(failure, self.runtime, mistake)
