@@ -15,7 +15,8 @@
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
-# Exit code 0: the run is finished. 2: a mistake in the configuration, which no retry mends. 1: failed after all attempts.
+# Exit code 0: the run is finished. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
+# diverged). 1: failed after all attempts.
 
 set -uo pipefail
 
@@ -91,6 +92,8 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   STEP=
   # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
+  # … or of a mistake: of what ra3 says as it ends, that alone does not go on
+  [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' && code=2
   return "$code"
 }
 
@@ -102,6 +105,7 @@ requeue() { # give the nodes back and go on later
 
 number=$(find "$LOGS" -maxdepth 1 -name 'attempt-*' | wc -l)
 touch "$LOGS/failures"
+failures=0
 while :; do
   number=$((number + 1))
   attempt "$number"
@@ -112,14 +116,17 @@ while :; do
       exit 0
       ;;
     2)
-      say "a mistake that no retry mends (exit code 2): see $LOGS/latest/rank-0.txt"
+      say "a mistake that no retry mends, or a full disk (exit code 2): see $LOGS/latest/rank-0.txt"
+      say "nothing that was saved is lost: mend it and submit again with RA3_RUN_DIR=$RA3_RUN_DIR"
       exit 2
       ;;
   esac
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"
   echo "attempt $number: exit code $code" >>"$LOGS/failures"
-  failures=$(wc -l <"$LOGS/failures")
+  failures=$((failures + 1)) # a full disk may hold no line of it
+  counted=$(wc -l <"$LOGS/failures")
+  [ "$counted" -gt "$failures" ] && failures=$counted
   say "attempt $number failed with exit code $code ($failures of $((${RA3_RETRIES:-3} + 1))): see $LOGS/latest"
   if [ "$failures" -gt "${RA3_RETRIES:-3}" ]; then
     say "no attempts are left"
