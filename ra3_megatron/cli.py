@@ -1,9 +1,18 @@
 """The `ra3` command: each verb parses, builds, calls, closes.
 
-Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user (one line on stderr for each problem),
-3 nodes that are not fit to train on (`preflight`, a line for each problem on stdout),
-75 stopped by SIGUSR1 or SIGTERM after saving, 130 interrupted. Invariant: this module imports neither torch nor a room
-of the package at the top, so that `--help` and `--version` answer at once.
+Exit codes (2 is final, after 69, 70 and 75 the same command with `--resume` goes on):
+
+    0    done
+    1    a defect (with its traceback); what was asked for does not hold (inspect --verify, convert check, study run)
+    2    what only the user can mend: a mistake, a full disk, a loss that diverged (one line on stderr for each problem)
+    3    nodes that are not fit to train on (preflight; a line for each problem on stdout)
+    69   something beside the run failed: a rollout engine died, hung or did not start
+    70   hung: the watchdog wrote the stacks of every process and ended them
+    75   stopped by SIGUSR1 or SIGTERM after saving
+    130  interrupted
+
+Invariant: this module imports neither torch nor a room of the package at the top, so that `--help` and `--version`
+answer at once.
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import typer
 from typer.core import TyperGroup
 
 from ra3_megatron import __version__
-from ra3_megatron.config.errors import STOPPED, StoppedBySignal, UserError
+from ra3_megatron.config.errors import STOPPED, UNAVAILABLE, StoppedBySignal, Unavailable, UserError
 
 if TYPE_CHECKING:
     from ra3_megatron.config.run import RunConfig
@@ -40,10 +49,10 @@ class _Verbs(TyperGroup):
                 for line in str(error).splitlines():
                     typer.echo(f"ra3: {line}", err=True)
             raise typer.Exit(2) from error
-        except StoppedBySignal as stop:
+        except (StoppedBySignal, Unavailable) as stop:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 typer.echo(f"ra3: {stop}; the same command with --resume goes on", err=True)
-            raise typer.Exit(STOPPED) from stop
+            raise typer.Exit(UNAVAILABLE if isinstance(stop, Unavailable) else STOPPED) from stop
         except KeyboardInterrupt as error:
             typer.echo("ra3: interrupted", err=True)
             raise typer.Exit(130) from error

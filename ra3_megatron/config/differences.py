@@ -16,6 +16,13 @@ RESULT_FREE = (
     "rollout.replicas",
     "rollout.vllm",
     "run_dir",
+    "watchdog",
+    # a run that stopped at a bad step may go on with another answer to it
+    "monitors.nonfinite",
+    "monitors.spike",
+    "monitors.spike_factor",
+    "monitors.spike_window",
+    "monitors.max_skips",
 )
 """Sections and keys that may change when a run is resumed: they do not decide what it computes."""
 

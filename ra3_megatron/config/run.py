@@ -11,7 +11,7 @@ from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
 from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.profile import ProfileConfig
-from ra3_megatron.config.runtime import CheckpointConfig, ExportConfig, LoggingConfig, RolloutConfig
+from ra3_megatron.config.runtime import CheckpointConfig, ExportConfig, LoggingConfig, RolloutConfig, WatchdogConfig
 from ra3_megatron.config.training import (
     EMConfig,
     EStepConfig,
@@ -60,6 +60,8 @@ class RunConfig(Section):
     """Signs of failure."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Noticing that a run hangs."""
     export: ExportConfig = ExportConfig()
     """What a run leaves for others."""
     logging: LoggingConfig = LoggingConfig()

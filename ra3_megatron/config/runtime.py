@@ -96,6 +96,15 @@ class CheckpointConfig(Section):
     """Compare the checksums of a checkpoint's files before it is loaded; sizes are always compared."""
 
 
+class WatchdogConfig(Section):
+    """Noticing that a run hangs."""
+
+    timeout_minutes: float | None = Field(default=30.0, gt=0)
+    """Without a step, a pass through the model or a round of sampling for so long, every process writes the stacks of
+    its threads to `<run>/stacks` and ends with exit code 70. The first step of a phase and checkpoints do not count.
+    Process groups give up 10 minutes later. none: off."""
+
+
 class ExportConfig(Section):
     """What a run leaves for others."""
 

@@ -197,7 +197,7 @@ class EvaluationConfig(Section):
 
 
 class MonitorConfig(Section):
-    """Thresholds at which a sign of failure is reported by name."""
+    """Thresholds at which a sign of failure is reported by name, and what becomes of an update that went wrong."""
 
     max_think_rate: float = Field(default=0.8, gt=0, le=1)
     """Above this share of lines with a thought, the latent price is called too low."""
@@ -223,3 +223,20 @@ class MonitorConfig(Section):
     max_log_prob_mismatch: float = Field(default=0.05, gt=0)
     """Above this mean |q_trainer / q_engine - 1| of the same weights, rollout engine and trainer disagree, and the run
     stops."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """An update whose loss or gradient is NaN or infinite: `stop` the run, or `skip` the update. A skipped one
+    leaves weights and optimizer as they were; data and learning rate go on."""
+
+    spike: Literal["off", "skip", "stop"] = "off"
+    """An update whose gradient norm is above `spike_factor` times the median of the last `spike_window` updates of its
+    phase that were taken: `off`: it is taken."""
+
+    spike_factor: float = Field(default=10.0, gt=1)
+    """How far above the median a gradient norm is a spike."""
+
+    spike_window: int = Field(default=32, ge=2)
+    """Updates that the median is of; until a phase has taken so many, nothing is a spike."""
+
+    max_skips: int = Field(default=3, ge=1)
+    """Updates that may be skipped one after another; the next one stops the run."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ra3_megatron.corpus.indexed import TranscriptStore, TranscriptWriter
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.policy import LatentPolicy
+from ra3_megatron.mcore import watchdog
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.text.transcript import Transcript
@@ -94,6 +95,7 @@ def infuse(
                 }
                 write_json(stats_file, timing)
             runtime.barrier()
+        watchdog.beat(f"{numbers.stop} of {len(documents)} documents infused")
         advance(len(numbers), int(read_json(stats_file)["tokens"]))
     if runtime.is_main:
         parts = [read_json(folder / f"{name}.stats.json") for name in names]
@@ -102,6 +104,7 @@ def infuse(
         record = {"chunks": names, "documents": len(documents), "weight_version": version, **total}
         write_json(folder / RECORD, record)
     runtime.barrier()
+    watchdog.rest()
     return InfusedCorpus(folder)
 
 

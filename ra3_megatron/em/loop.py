@@ -30,7 +30,7 @@ from ra3_megatron.em.phases import Phase, final_of, is_done, train_phase
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
 from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.em.steps import EStepSteps, PackedSteps
-from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.held_out import lines_file, read_held_out, write_held_out
 from ra3_megatron.report.run_folder import read_json, write_json
@@ -196,7 +196,10 @@ class EM:
         documents = [self.valid[index] for index in range(count)]
         keys = [(self.config.seed, Stream.EVALUATION, index) for index in range(count)]
         task = run.progress.task(f"evaluating {arm} {iteration}" if iteration else f"evaluating {arm}", total=1)
-        result = evaluate(model, run.policy(model, record["weight_version"]), documents, keys, self.config, run.blank)
+        policy = run.policy(model, record["weight_version"])
+        watchdog.beat(f"the evaluation of {arm} {iteration} began")
+        result = evaluate(model, policy, documents, keys, self.config, run.blank)
+        watchdog.rest()
         task.advance(1)
         figures = dict(result.figures)
         require_finite(figures, model_of)

@@ -25,10 +25,12 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.monitors import Alarm
 from ra3_megatron.em.profiling import Profiler
+from ra3_megatron.em.spikes import Spikes, skipped_step
 from ra3_megatron.em.step_times import StepTimes
-from ra3_megatron.mcore import checkpoint
-from ra3_megatron.mcore.trainer import NonFiniteLoss, Trainer
+from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.trainer import RefusedStep, Trainer
 
 FINAL = "final"
 
@@ -103,12 +105,16 @@ def train_phase(
     if latest is None and start is not None:
         checkpoint.load(start, model, run.runtime, verify=run.config.checkpoint.verify)
     trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps * updates_per_step)
+    spikes = Spikes(run.config.monitors)
+    trainer.judge = spikes.judge
     work = make_steps(trainer)
     first, seconds, tokens = 0, 0.0, 0
     if latest is not None:
         record = _load_newest(run, folder, model, trainer)
         first, seconds, tokens = record["step"], record["seconds"], record["tokens"]
         work.load_state_dict(record["data"])
+        if "spikes" in record:  # an older checkpoint has none
+            spikes.load_state_dict(record["spikes"])
     run.rewind(phase.name, phase.iteration, first)
     task = run.progress.task(phase.key, total=steps, unit="tokens", done=first)
     clock = time.perf_counter()
@@ -123,6 +129,7 @@ def train_phase(
             "tokens": tokens,
             "seconds": seconds + time.perf_counter() - clock,
             "data": work.state_dict(),
+            "spikes": spikes.state_dict(),
         }
 
     saves = _Saves(run, folder, model, trainer)
@@ -133,15 +140,20 @@ def train_phase(
             try:
                 with profiler.step(step + 1, trainer.clock), times.step():
                     metrics = work.step(step)
-            except NonFiniteLoss as problem:
+            except RefusedStep as problem:
                 try:
                     saves.wait()
                 except UserError as failure:
                     run.progress.message(f"warning: {failure}", style="yellow")
                 _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
             tokens += int(metrics["tokens"])
+            watchdog.beat(f"{phase.key} step {step + 1}")
             task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])
-            if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps:
+            skipped = spikes.skipped()
+            if skipped:
+                metrics["skipped"] = len(skipped)
+                run.alarm(phase.name, phase.iteration, step + 1, [_skipped(run, phase, step, skipped, work)])
+            if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps or skipped:
                 values = {**metrics, **_rates(metrics, times.seconds), **times.values()}
                 run.log(phase.name, phase.iteration, step + 1, values)
             with times.saving():
@@ -163,6 +175,7 @@ def train_phase(
             run.progress.message(f"{phase.key}: {line}")
     finally:
         saves.abandon()
+        watchdog.rest()
     return final
 
 
@@ -220,9 +233,10 @@ class _Saves:
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """A checkpoint that cannot be written is the user's to mend."""
+    """A checkpoint that cannot be written is the user's to mend. It may take as long as it takes."""
     try:
-        yield
+        with watchdog.paused():
+            yield
     except checkpoint.CheckpointWriteError as problem:
         raise UserError(str(problem)) from problem
 
@@ -282,22 +296,28 @@ def _rates(metrics: dict[str, float], elapsed: float) -> dict[str, float]:
     return {"seconds": elapsed, "tokens_per_second": metrics["tokens"] / elapsed}
 
 
-def _stop(run: RunContext, phase: Phase, step: int, problem: Exception, work: Steps, before: Path | None) -> NoReturn:
-    """Dump what led to a loss that is not finite: from `before`, the steps up to this one repeat it exactly."""
+def _skipped(run: RunContext, phase: Phase, step: int, why: Sequence[str], work: Steps) -> Alarm:
+    """Dump the batch of a step that was skipped, and tell of it."""
+    dump = Path("skipped") / f"{phase.key}-{step + 1:06d}.json"
+    _dump_batch(run, phase, step, run.folder.path / dump, {"problem": "; ".join(why)}, work)
+    return skipped_step(why, str(dump))
+
+
+def _dump_batch(run: RunContext, phase: Phase, step: int, dump: Path, said: dict[str, Any], work: Steps) -> list[str]:
+    """Write what a step was about; names of its documents."""
     names = list(work.describe_batch())
-    dump = run.folder.path / "failed" / f"{phase.key}-{step + 1:06d}.json"
     where = {"phase": phase.name, "iteration": phase.iteration, "step": step + 1}
-    run.dump(
-        dump,
-        {
-            **where,
-            "problem": str(problem),
-            "checkpoint": None if before is None else str(before),
-            "seed": run.config.seed,
-            "documents": names,
-        },
-    )
+    run.dump(dump, {**where, **said, "seed": run.config.seed, "documents": names})
+    return names
+
+
+def _stop(run: RunContext, phase: Phase, step: int, problem: Exception, work: Steps, before: Path | None) -> NoReturn:
+    """Dump what led to a step that was refused: from `before`, the steps up to this one repeat it exactly."""
+    dump = run.folder.path / "failed" / f"{phase.key}-{step + 1:06d}.json"
+    said = {"problem": str(problem), "checkpoint": None if before is None else str(before)}
+    names = _dump_batch(run, phase, step, dump, said, work)
     raise UserError(
         f"{phase.key} step {step + 1}: {problem}; its batch ({len(names)} documents, first {names[0]}) is in {dump}; "
-        f"last good checkpoint: {before or 'none'}; lower the learning rate of this phase, or look at the batch"
+        f"last good checkpoint: {before or 'none'}; lower the learning rate of this phase, look at the batch, or "
+        "go on with monitors.nonfinite=skip, monitors.spike=skip"
     ) from problem

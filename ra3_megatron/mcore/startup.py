@@ -206,6 +206,7 @@ def initialize(
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=timeout_minutes,
     )
     seed_everything(seed)
     return Runtime(

@@ -6,7 +6,7 @@ already. Callers hand over whole rows; this module splits them over the context-
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
+from ra3_megatron.mcore import optimizer_step, watchdog
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_counts, stream_loss
 from ra3_megatron.mcore.model import STREAMS
@@ -31,8 +32,26 @@ from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.step_clock import StepClock
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step or its gradient is NaN or infinite: the weights are not to be used any more."""
+class RefusedStep(RuntimeError):
+    """A step is not to be taken, and the run not to go on: the weights are those before it."""
+
+
+class NonFiniteLoss(RefusedStep):
+    """The loss of a step or its gradient is NaN or infinite."""
+
+
+Judge = Callable[[float, float], str]
+"""(loss, gradient norm) of an update, the same on every process -> why it is to be skipped; "": it is taken. May raise
+RefusedStep."""
+
+
+def refuse_nonfinite(loss: float, grad_norm: float) -> str:
+    """The judge of a trainer that was given no other: NonFiniteLoss."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(f"loss is {loss}")
+    if not math.isfinite(grad_norm):
+        raise NonFiniteLoss(f"gradient norm is {grad_norm}")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,8 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     stats: dict[Stat, float]
+    skipped: str = ""
+    """Why the weights did not move; "": they did."""
 
     def mean(self, total: Stat, count: Stat) -> float | None:
         """stats[total] / stats[count]; None when nothing was counted."""
@@ -74,6 +95,7 @@ class Trainer:
         self.runtime = runtime
         self.clock = StepClock(runtime.device)
         """Says where the seconds of a step went, to whoever opens one on it."""
+        self.judge: Judge = refuse_nonfinite
         inner = _chunks(model)
         config = get_model_config(inner[0])
         self.chunks = [
@@ -122,7 +144,8 @@ class Trainer:
     def step(self, batches: Sequence[TokenBatch], policy: PolicyLoss | None = None) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches (as many on every rank, of one shape).
 
-        Raises NonFiniteLoss on every process when the loss or the gradient norm is not finite.
+        Every process asks `judge` the same question. When it skips the step, weights and optimizer are as if the step
+        had not been, and the learning rate goes on; when it raises RefusedStep, that does not either.
         """
         with self.clock.part("data"):
             shares = _shares(batches, self.runtime)
@@ -143,16 +166,16 @@ class Trainer:
         sums[MAXIMA] = self.runtime.max_replicas(largest)
         sums = self.runtime.from_last_stage(sums)
         stats = {stat: float(sums[stat]) for stat in Stat}
-        if not torch.isfinite(sums).all():
-            raise NonFiniteLoss(f"loss is {stats[Stat.LOSS]}")
+        loss_seen = stats[Stat.LOSS] if bool(torch.isfinite(sums).all()) else math.nan
+        with self.clock.part("optimizer"):
+            grad_norm = optimizer_step.prepare(self.optimizer)
+        skipped = self.judge(*optimizer_step.agreed([loss_seen, grad_norm], self.runtime))
         self.scheduler.step(increment=1)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        with self.clock.part("optimizer"):
-            _, norm, _ = self.optimizer.step()
-        grad_norm = float(norm or 0.0)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(f"gradient norm is {grad_norm}")
-        return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats)
+        if not skipped:
+            with self.clock.part("optimizer"):
+                optimizer_step.move(self.optimizer, grad_norm)
+        return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats, skipped)
 
     def synchronize(self) -> None:
         """Finish what `parallel.overlap_param_gather` leaves to the next step: before weights are read. Collective."""
@@ -210,6 +233,7 @@ def _run(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runtime
     if len(chunks) > 1 and len(batches) % runtime.pipeline_size:
         raise ValueError(f"{len(batches)} micro-batches on {runtime.pipeline_size} interleaved stages: not a multiple")
     rows, length = batches[0].ids.shape
+    watchdog.touch()
     iterators = [iter(batches) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -201,9 +201,9 @@ class EnginePool:
 
     def _together(self, action: Callable[[], None]) -> None:
         """Do this on every process; what fails on one is raised on all."""
-        failure = ""
+        failure, mistake = "", False
         try:
             action()
         except (EngineError, UserError, OSError) as error:
-            failure = str(error)
-        raise_anywhere(failure, self.runtime)
+            failure, mistake = str(error), not isinstance(error, (EngineError, ConnectionError))
+        raise_anywhere(failure, self.runtime, mistake)

@@ -7,7 +7,7 @@ uses no process group, so nothing is exchanged before the batch is waited for.
 import threading
 from collections.abc import Mapping, Sequence
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.refit.errors import RefitError
@@ -42,7 +42,7 @@ class EngineSampling:
         try:
             stats = self._refit.send(self._updates, version)
         except RefitError as error:
-            raise UserError(f"rollout.engine=vllm: {error}") from error
+            raise Unavailable(f"rollout.engine=vllm: {error}") from error
         self._version = version
         return {"refit_seconds": stats.seconds, "refit_bytes_per_second": stats.nbytes / stats.seconds}
 
@@ -93,8 +93,10 @@ class _Result:
             self.defect = error
 
 
-def raise_anywhere(failure: str, runtime: Runtime) -> None:
-    """UserError on every process when there is a failure on any. Collective."""
-    failures = {why: None for why in runtime.gather_all(failure) if why}
+def raise_anywhere(failure: str, runtime: Runtime, mistake: bool = False) -> None:
+    """Unavailable on every process when there is a failure on any; UserError when one of them is a mistake of the user,
+    which no retry mends. Collective."""
+    failures = {told: None for told in runtime.gather_all((failure, mistake)) if told[0]}
     if failures:
-        raise UserError(f"rollout.engine=vllm: {'; '.join(failures)}")
+        kind = UserError if any(mistake for _, mistake in failures) else Unavailable
+        raise kind(f"rollout.engine=vllm: {'; '.join(why for why, _ in failures)}")

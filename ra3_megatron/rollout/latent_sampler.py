@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ra3_megatron.mcore import watchdog
 from ra3_megatron.rollout.protocol import LatentCompletion, LatentRequest, PlannedLine, RolloutEngine, Uniforms
 from ra3_megatron.rollout.randomness import uniforms
 from ra3_megatron.text.latents import Document, LatentFormat, Line, compose
@@ -100,6 +101,7 @@ class LatentSampler:
         decided = thoughts = 0
         self.engine.forget()
         while active:
+            watchdog.touch()
             if self.method == "naive" and not self.naive_cache:
                 self.engine.forget()
             requests = [self._request(row, window) for row in active]

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import HUNG, UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
@@ -41,7 +41,9 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
     _check_out(checkpoint, out, config)
     if runs_here(config):
         _infuse_here(checkpoint, out, config)
-    elif start_processes(config, __name__, str(checkpoint), str(out)):
+    elif code := start_processes(config, __name__, str(checkpoint), str(out)):
+        if code == HUNG:  # the processes have said so
+            sys.exit(HUNG)
         raise RuntimeError("a process failed: see its message above")
 
 
@@ -56,11 +58,13 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
+    from ra3_megatron.mcore.watchdog import group_minutes, watching
     from ra3_megatron.text.latents import code_text, full_text
     from ra3_megatron.verbs.engines import rollout_engines
 
     console = Console()
-    runtime = startup.initialize(config.parallel, config.seed, advice=config.layout_advice)
+    minutes = group_minutes(config.watchdog.timeout_minutes)
+    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
     try:
         with disk_full(str(out)), Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _corpus(checkpoint, out, config, runtime, progress)
@@ -71,6 +75,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
             with (
+                watching(out, runtime, config.watchdog.timeout_minutes),
                 rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint)) as engines,
                 progress.task("infusing", total=len(documents), unit="tokens") as task,
             ):

@@ -1,7 +1,7 @@
 """Processes of a layout: started through torchrun, unless torchrun or srun started this one already.
 
-A module that runs in them ends in `sys.exit(in_process(function))`. A UserError in one of them is written to a file
-and raised again by the process that started them, so that it is shown once.
+A module that runs in them ends in `sys.exit(in_process(function))`. A UserError (or another of `SAID`) in one of them
+is written to a file and raised again by the process that started them, so that it is shown once.
 """
 
 import logging
@@ -17,10 +17,17 @@ from typing import Any
 
 import psutil
 
-from ra3_megatron.config.errors import STOPPED, StoppedBySignal, UserError
+from ra3_megatron.config.errors import HUNG, STOPPED, UNAVAILABLE, StoppedBySignal, Unavailable, UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import write_text
+
+SAID: dict[str, tuple[type[Exception], int]] = {
+    "stopped": (StoppedBySignal, STOPPED),
+    "error": (UserError, 2),
+    "unavailable": (Unavailable, UNAVAILABLE),
+}
+"""Name of the file, exception and exit code of the process, the one that explains most first."""
 
 
 def runs_here(config: RunConfig) -> bool:
@@ -33,7 +40,7 @@ def runs_here(config: RunConfig) -> bool:
 def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
     """Run `python -m module CONFIG ERRORS [ARGUMENT …]` in the processes that the layout needs; returns the exit code.
 
-    Raises UserError when one of them did.
+    Raises UserError, Unavailable or StoppedBySignal when one of them did.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -58,13 +65,11 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
             with _signals_passed_on():
                 elastic_launch(layout, sys.executable)(*command)
         except ChildFailedError as failure:
-            stopped = sorted(folder.glob("stopped.*"))
-            if stopped:
-                raise StoppedBySignal(stopped[0].read_text(encoding="utf-8")) from failure
-            errors = sorted(folder.glob("error.*"))
-            if errors:
-                raise UserError(errors[0].read_text(encoding="utf-8")) from failure
-            return 1
+            for name, (kind, _) in SAID.items():
+                files = sorted(folder.glob(f"{name}.*"))
+                if files:
+                    raise kind(files[0].read_text(encoding="utf-8")) from failure
+            return HUNG if any(each.exitcode == HUNG for each in failure.failures.values()) else 1
         return 0
 
 
@@ -73,18 +78,17 @@ def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     file, errors, *arguments = sys.argv[1:]
     try:
         function(load_config(Path(file), [], resolved=True), arguments)
-    except UserError as error:
-        write_text(Path(errors) / f"error.{int(os.environ['RANK']):06d}", str(error))
-        return 2
-    except StoppedBySignal as stop:
-        write_text(Path(errors) / f"stopped.{int(os.environ['RANK']):06d}", str(stop))
-        return STOPPED
+    except tuple(kind for kind, _ in SAID.values()) as said:
+        name, code = next((name, code) for name, (kind, code) in SAID.items() if isinstance(said, kind))
+        write_text(Path(errors) / f"{name}.{int(os.environ['RANK']):06d}", str(said))
+        return code
     return 0
 
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Within it, what asks a run to save and stop goes to the processes of the layout, and to nobody else."""
+    """Within it, what asks a run to save and stop, or to show its stacks (SIGUSR2), goes to the processes of the
+    layout, and to nobody else."""
     from ra3_megatron.mcore.stopping import SIGNALS
 
     def pass_on(number: int, frame: Any) -> None:
@@ -94,7 +98,7 @@ def _signals_passed_on() -> Iterator[None]:
 
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, signal.SIGUSR2)}
     try:
         yield
     finally:

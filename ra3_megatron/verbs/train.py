@@ -25,8 +25,10 @@ def _train_here(config: RunConfig, resume: bool) -> None:
     # imported here: they load torch and Megatron-Core
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.mcore import startup
+    from ra3_megatron.mcore.watchdog import group_minutes
 
-    runtime = startup.initialize(config.parallel, config.seed, advice=config.layout_advice)
+    minutes = group_minutes(config.watchdog.timeout_minutes)
+    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
     try:
         with disk_full(config.run_dir):
             _run(config, resume, runtime)
@@ -42,6 +44,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.em.outcome import summarize
     from ra3_megatron.em.profiling import check_profile
     from ra3_megatron.mcore.fp8 import require_fp8
+    from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.build import build_report
     from ra3_megatron.report.metrics import MetricsWriter
     from ra3_megatron.report.progress import Progress
@@ -66,7 +69,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
             with rollout_engines(config, runtime, corpus, folder.path, hf_source(folder)) as engines:
                 run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity, base, engines)
                 try:
-                    with run.stop.listening():
+                    with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
                         EM(run).run()
                     exported = export_models(run)
                 finally:

@@ -7,6 +7,7 @@ they are tested: everything that a test changes in them is named in the request.
      "set": {"module:NAME": value},                              other values of module constants
      "kill": ["module:NAME", "before" | "after", N],            SIGKILL at the N-th call of a function or method
      "signal": ["module:NAME", "before" | "after", N, NAME],    another signal there
+     "loss_times": {"module:CLASS": {NUMBER: FACTOR}},          a wrong loss in `CLASS.step(NUMBER)` (may be NaN)
      "file_size": BYTES}                                        no file may grow beyond (a full disk)
     -> {"code": exit code, or minus the signal}
 """
@@ -64,6 +65,8 @@ def _run(request: dict[str, Any]) -> None:
             _kill_at(*request["kill"])
         if request.get("signal"):
             _kill_at(*request["signal"])
+        for target, factors in request.get("loss_times", {}).items():
+            _multiply_loss(target, {int(number): factor for number, factor in factors.items()})
         if request.get("file_size"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
         sys.argv = ["ra3", *request["arguments"]]
@@ -108,6 +111,28 @@ def _kill_at(target: str, when: str, call: int, name: str = "SIGKILL") -> None:
         return result
 
     setattr(owner, attribute, wrapped)
+
+
+def _multiply_loss(target: str, factors: dict[int, float]) -> None:
+    from ra3_megatron.mcore import trainer
+
+    owner = getattr(*_resolve(target))
+    step, loss = owner.step, trainer._training_loss
+    factor = 1.0
+
+    def wrong_step(self: Any, number: int) -> Any:
+        nonlocal factor
+        factor = factors.get(number, 1.0)
+        try:
+            return step(self, number)
+        finally:
+            factor = 1.0
+
+    def wrong_loss(*args: Any, **kwargs: Any) -> Any:
+        total, tokens, stats = loss(*args, **kwargs)
+        return total * factor, tokens, stats * factor
+
+    owner.step, trainer._training_loss = wrong_step, wrong_loss
 
 
 if __name__ == "__main__":

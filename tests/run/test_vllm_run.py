@@ -15,9 +15,34 @@ import pytest
 import torch
 from small_run import Ra3, metrics, weights
 
+from ra3_megatron.config.errors import UNAVAILABLE
+
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 MODEL = ("model.head_dim=32", "em.iterations=1", "em.control=false")  # vLLM has no smaller heads
+DISTURB = """
+import os, signal
+from ra3_megatron.cli import main, prepare_threads
+
+prepare_threads()
+import psutil
+import ra3_megatron.mcore
+from ra3_megatron.em import steps
+
+name, at = os.environ["DISTURB"].split()
+step = steps.EStepSteps.step
+
+def disturbed(self, number):
+    if number == int(at):
+        for child in psutil.Process().children():
+            if "ra3_megatron.rollout.vllm.server" in child.cmdline():
+                child.send_signal(signal.Signals[name])
+    return step(self, number)
+
+steps.EStepSteps.step = disturbed
+main()
+"""
+"""The `ra3` command; a signal comes to the engine at a step of the E-step."""
 STALE = ("rollout.engine=vllm", "rollout.max_staleness=1", "estep.importance_cap=2", "estep.steps=4")
 
 
@@ -111,27 +136,24 @@ def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
     assert not engines_of(tmp_path / "run")
 
 
-def test_the_end_of_an_engine_is_the_end_of_the_run(config: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_behind_an_engine_that_hangs_and_one_that_dies(config: Path, ahead: Path, tmp_path: Path) -> None:
+    """Neither is the user's mistake: one line, and an exit code that a job script retries."""
     run = tmp_path / "run"
-    settings = [*MODEL, "rollout.engine=vllm", "warm_start.steps=1", "estep.steps=100000", f"run_dir={run}"]
-    trainer = subprocess.Popen(
-        [sys.executable, "-m", "ra3_megatron", "train", str(config), *settings, "checkpoint.interval=1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert trainer.stdout is not None and trainer.stderr is not None
-    for line in trainer.stdout:
-        if line.startswith("estep-1"):
-            break
-    (engine,) = engines_of(run)
-    os.kill(engine, signal.SIGKILL)
-    trainer.stdout.read()
-    message = [line for line in trainer.stderr.read().splitlines() if line.startswith("ra3: ")]
-    assert trainer.wait() == 2 and len(message) == 1
-    assert "rollout.engine=vllm" in message[0] and "SIGKILL" in message[0] and "engine-0-0.log" in message[0]
-    assert not engines_of(run)
-    assert list((run / "checkpoints" / "estep-1").glob("step_*/checkpoint.json")), "the run can go on"
+    command = [sys.executable, "-c", DISTURB, "train", str(config), *MODEL, *STALE, f"run_dir={run}"]
+    command += ["checkpoint.interval=1", "--resume"]
+    said = []
+    for settings in (("SIGSTOP", 1, "rollout.vllm.call_timeout=15"), ("SIGKILL", 2), ("SIGKILL", 9)):
+        name, step, *more = settings
+        environment = {**os.environ, "DISTURB": f"{name} {step}"}
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+        said.append((done.returncode, [line for line in done.stderr.splitlines() if line.startswith("ra3: ")]))
+        assert "Traceback" not in done.stderr and not engines_of(run), done.stderr
+    assert [code for code, _ in said] == [UNAVAILABLE, UNAVAILABLE, 0], said
+    for (_, lines), word in zip(said[:2], ("within 15 s and was given up", "killed by SIGKILL"), strict=True):
+        (line,) = lines
+        assert line.startswith("ra3: rollout.engine=vllm: ") and word in line and "engine-0-0.log" in line
+        assert line.endswith("; the same command with --resume goes on")
+    assert metrics(run) == metrics(ahead)
 
 
 def test_a_killed_trainer_leaves_no_engine(config: Path, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from tests.disk import small_disk
 from tests.run.small_run import metrics
 from tests.slurm.site import SETTINGS, Site, processes_of, until
 
@@ -126,6 +129,39 @@ def test_engines_on_a_node_of_their_own(site: Site) -> None:
     job = site.submit("none_left", *engines, options=options, RA3_ROLLOUT_NODES="2")
     assert site.cluster.wait(job)["ExitCode"] == "2:0"
     assert "RA3_ROLLOUT_NODES=2 leaves no node to train on: the job has 2" in site.output("none_left")
+
+
+def test_a_full_disk_ends_the_job_at_once(site: Site, calm: list[dict[str, object]], tmp_path: Path) -> None:
+    """It burns no retries. With more room the same run goes on."""
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        job = site.submit("full", *SETTINGS, RA3_RUN_DIR=str(disk / "run"))
+        assert site.cluster.wait(job)["ExitCode"] == "2:0", site.output("full")
+        assert "a full disk (exit code 2)" in site.output("full")
+        assert [path.name for path in (disk / "run.logs").glob("attempt-*")] == ["attempt-001"]
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        job = site.submit("roomy", *SETTINGS, RA3_RUN_DIR=str(disk / "run"))
+        assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("roomy")
+        assert metrics(disk / "run") == calm
+
+
+def test_a_job_near_its_time_limit_saves_and_goes_on(site: Site) -> None:
+    """Slurm's own signal. Limits are minutes, and it comes up to a minute early: the limit is set when the job runs."""
+    run = site.folder / "limited"
+    settings = ("em.iterations=0", "warm_start.steps=100000", "checkpoint.interval=1000", "corpus.max_documents=40")
+    job = site.submit("limited", *settings, options=("--signal=B:USR1@60",))
+    until(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) > 2, site, "limited")
+    minutes, seconds = map(int, site.cluster.job(job)["RunTime"].split(":")[1:])
+    site.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds > 0) + 1}")
+    until(lambda: site.cluster.job(job)["Restarts"] == "1", site, "limited")
+    first = (site.logs("limited") / "attempt-001" / "rank-0.txt").read_text()
+    (saved,) = re.findall(r"^ra3: stopped by SIGUSR1: saved behind step (\d+) of warm_start;", first, re.MULTILINE)
+    site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    until(lambda: metrics(run)[-1]["step"] > int(saved), site, "limited")
+    site.cluster.run("scancel", job)
+    assert "SIGUSR1: asking the run to save and stop" in site.output("limited")
+    assert [line["step"] for line in metrics(run)] == list(range(1, len(metrics(run)) + 1)), (
+        "no step twice, none left out"
+    )
 
 
 def test_a_study_runs_as_arrays(site: Site) -> None:
