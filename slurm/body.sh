@@ -96,7 +96,7 @@ STOPPING=
 pass_on() { # the time limit is near, or the job is preempted: srun hands the signal to every process
   STOPPING=$1
   say "SIG$1: asking the run to save and stop"
-  [ -n "$STEP" ] && kill -"$1" "$STEP" 2>/dev/null
+  [ -n "$STEP" ] && kill -USR1 "$STEP" 2>/dev/null # on SIGTERM, srun would end its processes at once
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM

@@ -37,7 +37,7 @@ def test_one_layout_as_json() -> None:
     found = json.loads(result.output)
     assert found["layout"]["data"] == 4 and found["layout"]["count_embedding"] is True
     memory = found["memory_gib"]
-    parts = {"weights", "gradients", "optimizer", "activations", "logits", "rollouts", "buffers"}
+    parts = {"weights", "gradients", "optimizer", "activations", "logits", "rollouts", "buffers", "scorer"}
     assert memory.keys() == parts | {"total"}
     assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
     assert found["step_seconds"] == pytest.approx(sum(found["parts"].values()))
