@@ -3,8 +3,10 @@
 Under torchrun or srun the environment tells rank and world size; without either, this is a world of one process.
 """
 
+import itertools
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +19,9 @@ from megatron.core import parallel_state, tensor_parallel
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore.launch import adopt_slurm
+
+_waits = itertools.count()
+"""Numbers the waits for rank 0, alike on every process."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,24 @@ class Runtime:
         box = [item]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def wait_for_main(self) -> None:
+        """Wait until rank 0 calls this, too, however long that takes. All processes make the same calls.
+
+        A collective gives up after the process groups' timeout; what rank 0 does alone (a corpus of a billion tokens,
+        the conversion of a large model) may take longer. When rank 0 has died, its store is gone, and this raises.
+        """
+        if self.world_size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        key = f"ra3/main-{next(_waits)}"
+        if self.is_main:
+            store.set(key, "done")
+            return
+        pause = 0.01
+        while not store.check([key]):
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
 
     def barrier(self) -> None:
         """Wait for every process."""

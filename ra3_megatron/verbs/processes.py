@@ -111,13 +111,14 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def on_main(runtime: Any, action: Any) -> None:
-    """Run `action` on the main process; its UserError is raised on every process."""
+    """Run `action`, which may take hours, on the main process; its UserError is raised on every process."""
     message = ""
     if runtime.is_main:
         try:
             action()
         except UserError as error:
             message = str(error)
+    runtime.wait_for_main()
     message = runtime.broadcast(message)
     if message:
         raise UserError(message)

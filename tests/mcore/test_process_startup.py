@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -131,3 +132,28 @@ def test_imports_are_quiet_and_leave_the_process_alone() -> None:
     done = python(code, PYTHONWARNINGS="default")
     assert done.returncode == 0, done.stderr
     assert "not installed" not in done.stderr
+
+
+def _main_is_slow() -> tuple[float, str]:
+    """What a collective would not wait for: its process groups give up after a second."""
+    from ra3_megatron.verbs.processes import on_main
+
+    runtime = initialize(ParallelConfig(data=2, threads=1), seed=1, timeout_minutes=1 / 60)
+    begin, said = time.monotonic(), ""
+    on_main(runtime, lambda: time.sleep(4))
+    taken = time.monotonic() - begin
+    try:
+        on_main(runtime, _mistaken)
+    except UserError as error:
+        said = str(error)
+    return taken, said
+
+
+def _mistaken() -> None:
+    raise UserError("a mistake")
+
+
+@pytest.mark.multiprocess
+def test_what_the_main_process_does_alone_may_take_longer_than_any_timeout() -> None:
+    for taken, said in run_processes(2, _main_is_slow):
+        assert taken >= 4 and said == "a mistake"
