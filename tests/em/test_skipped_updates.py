@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import MonitorConfig
 from ra3_megatron.em.spikes import Spikes
-from ra3_megatron.mcore import startup
+from ra3_megatron.mcore import optimizer_step, startup
 from ra3_megatron.mcore.loss import PolicyLoss
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import StepResult, Trainer
@@ -48,6 +49,8 @@ def optimizer_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def skip_in(layout: ParallelConfig, precision: str) -> bool:
     runtime = startup.initialize(layout, 1)
+    loss, norm = optimizer_step.agreed([math.nan if runtime.rank else 1.0, 3.0 + runtime.rank], runtime)
+    assert not math.isfinite(loss) and norm == 4.0, "what is seen on one process is judged by all"
     model = MODEL.model_copy(update={"precision": precision})
 
     def trained(with_nan: bool) -> dict[str, torch.Tensor]:
