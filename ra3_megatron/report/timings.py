@@ -11,7 +11,7 @@ MEMORY = ("peak_memory_gib", "peak_rss_gib")
 
 
 class TimeTable(NamedTuple):
-    """Heads of the columns behind the phase; of each phase its title and cells (a figure, and one below it or "")."""
+    """Titles of the phases, a column each; of each row its name and cells (a figure, and one beside it or "")."""
 
     columns: list[str]
     rows: list[tuple[str, list[tuple[str, str]]]]
@@ -24,8 +24,10 @@ def time_table(records: Sequence[Mapping[str, Any]]) -> TimeTable:
         if "seconds_other" in record:
             phases.setdefault(record["phase"], []).append(record)
     parts = [part for part in PARTS if any(f"seconds_{part}" in r for steps in phases.values() for r in steps)]
-    columns = ["steps", "a step", *(part.replace("_", " ") for part in parts), "checkpoints", "peak memory"]
-    return TimeTable(columns, [(PHASE_TITLES.get(name, name), _cells(of, parts)) for name, of in phases.items()])
+    names = ["steps", "a step", *(part.replace("_", " ") for part in parts), "checkpoints", "peak memory"]
+    cells = zip(*(_cells(of, parts) for of in phases.values()), strict=True)
+    rows = [(name, list(row)) for name, row in zip(names, cells, strict=True)] if phases else []
+    return TimeTable([PHASE_TITLES.get(name, name) for name in phases], rows)
 
 
 def _cells(steps: list[Mapping[str, Any]], parts: list[str]) -> list[tuple[str, str]]:

@@ -70,8 +70,9 @@ def test_finished_run_has_all_parts(run: Path) -> None:
     assert "1,402,554" in page.text["data"]
     assert "E-step 1" in page.text["timings"]
     times = " ".join(page.text["where-the-time-goes"].split())
-    assert "warm start 100 560 ms – – – 30% 168 ms 60% 336 ms 10% 56 ms 0% 0.0 ms 35 ms 41.50 GiB" in times
-    assert "E-step 40 2.0 s 38% 750 ms 25% 498 ms 38% 750 ms – – – <1% 2.0 ms 0.0 ms 2.50 GiB" in times
+    assert "warm start E-step M-step (RA3) NTP control steps 100 40 80 80 a step 560 ms 2.0 s 560 ms 560 ms" in times
+    assert "sampling – 38% 750 ms – – refit – 25% 498 ms – – scoring – 38% 750 ms – – forward 30% 168 ms –" in times
+    assert "other 0% 0.0 ms <1% 2.0 ms" in times and "peak memory 41.50 GiB 2.50 GiB" in times
     assert "-2.3000 → -2.1000" in page.text["iterations"]
     assert "Nothing was logged" not in page.text["curves"]
 
