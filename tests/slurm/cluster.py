@@ -78,7 +78,7 @@ class Cluster:
         """Standard output of one of Slurm's commands."""
         environment = {**self.environment, **changes}
         words = [str(word) for word in command]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 

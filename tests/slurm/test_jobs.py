@@ -68,7 +68,7 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
 def test_scancel_with_a_signal_saves_and_requeues(site: Site) -> None:
     """First to the processes, not to the batch shell; then the other way round, as some preemptions do it."""
     run = site.folder / "signalled"
-    settings = ("em.iterations=0", "warm_start.steps=150", "corpus.max_documents=40")
+    settings = ("em.iterations=0", "warm_start.steps=90", "corpus.max_documents=40")
     job = site.submit("signalled", *settings)
     until(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) > 2, site, "signalled")
     site.cluster.run("scancel", "--signal=TERM", job)
@@ -82,7 +82,7 @@ def test_scancel_with_a_signal_saves_and_requeues(site: Site) -> None:
     last = (site.logs("signalled") / "attempt-002" / "rank-0.txt").read_text()
     assert "ra3: stopped by SIGUSR1: saved behind step" in last
     steps = [record["step"] for record in metrics(run) if record["phase"] == "warm_start"]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 91))
 
 
 def test_retries_are_bounded_and_a_mistake_is_not_retried(site: Site) -> None:
