@@ -207,4 +207,14 @@ def _depth(groups: Mapping[str, Group]) -> Verdict:
     nats = measures.nats_a_line
     lost = [(nats(ntp[s]) - nats(ra3[s])) - (nats(deep_ntp[s]) - nats(deep_ra3[s])) for s in shared]
     found = estimate(lost)
-    return Verdict("N2 depth", claim, above(found, 0.0), f"gain lost {found.text()} nats a line" if found else "")
+    seen = f"gain lost {found.text()} nats a line" if found else ""
+    bases = {name: groups[arm] for name, arm in (("base", "gate"), ("deeper base", "deep_gate")) if arm in groups}
+    for name, base in bases.items():  # the claim's premise
+        seen += f"; {name}, first line without thoughts {_without_thoughts(base)}"
+    return Verdict("N2 depth", claim, above(found, 0.0), seen)
+
+
+def _without_thoughts(base: Group) -> str:
+    """Share of first lines that the base writes without a thought, by hops, over all seeds."""
+    plain = measures.first_line_accuracy([line for run in base.lines.values() for line in run], raw=True)
+    return ", ".join(f"h={hops} {value:.3f}" for hops, value in plain.items())
