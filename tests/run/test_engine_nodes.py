@@ -123,6 +123,7 @@ def test_a_run_without_nodes_says_how_many_it_needs(
     assert hosting.process.poll() is None, "it waits for the next attempt"
 
 
+@pytest.mark.extended
 def test_an_engine_that_dies_is_named_with_its_node(config: Path, tmp_path: Path, host: Callable[..., Host]) -> None:
     hosting, run = host(), tmp_path / "run"
     settings = [*MODEL, "rollout.placement=nodes", "warm_start.steps=1", "estep.steps=100000", f"run_dir={run}"]

@@ -30,7 +30,7 @@ def whole(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return run
 
 
-@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize("background", ["false", pytest.param("true", marks=pytest.mark.extended)])
 def test_a_full_disk_ends_the_run_and_loses_nothing(
     background: str, whole: Path, disk: Path, ra3: Ra3, config: Path
 ) -> None:
