@@ -5,7 +5,13 @@
 # RA3_MODULES="cuda/13.0 nccl"
 # RA3_CONTAINER=/shared/images/ra3.sqsh
 # RA3_MOUNTS=/shared,/home
+# RA3_SRUN="--mpi=none"
 # RA3_RUNS=/shared/runs
+# RA3_MODELS=/shared/models        # holds Llama-3.1-8B and its like
+# RA3_DATA='/shared/python/*.parquet'
+
+# The interface between nodes, where the first one is not it.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # sbatch reads these from the environment, before the job starts: put them into your shell's profile.
 # export SBATCH_PARTITION=batch SBATCH_ACCOUNT=me
