@@ -167,9 +167,8 @@ def test_a_job_near_its_time_limit_saves_and_goes_on(site: Site) -> None:
     until(lambda: metrics(run)[-1]["step"] > int(saved), site, "limited")
     site.cluster.run("scancel", job)
     assert "SIGUSR1: asking the run to save and stop" in site.output("limited")
-    assert [line["step"] for line in metrics(run)] == list(range(1, len(metrics(run)) + 1)), (
-        "no step twice, none left out"
-    )
+    steps = [line["step"] for line in metrics(run)]  # the job may not have ended yet
+    assert steps == list(range(1, len(steps) + 1)), "no step twice, none left out"
 
 
 def test_a_study_runs_as_arrays(site: Site) -> None:
