@@ -190,6 +190,7 @@ def test_a_study_runs_as_arrays(site: Site) -> None:
     until(lambda: len(list(folder.glob("*/summary.json"))) == 3, site, "calm")
 
 
+@pytest.mark.extended
 def test_a_scaling_study_measures_over_nodes(site: Site) -> None:
     """World sizes 1, 2 and 4, of two processes a node at most: one array for each number of nodes and processes."""
     folder = site.folder / "scaling"
