@@ -88,7 +88,7 @@ def _parts(rows: Sequence[Row]) -> Figure:
     axes.set_yticks(range(len(arms)), list(arms), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, ncols=3)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above the bars
     return figure
 
 
