@@ -146,7 +146,8 @@ def _print(job: Job, config: RunConfig, expected: Expected | None, gpu: str, con
             "memory": f"{total:.1f} GiB of the {gpu_named(gpu).memory_gib:g} of the fullest GPU in an E-step: {held}",
             "M-step": f"{planned.step.total:.2f} s a step, {planned.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU "
             f"{planned.mfu:.0%}",
-            "E-step": f"{expected.update_seconds:.0f} s an update, with a thought on 40% of lines",
+            "E-step": f"{expected.update_seconds:.0f} s an update, with a thought on 40% of lines"
+            + (", sampling reckoned as if on the trainer's GPUs" if job.rollout_nodes else ""),
             "run": f"{expected.hours:.1f} hours: E-steps {expected.estep_hours:.1f}, infusion "
             f"{expected.infusion_hours:.1f}, M-steps {expected.mstep_hours:.1f}",
         }

@@ -126,6 +126,14 @@ def test_what_is_asked_for_otherwise_is_what_is_shown() -> None:
     assert output.index("parallel.tensor=2") < output.index("parallel.tensor=4") < output.index("estep.steps=7")
 
 
+def test_rollouts_on_nodes_of_their_own_leave_the_trainers_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RA3_ROLLOUT_NODES", "2")
+    output = launch("8b", "--dry-run", "--nodes", "6")
+    assert "4 for training, 2 for vLLM" in output and "--nodes=4 --ntasks=32" in output
+    assert "rollout.placement=nodes rollout.replicas=8" in output
+    assert ", rollouts " not in output and "as if on the trainer's GPUs" in output
+
+
 def test_the_rendered_script_is_written(tmp_path: Path) -> None:
     launch("8b", "--dry-run", "--sbatch", "qos=high", "--out", str(tmp_path / "job.sh"))
     text = (tmp_path / "job.sh").read_text()
