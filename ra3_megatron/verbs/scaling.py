@@ -4,7 +4,6 @@ Nothing is written before every cell's configuration has been resolved and every
 built once, for all cells. A cell that failed is reported and stops no other.
 """
 
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,8 @@ from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_text
 from ra3_megatron.study import slurm
 from ra3_megatron.study.plan import Cell
-from ra3_megatron.study.process import LOCK, lock
-from ra3_megatron.study.runner import Command, Outcome, Runner
+from ra3_megatron.study.process import lock
+from ra3_megatron.study.runner import Command, Outcome
 from ra3_megatron.study.scaling import jobs
 from ra3_megatron.study.scaling.points import Measured, measured, rows_of_corpora
 from ra3_megatron.study.scaling.report import write_report
@@ -33,6 +32,7 @@ from ra3_megatron.study.scaling.tables import short
 from ra3_megatron.study.state import stage
 from ra3_megatron.study.tables import Table
 from ra3_megatron.verbs import scaling_cell
+from ra3_megatron.verbs.cells import check_folder, describe, exit_code, run_cells
 from ra3_megatron.verbs.run_dir import disk_full
 from ra3_megatron.verbs.study import find_cell
 
@@ -49,7 +49,7 @@ def scaling(study: ScalingConfig, cell: str | None = None, dry_run: bool = False
     """
     found = measured(study)
     wanted = found.cells if cell is None else [find_cell(found.cells, cell)]
-    _check_folder(study)
+    check_folder(study.path, SCALING_FILE, "scaling study")
     lines = list(_conflicts(study, found))
     if lines:
         raise UserError("\n".join(lines))
@@ -63,15 +63,6 @@ def scaling(study: ScalingConfig, cell: str | None = None, dry_run: bool = False
         if to_slurm:
             return _to_slurm(study, found, console)
         return _run_here(study, found, wanted, console)
-
-
-def _check_folder(study: ScalingConfig) -> None:
-    folder = study.path
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"folder={folder}: is a file: choose another folder")
-    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if SCALING_FILE not in holds and holds - {LOCK}:
-        raise UserError(f"folder={folder}: exists and holds no scaling study: choose another folder")
 
 
 def _conflicts(study: ScalingConfig, found: Measured) -> Iterator[str]:
@@ -101,7 +92,7 @@ def _run_here(study: ScalingConfig, found: Measured, wanted: list[Cell], console
     if whole and held is None:
         raise UserError(f"folder={study.folder}: another `ra3 study scaling` is at work there: wait for it, or stop it")
     try:
-        _describe(study, whole)
+        describe(study.path / SCALING_FILE, dump_scaling(study), whole)
         corpora = _corpora(study, found, console)
         outcomes = _run_cells(study, found, wanted, corpora, console)
         page, tables = _report(study, found)
@@ -111,17 +102,7 @@ def _run_here(study: ScalingConfig, found: Measured, wanted: list[Cell], console
     finally:
         if held is not None:
             held.close()
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome.status != "done"}
-    for name, outcome in failed.items():
-        console.print(f"{name}: {outcome.status}: {outcome.reason}", style="red", markup=False, soft_wrap=True)
-    return 1 if failed else 0
-
-
-def _describe(study: ScalingConfig, whole: bool) -> None:
-    """Write `scaling.yaml`; a task of one cell leaves the one that is there."""
-    file = study.path / SCALING_FILE
-    if whole or not file.is_file():
-        write_text(file, dump_scaling(study))
+    return exit_code(outcomes, console)
 
 
 def _corpora(study: ScalingConfig, found: Measured, console: Console) -> dict[str, Path]:
@@ -148,21 +129,18 @@ def _run_cells(
     study: ScalingConfig, found: Measured, wanted: list[Cell], corpora: dict[str, Path], console: Console
 ) -> dict[str, Outcome]:
     """One at a time: what runs beside a measurement is in it."""
-    before = sum(stage(cell.folder(study.path)) == "done" for cell in wanted)
-    with Progress(console=console) as progress:
-        task = progress.task(study.name, total=len(wanted), unit="cells", done=before)
-        if before:
-            progress.message(f"{before} of {len(wanted)} cells are done already")
-
-        def ended(cell: Cell, outcome: Outcome) -> None:
-            progress.message(_line(study, found, cell, outcome), style="" if outcome.status == "done" else "red")
-            task.advance(1, units=1)
-
-        cores = len(os.sched_getaffinity(0))
-        command = _command(study, found, corpora)
-        outcomes = Runner(study.path, found.cells, found.configs, 1, cores, command, ended).run(wanted)
-        task.close()
-    return outcomes
+    return run_cells(
+        study.name,
+        study.path,
+        found.cells,
+        found.configs,
+        wanted,
+        1,
+        _command(study, found, corpora),
+        lambda cell, outcome: _line(study, found, cell, outcome),
+        lambda: None,
+        console,
+    )
 
 
 def _command(study: ScalingConfig, found: Measured, corpora: dict[str, Path]) -> Command:
@@ -182,9 +160,7 @@ def _command(study: ScalingConfig, found: Measured, corpora: dict[str, Path]) ->
 
 
 def _line(study: ScalingConfig, found: Measured, cell: Cell, outcome: Outcome) -> str:
-    """One line on a cell that ended."""
-    if outcome.status != "done":
-        return f"{cell.name}: {outcome.status}: {outcome.reason}"
+    """One line on a cell that is done."""
     figures = CellFigures(cell, found.configs[cell.name], read_json(RunFolder(cell.folder(study.path)).summary))
     return (
         f"{cell.name}: {figures.step_seconds:.3g} s a step, {count(figures.tokens_per_second)} tokens/s, in "
@@ -227,7 +203,7 @@ def _print_plan(study: ScalingConfig, found: Measured, console: Console) -> None
 
 
 def _to_slurm(study: ScalingConfig, found: Measured, console: Console) -> int:
-    _describe(study, whole=True)
+    describe(study.path / SCALING_FILE, dump_scaling(study), whole=True)
     _corpora(study, found, console)  # before any node waits for it
     script = study.path / jobs.SCRIPT
     file = (study.path / SCALING_FILE).resolve()

@@ -14,21 +14,21 @@ from rich.text import Text
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.numbers import clock, number, percent
-from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_text
 from ra3_megatron.study import slurm
 from ra3_megatron.study.comparison import first_reference, reference_of
 from ra3_megatron.study.flops import with_equal_flops
 from ra3_megatron.study.plan import CELLS, Cell, cells_of, resolve
-from ra3_megatron.study.process import LOCK, lock
+from ra3_megatron.study.process import lock
 from ra3_megatron.study.report import build_study_report, statuses
 from ra3_megatron.study.results import arms_only, finished, write_results
-from ra3_megatron.study.runner import PATIENCE, Command, Outcome, Runner, train_command
+from ra3_megatron.study.runner import PATIENCE, Command, Outcome, train_command
 from ra3_megatron.study.scaling.report import build_scaling_report
 from ra3_megatron.study.scaling.spec import SCALING_FILE
 from ra3_megatron.study.spec import STUDY_FILE, StudyConfig, dump_study, load_study
 from ra3_megatron.study.state import conflicts, stage
 from ra3_megatron.study.tables import SHORT, results_table
+from ra3_megatron.verbs.cells import check_folder, describe, exit_code, run_cells
 from ra3_megatron.verbs.run_dir import disk_full
 
 
@@ -75,7 +75,7 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
     cells = cells_of(study)
     reference_of(study, cells)
     configs = resolve(study, cells)
-    _check_folder(study)
+    check_folder(study.path, STUDY_FILE, "study")
     open_steps = set()
     for cell in cells:
         if cell.equal_flops is None:
@@ -89,15 +89,6 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
     if lines:
         raise UserError("\n".join(lines))
     return cells, configs
-
-
-def _check_folder(study: StudyConfig) -> None:
-    folder = study.path
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"folder={folder}: is a file: choose another folder")
-    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if STUDY_FILE not in holds and holds - {LOCK}:
-        raise UserError(f"folder={folder}: exists and holds no study: choose another folder")
 
 
 def find_cell(cells: Sequence[Cell], wanted: str) -> Cell:
@@ -129,15 +120,24 @@ def _run_here(
     command: Command,
     console: Console,
 ) -> int:
-    cores = len(os.sched_getaffinity(0))
     whole = len(wanted) == len(cells)
     held = lock(study.path) if whole else None
     if whole and held is None:
         raise UserError(f"folder={study.folder}: another `ra3 study run` is at work there: wait for it, or stop it")
     try:
-        _describe(study, whole)
-        most = 1 if not whole else jobs or default_jobs(configs, cores)
-        outcomes = _run_cells(study, cells, configs, wanted, most, cores, command, console)
+        describe(study.path / STUDY_FILE, dump_study(study), whole)
+        outcomes = run_cells(
+            study.name,
+            study.path,
+            cells,
+            configs,
+            wanted,
+            1 if not whole else jobs or default_jobs(configs, len(os.sched_getaffinity(0))),
+            command,
+            lambda cell, outcome: _line(study, cell, outcome),
+            lambda: _update_results(study, cells),
+            console,
+        )
         done = all(stage(cell.folder(study.path)) == "done" for cell in cells)
         if whole or done:
             page = build_study_report(study.path)
@@ -146,43 +146,7 @@ def _run_here(
     finally:
         if held is not None:
             held.close()
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome.status != "done"}
-    for name, outcome in failed.items():
-        console.print(f"{name}: {outcome.status}: {outcome.reason}", style="red", markup=False, soft_wrap=True)
-    return 1 if failed else 0
-
-
-def _describe(study: StudyConfig, whole: bool) -> None:
-    """Write `study.yaml`; a task of one cell leaves the one that is there."""
-    file = study.path / STUDY_FILE
-    if whole or not file.is_file():
-        write_text(file, dump_study(study))
-
-
-def _run_cells(
-    study: StudyConfig,
-    cells: Sequence[Cell],
-    configs: Mapping[str, RunConfig],
-    wanted: Sequence[Cell],
-    jobs: int,
-    cores: int,
-    command: Command,
-    console: Console,
-) -> dict[str, Outcome]:
-    before = sum(stage(cell.folder(study.path)) == "done" for cell in wanted)
-    with Progress(console=console) as progress:
-        task = progress.task(study.name, total=len(wanted), unit="cells", done=before)
-        if before:
-            progress.message(f"{before} of {len(wanted)} cells are done already")
-
-        def ended(cell: Cell, outcome: Outcome) -> None:
-            progress.message(_line(study, cell, outcome), style="" if outcome.status == "done" else "red")
-            task.advance(1, units=1)
-            _update_results(study, cells)
-
-        outcomes = Runner(study.path, cells, configs, jobs, cores, command, ended).run(wanted)
-        task.close()
-    return outcomes
+    return exit_code(outcomes, console)
 
 
 def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
@@ -196,9 +160,7 @@ def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
 
 
 def _line(study: StudyConfig, cell: Cell, outcome: Outcome) -> str:
-    """One line on a cell that ended."""
-    if outcome.status != "done":
-        return f"{cell.name}: {outcome.status}: {outcome.reason}"
+    """One line on a cell that is done."""
     figures = finished(study.path, [cell])[0].last.figures
     accuracy = f", accuracy {percent(figures['code_accuracy'])}" if figures["code_accuracy"] is not None else ""
     thinks = f"thinks at {percent(figures['think_rate'])} of lines"
@@ -237,7 +199,7 @@ def _print_plan(study: StudyConfig, cells: Sequence[Cell], wanted: Sequence[Cell
 def _to_slurm(study: StudyConfig, cells: Sequence[Cell], configs: Mapping[str, RunConfig], console: Console) -> int:
     script = study.path / slurm.SCRIPT
     file = (study.path / STUDY_FILE).resolve()
-    _describe(study, whole=True)
+    describe(study.path / STUDY_FILE, dump_study(study), whole=True)
     write_text(script, slurm.render_script(study.name, file, study.path.resolve(), configs))
     levels = slurm.arrays(cells)
     if slurm.has_sbatch():
