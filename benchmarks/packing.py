@@ -15,12 +15,13 @@ from benchmarks.measure import Timing, alternate
 from benchmarks.mstep import SIZES, VOCABULARY
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
-from ra3_megatron.em.balance import DocumentCost
-from ra3_megatron.em.packing import Plan, plan_rows, plan_tokens, training_batches
+from ra3_megatron.em.packing import training_batches
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.balance import DocumentCost
+from ra3_megatron.training.rows import Plan, plan_rows, plan_tokens
 
 DOCUMENTS = (16, 64)
 MICRO_BATCH_SIZE = 4

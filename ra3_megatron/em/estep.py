@@ -21,13 +21,14 @@ from ra3_megatron.em import objective
 from ra3_megatron.em.distinct import Distinct, distinct
 from ra3_megatron.em.latent_context import Contexts, contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
-from ra3_megatron.em.packing import Planner, policy_batches
+from ra3_megatron.em.packing import policy_batches
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
+from ra3_megatron.training.rows import Planner
 
 Lines = npt.NDArray[np.float32]
 

@@ -26,12 +26,12 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_context import contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
-from ra3_megatron.em.packing import Planner
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import TokenScores, line_log_likelihoods, malformed_thoughts, token_scores
 from ra3_megatron.report.held_out import DocumentFigures, LineFigures
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import Planner
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,15 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.sampler import DocumentSampler
-from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.controls import control_latents
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
-from ra3_megatron.em.identity import check_fit
 from ra3_megatron.em.infuse import InfusedCorpus, infuse
 from ra3_megatron.em.latent_context import InForceOnly
 from ra3_megatron.em.monitors import check_mstep, check_pruning
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.order import DocumentOrder, Ordered, Stream, order_seed
-from ra3_megatron.em.phases import Phase, final_of, is_done, train_phase
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
 from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.em.steps import EStepSteps, PackedSteps
@@ -36,12 +34,14 @@ from ra3_megatron.report.held_out import lines_file, read_held_out, write_held_o
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.report.transcripts import write_transcripts
 from ra3_megatron.text.latents import full_text
+from ra3_megatron.training.identity import check_fit
+from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
 
 
 class EM:
     """One run of the loop; `run()` does, or resumes, all of it."""
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: EMContext) -> None:
         self.run_context = run
         self.config = run.config
         self.train = run.corpus.store("mid", "train")

@@ -11,9 +11,10 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.corpus.packing import PackedBatcher
 from ra3_megatron.corpus.sampler import SequentialSampler
-from ra3_megatron.em.packing import Planner, training_batches
+from ra3_megatron.em.packing import training_batches
 from ra3_megatron.mcore.loss import Stat
 from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.training.rows import Planner
 
 
 class MStep:

@@ -2,14 +2,14 @@
 
 from typing import Any, Literal
 
-from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.flops import SAMPLED, SCORED, TRAINED, flops
 from ra3_megatron.em.infuse import RECORD as INFUSED
-from ra3_megatron.em.phases import Phase, final_of, is_done
 from ra3_megatron.mcore.checkpoint import read_record
 from ra3_megatron.report import summary as schema
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.run_folder import read_json
+from ra3_megatron.training.phases import Phase, final_of, is_done
 
 MEASURES = (
     "code_ce",
@@ -24,7 +24,7 @@ MEASURES = (
 )
 
 
-def summarize(run: RunContext) -> schema.Summary:
+def summarize(run: EMContext) -> schema.Summary:
     """Everything that the summary holds. The warm start must be done."""
     records = read_metrics(run.folder.path)
     warm = _cost(run, Phase("warm_start", 0))
@@ -87,12 +87,12 @@ def _arm(figures: dict[str, Any], cost: schema.Phase, total_seconds: float) -> s
     )
 
 
-def _evaluation(run: RunContext, arm: str, iteration: int) -> dict[str, Any] | None:
+def _evaluation(run: EMContext, arm: str, iteration: int) -> dict[str, Any] | None:
     path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
     return dict(read_json(path)) if path.is_file() else None
 
 
-def _cost(run: RunContext, phase: Phase) -> schema.Phase:
+def _cost(run: EMContext, phase: Phase) -> schema.Phase:
     record = read_record(final_of(run, phase))
     seconds, tokens = record["seconds"], record["tokens"]
     documents = run.config.estep.documents_per_step * record["step"] if phase.name == "estep" else None
@@ -105,12 +105,12 @@ def _cost(run: RunContext, phase: Phase) -> schema.Phase:
     )
 
 
-def _flops(run: RunContext, phase: Phase, tokens: int) -> float:
+def _flops(run: EMContext, phase: Phase, tokens: int) -> float:
     passes = {"estep": SAMPLED + SCORED + TRAINED * run.config.estep.updates_per_rollout, "infuse": SAMPLED}
     return flops(run.config.model, run.corpus.tokenizer.vocab_size, tokens, passes.get(phase.name, TRAINED))
 
 
-def _phases(run: RunContext) -> dict[str, schema.Phase]:
+def _phases(run: EMContext) -> dict[str, schema.Phase]:
     found: dict[str, schema.Phase] = {"warm_start": _cost(run, Phase("warm_start", 0))}
     for iteration in range(1, run.config.em.iterations + 1):
         for name in ("estep", "infuse", "mstep", "ntp"):
@@ -130,7 +130,7 @@ def _phases(run: RunContext) -> dict[str, schema.Phase]:
     return found
 
 
-def _estep(run: RunContext, iteration: int, records: list[dict[str, Any]]) -> schema.EStep | None:
+def _estep(run: EMContext, iteration: int, records: list[dict[str, Any]]) -> schema.EStep | None:
     mine = [r for r in records if r["phase"] == "estep" and r["iteration"] == iteration and "reward" in r]
     if not mine:
         return None
@@ -150,7 +150,7 @@ def _estep(run: RunContext, iteration: int, records: list[dict[str, Any]]) -> sc
     )
 
 
-def _data(run: RunContext) -> dict[str, schema.Scalar]:
+def _data(run: EMContext) -> dict[str, schema.Scalar]:
     manifest = run.corpus.manifest
     values: dict[str, schema.Scalar] = {"vocab_size": run.corpus.tokenizer.vocab_size}
     for name, counts in manifest.stores.items():

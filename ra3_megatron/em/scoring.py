@@ -9,11 +9,12 @@ import torch
 
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_context import Contexts, whole
-from ra3_megatron.em.packing import Plan, RowWriter, scoring_batches
+from ra3_megatron.em.packing import scoring_batches
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import Plan, RowWriter
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ra3_megatron.em.context import RunContext
+from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.estep import EStep, Rollouts
-from ra3_megatron.em.monitors import check_estep, require_agreement
+from ra3_megatron.em.monitors import check_estep
 from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
 from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.report.transcripts import write_transcripts
+from ra3_megatron.training.agreement import require_agreement
 
 
 class PackedSteps:
@@ -34,7 +35,7 @@ class PackedSteps:
 class EStepSteps:
     """Steps of the E-step for `train_phase`."""
 
-    def __init__(self, run: RunContext, iteration: int, estep: EStep, queue: RolloutQueue) -> None:
+    def __init__(self, run: EMContext, iteration: int, estep: EStep, queue: RolloutQueue) -> None:
         self.run, self.iteration, self.estep, self.queue = run, iteration, estep, queue
         self.last: list[str] = []
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.em.phases import FINAL
 from ra3_megatron.hf.files import keep_small_files
 from ra3_megatron.hf.importing import HF_FOLDER, import_hf
 from ra3_megatron.hf.origin import RUN_FOLDER
@@ -12,6 +11,7 @@ from ra3_megatron.mcore.checkpoint import RECORD
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.report.progress import bytes_progress
 from ra3_megatron.report.run_folder import RunFolder
+from ra3_megatron.training.phases import FINAL
 from ra3_megatron.verbs.processes import on_main
 
 

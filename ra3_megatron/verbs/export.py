@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.em.context import RunContext
-from ra3_megatron.em.phases import Phase, final_of, is_done
 from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.families import family_for
 from ra3_megatron.report.progress import bytes_progress
+from ra3_megatron.training.context import RunContext
+from ra3_megatron.training.phases import Phase, final_of, is_done
 from ra3_megatron.verbs.processes import on_main
 
 ARMS = {"ra3": "mstep", "ntp": "ntp"}

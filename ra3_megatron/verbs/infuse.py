@@ -51,7 +51,6 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     """`infuse` in this process, one of those that the layout needs."""
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.em import infuse as infusion
-    from ra3_megatron.em.identity import check_fit
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.order import Stream
     from ra3_megatron.em.policy import latent_policy
@@ -60,6 +59,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.mcore.model import build_model
     from ra3_megatron.mcore.watchdog import group_minutes, watching
     from ra3_megatron.text.latents import code_text, full_text
+    from ra3_megatron.training.identity import check_fit
     from ra3_megatron.verbs.engines import rollout_engines
 
     console = Console()

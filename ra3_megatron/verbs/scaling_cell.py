@@ -74,17 +74,27 @@ def _measure_here(config: RunConfig, arguments: list[str]) -> None:
 
 def _measure(config: RunConfig, runtime: Any, corpus: Path, rows: str, warmup: int, updates: int) -> dict[str, Any]:
     from ra3_megatron.corpus.build import open_corpus
-    from ra3_megatron.em.context import RunContext
-    from ra3_megatron.em.identity import identity_of
+    from ra3_megatron.em.context import EMContext
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.report.progress import Progress
+    from ra3_megatron.training.identity import identity_of
     from ra3_megatron.verbs.scaling_probe import node, probe
 
     content = open_corpus(config, corpus)
     progress = Progress("off", enabled=False)
     folder = RunFolder(Path(config.run_dir))
-    blank, identity = blank_tokens(content.tokenizer), identity_of(content.tokenizer)
-    run = RunContext(config, folder, runtime, content, blank, progress, None, identity)
+    run = EMContext(
+        config,
+        folder,
+        runtime,
+        content.tokenizer,
+        content.format,
+        progress,
+        None,
+        identity_of(content.tokenizer),
+        corpus=content,
+        blank=blank_tokens(content.tokenizer),
+    )
     before = _used(runtime)
     steps, peak, starting = _training(run, rows, warmup)
     memory = {"rank": runtime.rank, "before_gib": before / GIB, "peak_gib": peak / GIB}
@@ -127,9 +137,10 @@ def _training(run: Any, rows: str, warmup: int) -> tuple[list[dict[str, float]],
 
 def _layer_seconds(run: Any, model: Any) -> float:
     """Seconds of a layer's forward pass over the shortest row that there is: what it takes to start its kernels."""
-    from ra3_megatron.em.packing import Planner, training_batches
+    from ra3_megatron.em.packing import training_batches
     from ra3_megatron.mcore.model import chunks_of
     from ra3_megatron.mcore.trainer import forward
+    from ra3_megatron.training.rows import Planner
 
     documents = [FullRows(1, 16, run.corpus.tokenizer.vocab_size, run.config.seed)[0]]
     batches = training_batches(

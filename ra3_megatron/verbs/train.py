@@ -37,12 +37,10 @@ def _train_here(config: RunConfig, resume: bool) -> None:
 
 
 def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
-    from ra3_megatron.em.context import RunContext
-    from ra3_megatron.em.identity import identity_of
+    from ra3_megatron.em.context import EMContext
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.loop import EM
     from ra3_megatron.em.outcome import summarize
-    from ra3_megatron.em.profiling import check_profile
     from ra3_megatron.mcore.fp8 import require_fp8
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.build import build_report
@@ -50,6 +48,8 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.report.progress import Progress
     from ra3_megatron.report.summary import write_summary
     from ra3_megatron.report.terminal import print_summary
+    from ra3_megatron.training.identity import identity_of
+    from ra3_megatron.training.profiling import check_profile
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
     from ra3_megatron.verbs.engines import rollout_engines
     from ra3_megatron.verbs.export import check_export, export_models
@@ -62,12 +62,23 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)
-            identity = identity_of(corpus.tokenizer)
-            blank = blank_tokens(corpus.tokenizer)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             base = base_checkpoint(config, folder, runtime, progress)
             with rollout_engines(config, runtime, corpus, folder.path, hf_source(folder)) as engines:
-                run = RunContext(config, folder, runtime, corpus, blank, progress, writer, identity, base, engines)
+                run = EMContext(
+                    config,
+                    folder,
+                    runtime,
+                    corpus.tokenizer,
+                    corpus.format,
+                    progress,
+                    writer,
+                    identity_of(corpus.tokenizer),
+                    base,
+                    engines,
+                    corpus=corpus,
+                    blank=blank_tokens(corpus.tokenizer),
+                )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
                         EM(run).run()

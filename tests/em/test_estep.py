@@ -15,7 +15,7 @@ from ra3_megatron.em import estep
 from ra3_megatron.em.distinct import distinct
 from ra3_megatron.em.estep import EStep, Rollouts
 from ra3_megatron.em.latent_stats import blank_tokens
-from ra3_megatron.em.packing import plan_rows, policy_batches
+from ra3_megatron.em.packing import policy_batches
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, stream_loss
 from ra3_megatron.mcore.model import LanguageModel
@@ -25,6 +25,7 @@ from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.text.latents import compose, raw
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import plan_rows
 
 FROZEN = OptimizerConfig(learning_rate=1e-20, schedule="constant", warmup_fraction=0.0, weight_decay=0.0, clip_grad=0.0)
 """Steps that leave gradients to look at, and weights as they were."""

@@ -6,7 +6,7 @@ import torch
 from toy import FORMATS, LARGE, Documents, Toy
 
 from ra3_megatron.em.latent_context import Contexts, InForceOnly, contexts_of
-from ra3_megatron.em.packing import plan_rows, policy_batches, training_batches
+from ra3_megatron.em.packing import policy_batches, training_batches
 from ra3_megatron.em.scoring import token_log_probs
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward
@@ -14,6 +14,7 @@ from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.text.latents import compose, full_text
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import plan_rows
 
 CODES = ("a = b\n  ab(c):\n   b\n\nc\n\tdd\n", "b\n", "  a\n# bab\n  b = d\nc\n   # d\n   ab\nd\n")
 

@@ -10,9 +10,11 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import MonitorConfig
 from ra3_megatron.em.latent_stats import LatentStats, blank_tokens, latent_stats
-from ra3_megatron.em.monitors import Alarm, check_estep, check_mstep, check_pruning, require_agreement
+from ra3_megatron.em.monitors import check_estep, check_mstep, check_pruning
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.latents import compose
+from ra3_megatron.training.agreement import require_agreement
+from ra3_megatron.training.alarms import Alarm
 
 
 def stats(toy: Toy, *transcripts: dict[int, Sequence[int]]) -> LatentStats:

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from toy import FORMATS, LARGE, Toy, choice_positions
 
-from ra3_megatron.em.packing import choices_of, plan_rows, policy_batches
+from ra3_megatron.em.packing import choices_of, policy_batches
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.training.rows import plan_rows
 
 CODES = ("a = b\n  ab(c):\n   b\n\nc\n\tdd\n", "b\n", "  a\n# bab\n  b = d\nc\n   # d\n   ab\nd\n")
 

@@ -14,7 +14,7 @@ from ra3_megatron.config.training import EStepConfig, OptimizerConfig
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.objective import group_advantages, truncated_returns
-from ra3_megatron.em.packing import plan_rows, policy_batches
+from ra3_megatron.em.packing import policy_batches
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, stream_loss
 from ra3_megatron.mcore.model import LanguageModel
@@ -22,6 +22,7 @@ from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
+from ra3_megatron.training.rows import plan_rows
 
 LINES = 2
 FROZEN = OptimizerConfig(learning_rate=1e-20, schedule="constant", warmup_fraction=0.0, weight_decay=0.0, clip_grad=0.0)

@@ -12,12 +12,13 @@ from ra3_megatron.config.training import MStepConfig
 from ra3_megatron.em.evaluation import evaluate
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
-from ra3_megatron.em.packing import plan_rows, training_batches
+from ra3_megatron.em.packing import training_batches
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import code_text, raw
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import plan_rows
 
 PROMPT, CODE = "ab = c\nd(a)\n", "a = b\nab(c)\nd\n"
 

@@ -11,19 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import FORMATS, LARGE, Toy
 
-from ra3_megatron.em.balance import DocumentCost, deal_out
-from ra3_megatron.em.packing import (
-    ROW_MULTIPLE,
-    Plan,
-    RowWriter,
-    choices_of,
-    plan_rows,
-    plan_tokens,
-    policy_batches,
-    scoring_batches,
-    scoring_denominators,
-    training_batches,
-)
+from ra3_megatron.em.packing import choices_of, policy_batches, scoring_batches, scoring_denominators, training_batches
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward, global_counts
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
@@ -31,6 +19,8 @@ from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.text.latents import compose, raw
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.balance import DocumentCost, deal_out
+from ra3_megatron.training.rows import ROW_MULTIPLE, Plan, RowWriter, plan_rows, plan_tokens
 
 CODES = ("a = b\n  ab(c):\n   b\n\nc\n\tdd\n", "b\n", "  a\nb = d\nc\n", "d(a)\n" * 5)
 

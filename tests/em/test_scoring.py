@@ -8,13 +8,13 @@ import torch
 from toy import FORMATS, LARGE, SMALL, Toy
 
 from ra3_megatron.em.latent_stats import blank_tokens
-from ra3_megatron.em.packing import plan_rows
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.latents import compose, raw
 from ra3_megatron.text.segment import WHITESPACE
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.rows import plan_rows
 
 CODE = "a):\n   b\nba\n\n"
 

@@ -16,7 +16,6 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.em.identity import identity_of
 from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.files import keep_small_files
 from ra3_megatron.hf.importing import import_hf
@@ -25,6 +24,7 @@ from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.tokenizer import train_sentencepiece
+from ra3_megatron.training.identity import identity_of
 
 SINGLE = ParallelConfig(threads=1)
 TEXT = "def f(x):\n    # the square of x\n    return x * x\n"

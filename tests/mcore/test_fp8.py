@@ -11,10 +11,10 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.em.packing import Planner
 from ra3_megatron.mcore.fp8 import require_fp8, require_fp8_layers
 from ra3_megatron.mcore.model import transformer_config
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.training.rows import Planner
 
 RECIPES = ("fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 

@@ -27,7 +27,7 @@ from ra3_megatron.config.training import EStepConfig, MStepConfig, OptimizerConf
 from ra3_megatron.em.estep import EStep, Rollouts
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
-from ra3_megatron.em.packing import Plan, Planner, RowWriter, policy_batches
+from ra3_megatron.em.packing import policy_batches
 from ra3_megatron.em.policy import LatentPolicy, latent_policy
 from ra3_megatron.em.scoring import token_log_probs
 from ra3_megatron.mcore.batch import Events, TokenBatch
@@ -38,6 +38,7 @@ from ra3_megatron.mcore.trainer import NonFiniteLoss, StepResult, Trainer, forwa
 from ra3_megatron.scaling.counts import stages
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
+from ra3_megatron.training.rows import Plan, Planner, RowWriter
 from tests.mcore.small_models import (
     MODEL,
     VOCAB,

@@ -23,7 +23,7 @@ PLACES: list[tuple[str, str, str, int]] = [
     ("while saving, the weights not yet written", f"{CHECKPOINT}:dist_checkpointing.save", "before", 2),
     ("while saving, the weights written", f"{CHECKPOINT}:dist_checkpointing.save", "after", 2),
     ("while saving, before the rename", f"{CHECKPOINT}:force_to_disk", "before", 3),
-    ("while an old checkpoint is deleted", "ra3_megatron.em.phases:Path.unlink", "after", 1),
+    ("while an old checkpoint is deleted", "ra3_megatron.training.phases:Path.unlink", "after", 1),
     ("in the evaluation of the base", f"{LOOP}:evaluate", "before", 1),
     ("behind the evaluation's metrics, before its figures", f"{LOOP}:write_json", "before", 1),
     ("in NTP of iteration 1", f"{STEPS}:PackedSteps.step", "before", 2),

@@ -16,11 +16,11 @@ from small_run import Ra3, curves, metrics
 from ra3_megatron.config.differences import differences
 from ra3_megatron.config.load import load_config
 from ra3_megatron.config.profile import ProfileConfig
-from ra3_megatron.em.profiling import Profiler
-from ra3_megatron.em.step_times import StepTimes
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.step_clock import StepClock
 from ra3_megatron.report.metrics import PARTS
+from ra3_megatron.training.profiling import Profiler
+from ra3_megatron.training.step_times import StepTimes
 
 TRAINING = {"data", "forward", "backward", "grad_reduce", "optimizer", "other"}
 ESTEP = TRAINING | {"sampling", "refit", "scoring"}

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from ra3_megatron.config.training import MonitorConfig
-from ra3_megatron.em.monitors import Alarm
 from ra3_megatron.mcore.trainer import NonFiniteLoss, RefusedStep
+from ra3_megatron.training.alarms import Alarm
 
 
 def spike(grad_norm: float, taken: Sequence[float], factor: float, window: int) -> str:

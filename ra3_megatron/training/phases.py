@@ -24,13 +24,13 @@ import torch
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
-from ra3_megatron.em.context import RunContext
-from ra3_megatron.em.monitors import Alarm
-from ra3_megatron.em.profiling import Profiler
-from ra3_megatron.em.spikes import Spikes, skipped_step
-from ra3_megatron.em.step_times import StepTimes
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import RefusedStep, Trainer
+from ra3_megatron.training.alarms import Alarm
+from ra3_megatron.training.context import RunContext
+from ra3_megatron.training.profiling import Profiler
+from ra3_megatron.training.spikes import Spikes, skipped_step
+from ra3_megatron.training.step_times import StepTimes
 
 FINAL = "final"
 

@@ -10,11 +10,11 @@ import torch
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import MonitorConfig
-from ra3_megatron.em.spikes import Spikes
 from ra3_megatron.mcore import optimizer_step, startup
 from ra3_megatron.mcore.loss import PolicyLoss
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import StepResult, Trainer
+from ra3_megatron.training.spikes import Spikes
 from tests.mcore.small_models import MODEL, make_documents, make_trainer, micro_batches, put_in_rows, weights
 from tests.processes import run_processes
 

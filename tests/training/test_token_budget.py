@@ -17,17 +17,18 @@ from ra3_megatron.config.load import load_config
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import EStepConfig, MStepConfig, OptimizerConfig
-from ra3_megatron.em.balance import DocumentCost, deal_out, round_up
 from ra3_megatron.em.distinct import distinct
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.mstep import MStep
-from ra3_megatron.em.packing import Plan, Planner, plan_rows, plan_tokens, training_batches
+from ra3_megatron.em.packing import training_batches
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Role, Transcript
+from ra3_megatron.training.balance import DocumentCost, deal_out, round_up
+from ra3_megatron.training.rows import Plan, Planner, plan_rows, plan_tokens
 
 LLAMA_8B = ModelConfig(
     num_layers=32,

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from ra3_megatron.config.training import MonitorConfig
-from ra3_megatron.em.spikes import Spikes, spike
 from ra3_megatron.mcore.trainer import NonFiniteLoss, RefusedStep
+from ra3_megatron.training.spikes import Spikes, spike
 
 
 def test_a_spike_is_above_the_factor_times_the_median_of_a_full_window() -> None:

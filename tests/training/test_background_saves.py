@@ -14,9 +14,9 @@ import pytest
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.runtime import CheckpointConfig
-from ra3_megatron.em.phases import _Saves, latest_checkpoint
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.training.phases import _Saves, latest_checkpoint
 from tests.mcore.small_models import make_trainer
 
 # isort: split

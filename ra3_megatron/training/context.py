@@ -1,0 +1,105 @@
+"""What every phase of a run shares: configuration, data, processes, and the run folder's writers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ra3_megatron.config.errors import StoppedBySignal
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.mcore.model import build_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.stopping import StopRequest
+from ra3_megatron.report.metrics import MetricsWriter, read_metrics
+from ra3_megatron.report.progress import Progress
+from ra3_megatron.report.run_folder import RunFolder, write_json
+from ra3_megatron.rollout.engine_pool import EnginePool
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.training.alarms import Alarm
+
+
+@dataclass
+class RunContext:
+    """One run in one process. Only the main process holds a metrics writer."""
+
+    config: RunConfig
+    folder: RunFolder
+    runtime: Runtime
+    tokenizer: Tokenizer
+    latents: LatentFormat
+    """How thoughts are written."""
+    progress: Progress
+    metrics: MetricsWriter | None
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint says of the model and the tokenizer."""
+    base: Path | None = None
+    """Checkpoint to start from; None: from initial weights."""
+    engines: EnginePool | None = None
+    """vLLM processes that sample; None: the model itself is sampled from."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether a signal asks to save and stop."""
+
+    def new_model(self, drawn: bool = True) -> torch.nn.Module:
+        """A model with the run's initial weights; with `drawn=False`, one to load weights into."""
+        return build_model(
+            self.config.model,
+            self.config.parallel,
+            self.runtime,
+            self.tokenizer.vocab_size,
+            self.latents.sets,
+            self.config.seed if drawn else None,
+        )
+
+    def log(self, phase: str, iteration: int, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics."""
+        if self.metrics is not None:
+            self.metrics.write(phase, iteration, step, values)
+
+    def rewind(self, phase: str, iteration: int, step: int, **same: Any) -> None:
+        """Forget metrics of this phase behind `step` (of those that have the values `same`)."""
+
+        def keep(record: dict[str, Any]) -> bool:
+            here = record["phase"] == phase and record["iteration"] == iteration
+            here = here and all(record.get(key) == value for key, value in same.items())
+            return not (here and record["step"] > step)
+
+        if self.metrics is not None:
+            self.metrics.rewind(keep)
+
+    def has_logged(self, phase: str, iteration: int) -> bool:
+        """Whether this phase has left a line of metrics. Collective."""
+        records = read_metrics(self.folder.path) if self.runtime.is_main else []
+        found = any(r["phase"] == phase and r["iteration"] == iteration for r in records)
+        return bool(self.runtime.broadcast(found))
+
+    def alarm(self, phase: str, iteration: int, step: int, alarms: Iterable[Alarm]) -> None:
+        """Report signs of failure: on the display and in the metrics."""
+        for alarm in alarms:
+            self.progress.message(f"warning: {alarm.name}: {alarm.message}; {alarm.advice}", style="yellow")
+            self.log(
+                phase,
+                iteration,
+                step,
+                {"monitor": alarm.name, "message": alarm.message, "advice": alarm.advice},
+            )
+
+    def stopped(self, signal: str, where: str) -> NoReturn:
+        """Raise StoppedBySignal. Collective: the main process has said so before any process ends."""
+        text = f"stopped by {signal}: {where}"
+        self.progress.message(text)
+        self.runtime.barrier()
+        raise StoppedBySignal(text)
+
+    def sync(self) -> None:
+        """Put metrics on disk before a checkpoint stands behind them."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def dump(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write what went wrong."""
+        if self.runtime.is_main:
+            write_json(path, content)
+        self.runtime.barrier()
