@@ -92,6 +92,7 @@ def _ra3(
 
 
 app.command()(runs.train)
+app.command()(runs.rlvr)
 app.command()(nodes.preflight)
 app.command()(runs.report)
 app.command()(runs.infuse)

@@ -38,12 +38,29 @@ def train(
     raise typer.Exit(run_training(resolved, resume=resume))
 
 
+def rlvr(
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+) -> None:
+    """Reinforcement learning with verifiable rewards: GRPO on programs that are executed in a sandbox.
+
+    The policy starts from rlvr.checkpoint, whose run also says the model, the text format and the tokenizer.
+    """
+    path, settings = split(config, overrides)
+    resolved = load(path, settings)
+    from ra3_megatron.verbs.rlvr import rlvr as run_rlvr
+
+    raise typer.Exit(run_rlvr(resolved, resume=resume))
+
+
 def report(run_dir: RunFolder) -> None:
     """Rebuild the report of a run from its folder."""
     require_folder(run_dir, "run folder")
     from ra3_megatron.report.build import build_report
+    from ra3_megatron.report.rlvr import build_rlvr_report, is_rlvr
 
-    typer.echo(build_report(run_dir))
+    typer.echo(build_rlvr_report(run_dir) if is_rlvr(run_dir) else build_report(run_dir))
 
 
 def infuse(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from ra3_megatron import __version__
 from ra3_megatron.config.describe import field_of, is_section
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.inherit import inherit
 from ra3_megatron.config.problems import path_problem, problems, unknown_key
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.yaml_io import dump, parse, parse_override, scalar_text
@@ -39,6 +40,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), resolved: bool
     values = RunConfig().model_dump()
     _merge(values, given)
     if not resolved and not wrong:
+        inherit(values, given)
         wrong += _apply_hf(values, given)
     try:
         config = RunConfig.model_validate(values)

@@ -11,6 +11,7 @@ from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
 from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.profile import ProfileConfig
+from ra3_megatron.config.rlvr import RlvrConfig, Sandboxing
 from ra3_megatron.config.runtime import CheckpointConfig, ExportConfig, LoggingConfig, RolloutConfig, WatchdogConfig
 from ra3_megatron.config.training import (
     EMConfig,
@@ -68,6 +69,11 @@ class RunConfig(Section):
     """Metrics and progress."""
     profile: ProfileConfig = ProfileConfig()
     """Single steps, looked at closely."""
+    rlvr: RlvrConfig = RlvrConfig()
+    """Reinforcement learning with verifiable rewards (`ra3 rlvr`)."""
+    sandbox: Sandboxing = "bubblewrap"
+    """What programs that a model wrote are executed in. `subprocess-unsafe`: nothing; they can do whatever the user who
+    started the run can."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

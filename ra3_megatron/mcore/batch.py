@@ -34,7 +34,8 @@ class TokenBatch:
     """Packed sequences and the streams of per-token weights that a train step turns into one loss.
 
     The cross-entropy stream is  sum ce_weight * -log p(target);
-    the policy-gradient stream is  sum -objective(ratio, advantage) - entropy_weight * H  over `choices`.
+    the policy-gradient stream is  sum -objective(ratio, advantage) - entropy_weight * H + kl_weight * k3  over
+    `choices`.
     """
 
     ids: Tensor
@@ -55,8 +56,13 @@ class TokenBatch:
     """Weight of each choice's entropy bonus, fp32 [b, s]."""
     behaviour: Tensor | None = None
     """Log-probability of each choice when it was made, fp32 [b, s] (ratios; None: on-policy)."""
+    reference: Tensor | None = None
+    """Log-probability of each choice under the model that the policy is kept close to, fp32 [b, s]."""
+    kl_weight: Tensor | None = None
+    """Weight of each choice's divergence from `reference`, fp32 [b, s]."""
     decision: Tensor | None = None
-    """Choices that are decisions (one a line), bool [b, s]; their global number normalises the stream."""
+    """Choices that are decisions (one a line; in RLVR, what the loss is a mean over), bool [b, s]; their global number
+    normalises the stream."""
     copies: Tensor | None = None
     """How many equal choices each one stands for, fp32 [b, s] (advantages and entropy weights are their sums); None: 1
     each."""

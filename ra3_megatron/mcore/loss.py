@@ -1,12 +1,14 @@
 """The one loss: a cross-entropy stream and a policy-gradient stream of per-token weights.
 
     loss = sum ce_weight * -log p(target) / N_ce
-         - sum [objective(choice) + entropy_weight * H(choice)] / N_decisions
+         - sum [objective(choice) + entropy_weight * H(choice) - kl_weight * k3(choice)] / N_decisions
 
 N_ce (the summed weights) and N_decisions are counts over the *global* batch, so the loss and its gradient are the same
 for any split into micro-batches and processes. The objective of a choice with advantage A and ratio
-r = q / q_behaviour is A log q (on-policy), or min(r A, clip(r, 1 - e, 1 + e) A) (PPO, arXiv 1707.06347), each
-optionally weighted by min(r, cap) without gradient (truncated importance sampling).
+r = q / q_behaviour is A log q (on-policy), or min(r A, clip(r, 1 - e, 1 + e') A) (PPO, arXiv 1707.06347; e' > e:
+clip-higher of DAPO, arXiv 2503.14476), each optionally weighted by min(r, cap) without gradient (truncated importance
+sampling). k3 = d - log d - 1 with d = reference / q estimates KL(q || reference) without bias, and is never negative
+(GRPO, arXiv 2402.03300).
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ class PolicyLoss:
 
     clip_ratio: float | None = None
     importance_cap: float | None = None
+    clip_ratio_high: float | None = None
+    """Above 1; None: as below."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Stat(IntEnum):
     """Choices whose importance weight is cut."""
     LARGEST_DIFFERENCE = 13
     """The largest |log q - log q_behaviour|: a maximum, not a sum."""
+    KL = 14
+    """k3 of each choice."""
 
 
 MAXIMA = [Stat.LARGEST_DIFFERENCE]
@@ -101,13 +107,18 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         if policy.clip_ratio is None:
             objective = batch.advantage * choice_log_prob
         else:
-            clipped = ratio.clamp(1 - policy.clip_ratio, 1 + policy.clip_ratio)
+            clipped = ratio.clamp(1 - policy.clip_ratio, 1 + (policy.clip_ratio_high or policy.clip_ratio))
             objective = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
             stats[Stat.CLIPPED] = copies[mask & (clipped != ratio)].sum()
         if policy.importance_cap is not None:
             objective = objective * ratio.detach().clamp(max=policy.importance_cap)
             stats[Stat.TRUNCATED] = copies[mask & (ratio.detach() > policy.importance_cap)].sum()
-        bonus = 0.0 if batch.entropy_weight is None else batch.entropy_weight * entropy
+        bonus = torch.zeros_like(entropy) if batch.entropy_weight is None else batch.entropy_weight * entropy
+        if batch.reference is not None and batch.kl_weight is not None:
+            log_ratio = torch.where(mask, batch.reference - choice_log_prob, 0.0)
+            divergence = log_ratio.exp() - log_ratio - 1
+            bonus = bonus - batch.kl_weight * divergence
+            stats[Stat.KL] = (divergence.detach() * copies).sum()
         loss = loss - torch.where(mask, objective + bonus, 0.0).sum() / max(counts.decisions, 1e-30)
         stats[Stat.CHOICES], stats[Stat.DECISIONS] = copies[mask].sum(), copies[batch.decision].sum()
         stats[Stat.CHOICE_ENTROPY] = (entropy.detach() * copies)[mask].sum()

@@ -18,7 +18,18 @@ from typing import Any, Literal
 import torch
 
 Part = Literal[
-    "data", "sampling", "refit", "scoring", "forward", "backward", "pipeline", "grad_reduce", "optimizer", "other"
+    "data",
+    "sampling",
+    "refit",
+    "grading",
+    "scoring",
+    "forward",
+    "backward",
+    "pipeline",
+    "grad_reduce",
+    "optimizer",
+    "evaluation",
+    "other",
 ]
 """Parts of a step; docs/profiling.md says what each holds."""
 

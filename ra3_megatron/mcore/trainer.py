@@ -177,6 +177,11 @@ class Trainer:
                 optimizer_step.move(self.optimizer, grad_norm)
         return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats, skipped)
 
+    def pass_over(self) -> float:
+        """A step with nothing to learn from: weights and optimizer stay, the learning rate goes on and is returned."""
+        self.scheduler.step(increment=1)
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
     def synchronize(self) -> None:
         """Finish what `parallel.overlap_param_gather` leaves to the next step: before weights are read. Collective."""
         for chunk in self.chunks:

@@ -85,11 +85,11 @@ def _render(
         missing=[CAPTIONS[name] for name in CAPTIONS if name not in drawn],
         monitors=_monitors(records, summary),
         times=time_table(records),
-        snippets=[] if summary is None else [_snippet(text) for text in summary.snippets],
-        config=_highlight_yaml(folder.config.read_text(encoding="utf-8")),
-        manifest=None if manifest is None else _rows(manifest),
-        versions=None if versions is None else _rows(versions),
-        code_style=Markup(_code_style()),
+        snippets=[] if summary is None else [highlight_python(text) for text in summary.snippets],
+        config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
+        manifest=None if manifest is None else rows_of(manifest),
+        versions=None if versions is None else rows_of(versions),
+        code_style=Markup(code_style()),
         number=number,
         count=count,
         duration=duration,
@@ -125,7 +125,7 @@ def _monitors(records: list[dict[str, Any]], summary: Summary | None) -> list[Mo
     ]
 
 
-def _snippet(text: str) -> Markup:
+def highlight_python(text: str) -> Markup:
     """Highlighted Python whose thoughts are marked."""
     text = text.strip("\n")
     borders = [border for span in thought_spans(text) for border in span]
@@ -153,25 +153,25 @@ class _Token(NamedTuple):
         return Markup('<span class="{}">{}</span>').format(name, text) if name and text else Markup.escape(text)
 
 
-def _highlight_yaml(text: str) -> Markup:
+def highlight_yaml(text: str) -> Markup:
     return Markup(highlight(text, YamlLexer(), HtmlFormatter(nowrap=True)))  # the formatter escapes the text
 
 
-def _code_style() -> str:
+def code_style() -> str:
     light = HtmlFormatter(style="friendly").get_style_defs("pre.code")
     dark = HtmlFormatter(style="github-dark").get_style_defs("pre.code")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
-def _rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def rows_of(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A JSON value as rows of a table: dotted key and text. Long ones are cut, with a note."""
     if isinstance(value, dict | list) and len(value) > _MAX_ITEMS:
         start = dict(list(value.items())[:_MAX_ITEMS]) if isinstance(value, dict) else value[:_MAX_ITEMS]
-        return [*_rows(start, prefix), (prefix, f"… and {len(value) - _MAX_ITEMS} more in the file")]
+        return [*rows_of(start, prefix), (prefix, f"… and {len(value) - _MAX_ITEMS} more in the file")]
     if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _rows(item, f"{prefix}.{key}" if prefix else str(key))]
+        return [row for key, item in value.items() for row in rows_of(item, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [row for index, item in enumerate(value) for row in _rows(item, f"{prefix}[{index}]")]
+        return [row for index, item in enumerate(value) for row in rows_of(item, f"{prefix}[{index}]")]
     if isinstance(value, list):
         return [(prefix, ", ".join(map(_text, value)) or "none")]
     return [(prefix, _text(value))]

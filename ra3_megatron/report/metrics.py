@@ -41,12 +41,14 @@ PARTS = (
     "data",
     "sampling",
     "refit",
+    "grading",
     "scoring",
     "forward",
     "backward",
     "pipeline",
     "grad_reduce",
     "optimizer",
+    "evaluation",
     "other",
 )
 """Parts of a training step, in the order of tables: `seconds_PART` of each that the step has add up to `seconds`."""

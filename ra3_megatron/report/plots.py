@@ -132,7 +132,7 @@ def _held_out(records: Sequence[Record], summary: Summary | None) -> dict[str, d
 
 def _loss(records: Sequence[Record]) -> Figure | None:
     """Training loss, one panel a phase."""
-    return _one_panel_each(records, _of_phases(records, "loss", without="estep"), "loss")
+    return one_panel_each(records, _of_phases(records, "loss", without="estep"), "loss")
 
 
 def _code_ce(records: Sequence[Record]) -> Figure | None:
@@ -155,15 +155,15 @@ def _code_ce(records: Sequence[Record]) -> Figure | None:
 
 def _estep(records: Sequence[Record]) -> Figure | None:
     curves = [("estep", name, title) for name, title in ESTEP_CURVES.items()]
-    return _one_panel_each(records, [curve for curve in curves if series(records, *curve[:2]).steps], None)
+    return one_panel_each(records, [curve for curve in curves if series(records, *curve[:2]).steps], None)
 
 
 def _grad_norm(records: Sequence[Record]) -> Figure | None:
-    return _one_panel_each(records, _of_phases(records, "grad_norm", without="estep"), "gradient norm")
+    return one_panel_each(records, _of_phases(records, "grad_norm", without="estep"), "gradient norm")
 
 
 def _throughput(records: Sequence[Record]) -> Figure | None:
-    return _one_panel_each(records, _of_phases(records, "tokens_per_second"), "tokens/s", from_zero=True)
+    return one_panel_each(records, _of_phases(records, "tokens_per_second"), "tokens/s", from_zero=True)
 
 
 def _of_phases(records: Sequence[Record], name: str, without: str = "") -> list[tuple[str, str, str]]:
@@ -173,7 +173,7 @@ def _of_phases(records: Sequence[Record], name: str, without: str = "") -> list[
     return [(phase, name, PHASE_TITLES.get(phase, phase)) for phase in found]
 
 
-def _one_panel_each(
+def one_panel_each(
     records: Sequence[Record], curves: Sequence[tuple[str, str, str]], unit: str | None, from_zero: bool = False
 ) -> Figure | None:
     """One panel a curve (phase, metric, title)."""

@@ -5,16 +5,20 @@ uses no process group, so nothing is exchanged before the batch is waited for.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.protocol import GenerateRequest
 from ra3_megatron.rollout.refit.errors import RefitError
 from ra3_megatron.rollout.refit.refit import Refit
 from ra3_megatron.rollout.refit.sending import Update
-from ra3_megatron.rollout.sampling import ByDocument, Wait, sample_groups
+from ra3_megatron.rollout.sampling import ByPrompt, Wait, complete_groups, sample_groups
 from ra3_megatron.rollout.vllm.process import EngineError
+
+T = TypeVar("T")
 
 
 class EngineSampling:
@@ -51,42 +55,52 @@ class EngineSampling:
         return range(first, documents, step) if self._sampler is not None else []
 
     def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
-        result = _Result(self._sampler, jobs)
+        sampler = self._sampler
+        return self._begin(lambda: {} if sampler is None else sample_groups(sampler, jobs), background)
+
+    def generate(
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+    ) -> Callable[[], ByPrompt]:
+        sampler = self._sampler
+        return self._begin(
+            lambda: {} if sampler is None else complete_groups(sampler.engine, requests, sampler.batch_size), background
+        )
+
+    def _begin(self, work: Callable[[], dict[int, list[T]]], background: bool) -> Callable[[], dict[int, list[T]]]:
+        result = _Result(work)
         thread = threading.Thread(target=result.run, name="rollouts", daemon=True) if background else None
         if thread is None:
             result.run()
         else:
             thread.start()
 
-        def wait() -> ByDocument:
+        def wait() -> dict[int, list[T]]:
             if thread is not None:
                 thread.join()
             if result.defect is not None:
                 raise result.defect
             raise_anywhere(result.failure, self._runtime)
-            everything: ByDocument = {}
-            for share in self._runtime.gather_all(result.transcripts):
+            everything: dict[int, list[T]] = {}
+            for share in self._runtime.gather_all(result.sampled):
                 everything |= share
             return everything
 
         return wait
 
 
-class _Result:
+class _Result(Generic[T]):
     """What a batch comes to."""
 
-    def __init__(self, sampler: LatentSampler | None, jobs: Mapping[int, list[Job]]) -> None:
-        self._sampler, self._jobs = sampler, jobs
-        self.transcripts: ByDocument = {}
+    def __init__(self, work: Callable[[], dict[int, list[T]]]) -> None:
+        self._work = work
+        self.sampled: dict[int, list[T]] = {}
         self.failure = ""
         self.defect: Exception | None = None
         """What should not have happened."""
 
     def run(self) -> None:
-        if self._sampler is None or not self._jobs:
-            return
         try:
-            self.transcripts = sample_groups(self._sampler, self._jobs)
+            self.sampled = self._work()
         except EngineError as error:
             self.failure = str(error)
         except Exception as error:  # a thread would lose it

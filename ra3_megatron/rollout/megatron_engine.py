@@ -67,12 +67,17 @@ class MegatronEngine:
         log_probs: list[list[float]] = [[] for _ in requests]
         finish = [Finish.LENGTH] * len(requests)
         active = [i for i, r in enumerate(requests) if len(r.uniforms)]
-        self._session.open(len(requests))
-        self._session.select(active)
-        feed: list[list[int]] = [list(requests[i].prompt) for i in active]
+        prompts: dict[tuple[int, ...], int] = {}  # responses to one prompt share its pass
+        place_of = [prompts.setdefault(tuple(requests[i].prompt), len(prompts)) for i in active]
+        self._session.open(len(prompts))
+        feed: list[list[int]] = [list(prompt) for prompt in prompts]
         while active:
             hidden, starts = self._session.feed(feed)
             last = [start + len(tokens) - 1 for start, tokens in zip(starts, feed, strict=True)]
+            if place_of:
+                self._session.select(place_of)
+                last = [last[place] for place in place_of]
+                place_of = []
             hidden = hidden[torch.tensor(last, device=hidden.device)]
             rows = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])

@@ -6,21 +6,27 @@ depends on the weights and its key alone, so it does not matter who samples it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from ra3_megatron.config.runtime import RolloutConfig
+from ra3_megatron.mcore import watchdog
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.rollout.protocol import Completion, GenerateRequest, RolloutEngine
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Transcript
 
+Result = TypeVar("Result", Transcript, Completion)
+
 ByDocument = dict[int, list[Transcript]]
 """Transcripts of each document, by its place in the batch."""
 Wait = Callable[[], ByDocument]
+ByPrompt = dict[int, list[Completion]]
+"""Completions of each prompt, by its place in the batch."""
 
 
 class Sampling(Protocol):
@@ -42,8 +48,14 @@ class Sampling(Protocol):
     def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
         """Begin to sample the jobs of each of `mine`. With `background`, training may go on meanwhile.
 
-        One batch at a time: wait before the next `start` or `publish`.
+        One batch at a time: wait before the next `start`, `generate` or `publish`.
         """
+        ...
+
+    def generate(
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+    ) -> Callable[[], ByPrompt]:
+        """Begin to continue the prompts of each of `mine` freely; otherwise as `start`."""
         ...
 
 
@@ -62,6 +74,7 @@ class LiveSampling:
     ) -> None:
         self.runtime = runtime
         self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.temperature)
+        self._batch_size = config.batch_size
         self._sampler = LatentSampler(
             self.engine,
             latents,
@@ -85,14 +98,39 @@ class LiveSampling:
         return range(self.runtime.replica_rank, documents, self.runtime.replica_size)
 
     def start(self, jobs: Mapping[int, list[Job]], background: bool = False) -> Wait:
+        return self._sampled(lambda: sample_groups(self._sampler, jobs), background)
+
+    def generate(
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+    ) -> Callable[[], ByPrompt]:
+        return self._sampled(lambda: complete_groups(self.engine, requests, self._batch_size), background)
+
+    def _sampled(
+        self, sample: Callable[[], dict[int, list[Result]]], background: bool
+    ) -> Callable[[], dict[int, list[Result]]]:
         if background:
             raise ValueError("the model that is being trained cannot be sampled from at the same time")
-        sampled = sample_groups(self._sampler, jobs)
+        sampled = sample()
         self.engine.finish()
-        everything: ByDocument = {}
+        everything: dict[int, list[Result]] = {}
         for share in self.runtime.gather_replicas(sampled):
             everything |= share
         return lambda: everything
+
+
+def complete_groups(engine: RolloutEngine, requests: Mapping[int, list[GenerateRequest]], batch_size: int) -> ByPrompt:
+    """The completions of each prompt's requests, `batch_size` of them at once. Prompts of like length go together."""
+    flat = [(prompt, request) for prompt, group in requests.items() for request in group]
+    order = sorted(range(len(flat)), key=lambda i: (len(flat[i][1].prompt), flat[i][0], i))
+    found: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        watchdog.touch()
+        batch = order[start : start + batch_size]
+        found |= dict(zip(batch, engine.generate([flat[i][1] for i in batch]), strict=True))
+    completions: ByPrompt = {prompt: [] for prompt in requests}
+    for number, (prompt, _) in enumerate(flat):
+        completions[prompt].append(found[number])
+    return completions
 
 
 def sample_groups(sampler: LatentSampler, jobs: Mapping[int, list[Job]]) -> ByDocument:

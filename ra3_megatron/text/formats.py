@@ -76,6 +76,8 @@ class LatentFormat(ABC):
     """Row over which the decision is normalised."""
     thought_set: int
     """Row from which the second and further tokens of a thought are sampled."""
+    no_thought_set: int
+    """Row of the tokens that start no thought anywhere, for free continuations without thoughts."""
     think_set_of_token: npt.NDArray[np.int16]
     """Row of the tokens that start a thought where each token would be the line's first EXPERT one, [vocab_size]; 0
     when there are none."""
@@ -168,6 +170,8 @@ class CommentFormat(LatentFormat):
             self._row_of[prefix] = len(rows)
             self._act_row[len(rows)] = len(rows) + 1
             rows += [start, ~start]
+        self.no_thought_set = len(rows)
+        rows.append(~np.isin(np.arange(len(table)), [index for starts in prefixes.values() for index in starts]))
         self.sets = np.stack(rows)
         self.universe, self.thought_set = self.ALL, 1
         self.forced_end = tuple(tokenizer.encode("\n"))
@@ -235,7 +239,9 @@ class TokensFormat(LatentFormat):
         in_thought = np.array([len(token) > 0 for token in tokenizer.token_bytes])
         in_thought[[self._act, self._think, end]] = False, False, True
         decisions = (self._think,), (self._act,), (self._think, self._act)
-        self.sets = np.stack([np.ones(size, dtype=bool), in_thought, *(_only(size, *ids) for ids in decisions)])
+        rows = [np.ones(size, dtype=bool), in_thought, *(_only(size, *ids) for ids in decisions)]
+        self.no_thought_set = len(rows)
+        self.sets = np.stack([*rows, ~_only(size, self._think)])
         self.thought_set, self._think_row, self._act_row, self.universe = 1, 2, 3, 4
         self.ends = _only(size, end)
         self.forced_end = (end,)

@@ -21,16 +21,18 @@ def hf_source(folder: RunFolder) -> Path | None:
     return kept if kept.is_dir() else None
 
 
-def base_checkpoint(config: RunConfig, folder: RunFolder, runtime: Runtime, progress: Any) -> Path | None:
-    """The checkpoint to start from; None: initial weights. Collective.
+def base_checkpoint(
+    config: RunConfig, folder: RunFolder, runtime: Runtime, progress: Any, named: str | None
+) -> Path | None:
+    """The checkpoint to start from: `named`, or the converted folder `model.hf`; None: initial weights. Collective.
 
     Raises UserError when the folder `model.hf` cannot be converted.
     """
     kept = folder.path / RUN_FOLDER
     if config.model.hf is None:
-        if config.warm_start.checkpoint is None:
+        if named is None:
             return None
-        checkpoint = Path(config.warm_start.checkpoint)
+        checkpoint = Path(named)
         if (checkpoint / HF_FOLDER).is_dir():  # it was converted
             on_main(runtime, lambda: keep_small_files(checkpoint / HF_FOLDER, kept))
         return checkpoint

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ra3_megatron.config.run import RunConfig
 
 if TYPE_CHECKING:
     from ra3_megatron.mcore.startup import Runtime
     from ra3_megatron.rollout.engine_pool import EnginePool
+    from ra3_megatron.text.latents import LatentFormat
+    from ra3_megatron.text.tokenizer import Tokenizer
 
 FOLDER = "vllm"
 """In the folder of a run or an infusion: descriptions of models, logs, and where nodes meet."""
@@ -18,24 +20,36 @@ FOLDER = "vllm"
 
 @contextmanager
 def rollout_engines(
-    config: RunConfig, runtime: "Runtime", corpus: Any, folder: Path, source: Path | None
+    config: RunConfig,
+    runtime: "Runtime",
+    latents: "LatentFormat",
+    tokenizer: "Tokenizer",
+    folder: Path,
+    source: Path | None,
+    samples: bool = True,
 ) -> "Iterator[EnginePool | None]":
     """The engines that `rollout.engine` asks for; None when the model itself is sampled from. Collective.
 
     folder: `vllm/` in it gets their logs. source: small files of the Hugging Face folder that the model came from.
+    samples: False: nothing will be sampled.
     """
-    if config.rollout.engine != "vllm" or math.isinf(config.estep.latent_price):  # then nothing is sampled
+    if config.rollout.engine != "vllm" or not samples:
         yield None
         return
     from ra3_megatron.rollout.engine_pool import EnginePool
 
-    pool = EnginePool(config, runtime, corpus.format, corpus.tokenizer, folder / FOLDER, source)
+    pool = EnginePool(config, runtime, latents, tokenizer, folder / FOLDER, source)
     done = False
     try:
         yield pool
         done = True
     finally:
         pool.close(done)
+
+
+def thinks(config: RunConfig) -> bool:
+    """Whether EM samples anything: with an infinite price it does not."""
+    return math.isfinite(config.estep.latent_price)
 
 
 def host_engines(run_dir: Path, engines: int | None, address: str | None, say: Callable[[str], None]) -> None:

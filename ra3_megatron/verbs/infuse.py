@@ -60,7 +60,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.mcore.watchdog import group_minutes, watching
     from ra3_megatron.text.latents import code_text, full_text
     from ra3_megatron.training.identity import check_fit
-    from ra3_megatron.verbs.engines import rollout_engines
+    from ra3_megatron.verbs.engines import rollout_engines, thinks
 
     console = Console()
     minutes = group_minutes(config.watchdog.timeout_minutes)
@@ -76,7 +76,9 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             documents = corpus.store("mid", "train")
             with (
                 watching(out, runtime, config.watchdog.timeout_minutes),
-                rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint)) as engines,
+                rollout_engines(
+                    config, runtime, corpus.format, tokenizer, out, _hf_source(checkpoint), thinks(config)
+                ) as engines,
                 progress.task("infusing", total=len(documents), unit="tokens") as task,
             ):
                 version = record["weight_version"]

@@ -228,8 +228,9 @@ def _estep(run: Any, updates: int) -> dict[str, Any]:
     from ra3_megatron.verbs.engines import rollout_engines
 
     config, runtime, settings = run.config, run.runtime, run.config.estep
-    base = base_checkpoint(config, run.folder, runtime, run.progress)
-    with rollout_engines(config, runtime, run.corpus, run.folder.path, hf_source(run.folder)) as run.engines:
+    base = base_checkpoint(config, run.folder, runtime, run.progress, config.warm_start.checkpoint)
+    source = hf_source(run.folder)
+    with rollout_engines(config, runtime, run.latents, run.tokenizer, run.folder.path, source) as run.engines:
         models = [run.new_model(drawn=base is None) for _ in range(2)]
         if base is not None:
             for model in models:

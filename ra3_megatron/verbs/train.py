@@ -51,7 +51,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.training.identity import identity_of
     from ra3_megatron.training.profiling import check_profile
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
-    from ra3_megatron.verbs.engines import rollout_engines
+    from ra3_megatron.verbs.engines import rollout_engines, thinks
     from ra3_megatron.verbs.export import check_export, export_models
 
     console = Console()
@@ -63,8 +63,10 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
-            base = base_checkpoint(config, folder, runtime, progress)
-            with rollout_engines(config, runtime, corpus, folder.path, hf_source(folder)) as engines:
+            base = base_checkpoint(config, folder, runtime, progress, config.warm_start.checkpoint)
+            with rollout_engines(
+                config, runtime, corpus.format, corpus.tokenizer, folder.path, hf_source(folder), thinks(config)
+            ) as engines:
                 run = EMContext(
                     config,
                     folder,

@@ -1,0 +1,160 @@
+"""One run of RLVR: the phase `rlvr`, with evaluations on held-out problems before, in between and at the end."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ra3_megatron.corpus.sampler import DocumentSampler
+from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.trainer import Trainer
+from ra3_megatron.report.responses import ResponseRecord, write_responses
+from ra3_megatron.rlvr.grpo import GRPO
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.problems.sources import encode_prompts
+from ra3_megatron.rlvr.rewards import Grader
+from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
+from ra3_megatron.rlvr.sandbox import Sandbox
+from ra3_megatron.rlvr.steps import RlvrSteps, thoughts
+from ra3_megatron.rollout.sampling import LiveSampling, Sampling
+from ra3_megatron.training.context import RunContext
+from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
+
+PHASE = Phase("rlvr", 0)
+HELD_OUT = "held_out"
+"""Phase of the lines of metrics about evaluations: step s is behind s updates."""
+SHOWN = 24
+"""Responses of each evaluation that are kept for people."""
+
+
+class Stream(IntEnum):
+    """Second part of the key of every random stream; the first is the seed of the run."""
+
+    ORDER = 101
+    RESPONSES = 102
+    HELD_OUT = 103
+
+
+class Rlvr:
+    """RLVR of one run in one process; all processes do the same."""
+
+    def __init__(
+        self, run: RunContext, sandbox: Sandbox, train: Sequence[Problem], held_out: Sequence[Problem]
+    ) -> None:
+        self.run, self.sandbox, self.train, self.held_out = run, sandbox, train, held_out
+        config = run.config
+        most, context = config.rlvr.max_response_tokens, config.model.context_length
+        self.prompts = encode_prompts(train, run.tokenizer, most, context)
+        self.held_out_prompts = encode_prompts(held_out, run.tokenizer, most, context)
+        self.allowed = run.latents.ALL if config.rlvr.think else run.latents.no_thought_set
+
+    def optimize(self) -> Path:
+        """Train the policy, or go on with it; its final checkpoint."""
+        run, settings = self.run, self.run.config.rlvr
+        start = run.base
+        assert start is not None
+
+        def steps(trainer: Trainer) -> RlvrSteps:
+            sampling = self._sampling(trainer.model)
+            order = np.random.SeedSequence([run.config.seed, Stream.ORDER]).generate_state(1, np.uint64)[0]
+            queue = ResponseQueue(
+                Responder(sampling, self.prompts, run.config, run.tokenizer.eos, self.allowed),
+                DocumentSampler(len(self.train), int(order >> np.uint64(1))),
+                (run.config.seed, Stream.RESPONSES),
+                run.config,
+                trainer.clock,
+            )
+            grpo = GRPO(run.config, trainer, self._reference(start), self.allowed)
+            grader = Grader(self.sandbox, self.train, run.tokenizer, run.latents, run.runtime)
+            responder = Responder(sampling, self.held_out_prompts, run.config, run.tokenizer.eos, self.allowed)
+
+            def evaluate(step: int, waiting: ResponseQueue) -> None:
+                waiting.settle(step)
+                self._evaluate(responder, step)
+
+            return RlvrSteps(run, grpo, queue, grader, self.train, evaluate)
+
+        if not is_done(run, PHASE):
+            model = run.new_model(drawn=False)
+            train_phase(
+                run,
+                PHASE,
+                settings.steps,
+                settings.optimizer,
+                model,
+                start,
+                steps,
+                updates_per_step=settings.updates_per_rollout,
+            )
+        self._evaluate_final()
+        return final_of(run, PHASE)
+
+    def _evaluate_final(self) -> None:
+        run, steps = self.run, self.run.config.rlvr.steps
+        if run.has_logged(HELD_OUT, 0, step=steps):
+            return
+        model = run.new_model(drawn=False)
+        checkpoint.load(final_of(run, PHASE), model, run.runtime, verify=run.config.checkpoint.verify)
+        sampling = self._sampling(model)
+        sampling.publish(steps)
+        self._evaluate(Responder(sampling, self.held_out_prompts, run.config, run.tokenizer.eos, self.allowed), steps)
+
+    def _evaluate(self, responder: Responder, step: int) -> None:
+        """Figures of the published weights on the held-out problems, logged once."""
+        run, samples = self.run, self.run.config.rlvr.evaluation_samples
+        if not self.held_out:
+            return
+        watchdog.touch()
+        key = (run.config.seed, Stream.HELD_OUT)  # the same draws every time: differences are the weights'
+        responses = responder.begin(range(len(self.held_out)), key, samples)()
+        grader = Grader(self.sandbox, self.held_out, run.tokenizer, run.latents, run.runtime)
+        graded = grader.grade(responses)
+        rewards = np.array(graded.rewards).reshape(-1, samples)
+        values = {
+            "pass_at_1": float(rewards.mean()),
+            "solved_problems": float((rewards > 0).any(1).mean()),
+            "response_tokens": float(np.mean([r.response_tokens for r in responses])),
+            "cut_responses": float(np.mean([r.cut for r in responses])),
+            "thoughts_per_response": float(np.mean([thoughts(r, run) for r in responses])),
+            **graded.metrics(),
+        }
+        run.rewind(HELD_OUT, 0, step - 1)
+        run.log(HELD_OUT, 0, step, values)
+        run.progress.message(
+            f"held out, behind {step} updates: {values['pass_at_1']:.1%} of responses pass, "
+            f"{values['response_tokens']:.0f} tokens each"
+        )
+        if run.runtime.is_main:
+            records = [
+                ResponseRecord(
+                    problem=self.held_out[response.problem].name,
+                    step=step,
+                    prompt=self.held_out[response.problem].prompt,
+                    text=response.text(run.tokenizer),
+                    reward=reward,
+                    verdict=outcome.verdict.value,
+                    passed=outcome.passed,
+                    total=outcome.total,
+                    detail=outcome.detail,
+                )
+                for response, reward, outcome in zip(responses, graded.rewards, graded.outcomes, strict=True)
+            ]
+            write_responses(run.folder.path, f"held-out-{step:06d}", records[:SHOWN])
+
+    def _sampling(self, model: torch.nn.Module) -> Sampling:
+        run, config = self.run, self.run.config
+        if run.engines is not None:
+            return run.engines.sampling(model)
+        length, keep = config.model.context_length, config.text.keep_latents
+        return LiveSampling(model, run.runtime, run.latents, run.tokenizer, config.rollout, length, keep)
+
+    def _reference(self, start: Path) -> torch.nn.Module | None:
+        """The frozen model of the KL term; None without one."""
+        if not self.run.config.rlvr.kl_coefficient:
+            return None
+        model = self.run.new_model(drawn=False)
+        checkpoint.load(start, model, self.run.runtime, verify=self.run.config.checkpoint.verify)
+        model.requires_grad_(False)
+        return model

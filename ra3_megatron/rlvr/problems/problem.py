@@ -1,0 +1,36 @@
+"""One problem: what the policy is given, and the tests that its answer must pass."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ra3_megatron.rlvr.sandbox import FunctionTests, Program, StdinTests
+
+Answer = Literal["continues", "program"]
+_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem. Its name is unique among the problems of a run."""
+
+    name: str
+    prompt: str
+    """Text that the response follows."""
+    tests: FunctionTests | StdinTests
+    answer: Answer = "continues"
+    """`continues`: the program is the prompt and the response behind it; `program`: the response holds the program, in
+    its last fenced code block or, without one, as it is."""
+    stop: tuple[str, ...] = ()
+    """The response ends before the first of these texts."""
+    solution: str | None = None
+    """A response that passes, where one is known."""
+
+    def program(self, response: str) -> Program:
+        """What is executed for this response, from which thoughts have been dropped."""
+        ends = [place for text in self.stop if (place := response.find(text)) >= 0]
+        text = response[: min(ends)] if ends else response
+        if self.answer == "continues":
+            return Program(self.prompt + text, self.tests)
+        blocks = _FENCE.findall(text)
+        return Program(blocks[-1] if blocks else text, self.tests)

@@ -1,0 +1,81 @@
+"""Rewards of responses: 1 when every test of the program passes, else 0. Programs are executed on all processes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ra3_megatron.config.rlvr import RlvrLimits
+from ra3_megatron.mcore import watchdog
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.responses import Response
+from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, Verdict
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What became of responses, in their order."""
+
+    outcomes: list[Outcome]
+    programs: list[Program]
+    executed: int
+    """Programs that were executed: equal ones are once."""
+
+    @property
+    def rewards(self) -> list[float]:
+        """1 for a program that passes."""
+        return [float(outcome.verdict is Verdict.PASSED) for outcome in self.outcomes]
+
+    def metrics(self) -> dict[str, float]:
+        """Share of each verdict, and of the tests that passed."""
+        number = max(len(self.outcomes), 1)
+        verdicts = Counter(outcome.verdict for outcome in self.outcomes)
+        shares = {f"verdict_{verdict.value}": verdicts[verdict] / number for verdict in Verdict}
+        tests = [outcome.passed / outcome.total for outcome in self.outcomes if outcome.total]
+        return {
+            **shares,
+            "tests_passed": float(np.mean(tests)) if tests else 0.0,
+            "distinct_programs": self.executed / number,
+        }
+
+
+def sandbox_limits(limits: RlvrLimits) -> Limits:
+    """The limits of the sandbox that a configuration asks for."""
+    return Limits(seconds=limits.seconds, memory_mib=limits.memory_mib)
+
+
+class Grader:
+    """Grades responses, dealt out over all processes. Collective."""
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+        latents: LatentFormat,
+        runtime: Runtime,
+    ) -> None:
+        self._sandbox, self._problems, self._tokenizer = sandbox, problems, tokenizer
+        self._latents, self._runtime = latents, runtime
+
+    def grade(self, responses: Sequence[Response]) -> Graded:
+        """What becomes of each response; the same on every process."""
+        programs = [
+            self._problems[r.problem].program(r.code(self._tokenizer, self._latents)) for r in responses
+        ]
+        numbers: dict[Program, int] = {}
+        which = [numbers.setdefault(program, len(numbers)) for program in programs]
+        mine = list(numbers)[self._runtime.rank :: self._runtime.world_size]
+        watchdog.touch()
+        shares = self._runtime.gather_all(self._sandbox.grade(mine))
+        watchdog.touch()
+        outcomes: list[Outcome | None] = [None] * len(numbers)
+        for rank, share in enumerate(shares):
+            outcomes[rank :: self._runtime.world_size] = share
+        found = [outcome for outcome in outcomes if outcome is not None]
+        assert len(found) == len(numbers)
+        return Graded([found[place] for place in which], programs, len(numbers))

@@ -1,0 +1,185 @@
+"""`ra3 rlvr`: problems, GRPO, evaluations and report, in as many processes as the layout needs."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.inherit import TOKENIZER, run_of
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.report.run_folder import RunFolder, write_json
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.problems.sources import load_problems
+from ra3_megatron.rlvr.sandbox import Isolation, Sandbox, require_bubblewrap
+from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
+
+if TYPE_CHECKING:
+    from ra3_megatron.mcore.startup import Runtime
+
+
+def rlvr(config: RunConfig, resume: bool) -> int:
+    """Run, or resume, the RLVR that `config` describes; returns the exit code."""
+    check(config)
+    if runs_here(config):
+        _rlvr_here(config, resume)
+        return 0
+    check_folder(config, resume)  # a mistake is reported before any process starts
+    return start_processes(config, __name__, *(["--resume"] if resume else []))
+
+
+def check(config: RunConfig) -> None:
+    """UserError for what cannot run, before anything is loaded."""
+    problems = []
+    if config.rlvr.checkpoint is None and config.model.hf is None:
+        problems.append("rlvr.checkpoint is missing: name the checkpoint folder to start from (or model.hf)")
+    if config.rlvr.checkpoint is not None and config.model.hf is not None:
+        problems.append(
+            f"rlvr.checkpoint={config.rlvr.checkpoint} does not go with model.hf={config.model.hf}: give one of them"
+        )
+    if not config.text.keep_latents:
+        problems.append(
+            "text.keep_latents=false does not go with ra3 rlvr: responses are sampled with all thoughts in the context"
+        )
+    if config.rollout.max_staleness and config.rlvr.importance_cap is None and config.rlvr.clip_ratio is None:
+        problems.append(
+            f"rollout.max_staleness={config.rollout.max_staleness} trains on responses of older weights: set "
+            "rlvr.importance_cap (2, say) or rlvr.clip_ratio"
+        )
+    budget = config.rlvr.micro_batch_tokens
+    if budget is not None and budget < config.model.context_length:
+        problems.append(
+            f"rlvr.micro_batch_tokens={budget} is less than the longest response with its problem, "
+            f"model.context_length={config.model.context_length}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    require_bubblewrap(Isolation(config.sandbox))
+
+
+def _rlvr_here(config: RunConfig, resume: bool) -> None:
+    # imported here: they load torch and Megatron-Core
+    import ra3_megatron.mcore  # noqa: F401
+    from ra3_megatron.mcore import startup
+    from ra3_megatron.mcore.watchdog import group_minutes
+
+    minutes = group_minutes(config.watchdog.timeout_minutes)
+    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
+    try:
+        with disk_full(config.run_dir):
+            _run(config, resume, runtime)
+    finally:
+        startup.shutdown()
+
+
+def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
+    from ra3_megatron.mcore.fp8 import require_fp8
+    from ra3_megatron.mcore.watchdog import watching
+    from ra3_megatron.report.metrics import MetricsWriter
+    from ra3_megatron.report.progress import Progress
+    from ra3_megatron.report.rlvr import build_rlvr_report, print_rlvr_summary
+    from ra3_megatron.rlvr.loop import Rlvr
+    from ra3_megatron.text.latents import build_format
+    from ra3_megatron.training.context import RunContext
+    from ra3_megatron.training.identity import check_fit, identity_of
+    from ra3_megatron.training.profiling import check_profile
+    from ra3_megatron.verbs.base import base_checkpoint, hf_source
+    from ra3_megatron.verbs.engines import rollout_engines
+
+    console = Console()
+    folder = RunFolder(Path(config.run_dir))
+    require_fp8(config.model, runtime.device)
+    check_profile(config.profile, runtime)
+    with run_folder(config, folder, resume, runtime):
+        with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
+            train, held_out = load_problems(config)
+            tokenizer = _tokenizer(config, folder, runtime)
+            latents = build_format(config.text, tokenizer)
+            base = base_checkpoint(config, folder, runtime, progress, config.rlvr.checkpoint)
+            assert base is not None  # `check`
+            check_fit(base, "rlvr.checkpoint" if config.model.hf is None else "model.hf", config, tokenizer)
+            on_main(runtime, lambda: write_json(folder.path / "problems.json", _manifest(train, held_out)))
+            writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
+            engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))
+            with engines as pool, _sandbox(config, runtime) as sandbox:
+                run = RunContext(
+                    config,
+                    folder,
+                    runtime,
+                    tokenizer,
+                    latents,
+                    progress,
+                    writer,
+                    identity_of(tokenizer),
+                    base,
+                    pool,
+                )
+                try:
+                    with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
+                        Rlvr(run, sandbox, train, held_out).optimize()
+                finally:
+                    if writer is not None:
+                        writer.close()
+        if runtime.is_main:
+            report = build_rlvr_report(folder.path)
+            print_rlvr_summary(folder.path, console)
+            console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
+        runtime.barrier()
+
+
+def _sandbox(config: RunConfig, runtime: "Runtime") -> Sandbox:
+    """The sandbox of this process: its share of the cores of its node."""
+    import os
+
+    from ra3_megatron.mcore.startup import available_cores
+    from ra3_megatron.rlvr.rewards import sandbox_limits
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    workers = config.rlvr.limits.workers or available_cores()
+    return Sandbox(Isolation(config.sandbox), sandbox_limits(config.rlvr.limits), max(1, workers // here))
+
+
+def _tokenizer(config: RunConfig, folder: RunFolder, runtime: "Runtime") -> Any:
+    """The tokenizer, of which the run folder keeps a copy. Collective."""
+    from ra3_megatron.text.tokenizer import load_tokenizer
+
+    own = folder.path / TOKENIZER
+    settings = config.tokenizer
+    if settings.path is None and config.rlvr.checkpoint is not None:
+        run = run_of(Path(config.rlvr.checkpoint))
+        if run is not None:
+            settings = settings.model_copy(update={"path": str(run / TOKENIZER)})
+    if settings.path is None:
+        raise UserError("tokenizer.path is missing: name the folder of the tokenizer that the model was trained with")
+
+    def keep() -> None:
+        load_tokenizer(settings, own, config.model.vocab_size).save(own)
+
+    on_main(runtime, keep)
+    return load_tokenizer(settings, own, config.model.vocab_size)
+
+
+def _manifest(train: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, Any]:
+    """What the problems were."""
+    return {
+        "training": len(train),
+        "held_out": len(held_out),
+        "training_hash": _hash(train),
+        "held_out_hash": _hash(held_out),
+        "held_out_names": [problem.name for problem in held_out],
+    }
+
+
+def _hash(problems: Sequence[Problem]) -> str:
+    text = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(in_process(lambda config, arguments: _rlvr_here(config, resume="--resume" in arguments)))
