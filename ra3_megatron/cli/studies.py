@@ -96,6 +96,39 @@ def study_em(
     raise typer.Exit(run(em_study(path, settings, folder, seeds), jobs, dry_run=dry_run))
 
 
+@study.command("rlvr-transfer")
+def study_rlvr_transfer(
+    config: RequiredConfig,
+    folder: _StudyFolder,
+    start: Annotated[
+        list[str],
+        typer.Option(
+            "--start",
+            metavar="NAME=CHECKPOINT",
+            help="A start of RLVR; give it several times. {seed} in a path is the seed.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    seeds: _Seeds = 5,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="NAME", help="Compared with; otherwise ntp.", show_default=False),
+    ] = None,
+    jobs: _Jobs = None,
+    dry_run: _DryRun = False,
+) -> None:
+    """The same RLVR from several checkpoints: how fast it learns from each, and how far it comes."""
+    from ra3_megatron.study.ready import transfer_study
+    from ra3_megatron.verbs.study import run
+
+    path, settings = split(config, overrides)
+    if path is None:
+        raise UserError("study rlvr-transfer needs a configuration file, such as examples/rlvr-hopprog.yaml")
+    study = transfer_study(path, settings, folder, seeds, start, reference)
+    raise typer.Exit(run(study, jobs, dry_run=dry_run))
+
+
 @study.command("scaling")
 def study_scaling(
     config: RequiredConfig,

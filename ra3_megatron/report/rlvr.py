@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, dict[tuple[str, str], str]]] = {
         },
     ),
     "rewards": (
-        "Training problems: rewards of all responses that were sampled. Only groups whose rewards differ have a gradient.",
+        "Training problems: rewards of all responses sampled. Only groups whose rewards differ have a gradient.",
         {
             ("rlvr", "reward"): "mean reward",
             ("rlvr", "solved_problems"): "problems with a right response",

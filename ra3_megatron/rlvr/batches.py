@@ -88,9 +88,7 @@ def log_probs_of(
     return [found[i] for i in range(len(responses))]
 
 
-def _choices(
-    writer: RowWriter, masks: Sequence[npt.NDArray[np.bool_]], allowed: int, temperature: float
-) -> Events:
+def _choices(writer: RowWriter, masks: Sequence[npt.NDArray[np.bool_]], allowed: int, temperature: float) -> Events:
     """Each sampled token among those that could have been sampled."""
     denominator = None
     if allowed != ALL:

@@ -102,8 +102,6 @@ def unpack(packed: dict[str, Any]) -> list[Response]:
     return [
         Response(problem, ids[n], prompt, log_probs[n], Finish(finish), version)
         for n, (problem, prompt, finish, version) in enumerate(
-            zip(
-                packed["problems"], packed["prompt_tokens"], packed["finish"], packed["weight_versions"], strict=True
-            )
+            zip(packed["problems"], packed["prompt_tokens"], packed["finish"], packed["weight_versions"], strict=True)
         )
     ]

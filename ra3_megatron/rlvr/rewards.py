@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ra3_megatron.config.errors import Unavailable
 from ra3_megatron.config.rlvr import RlvrLimits
 from ra3_megatron.mcore import watchdog
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
-from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, Verdict
+from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, SandboxError, Verdict
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 
@@ -63,15 +64,23 @@ class Grader:
         self._latents, self._runtime = latents, runtime
 
     def grade(self, responses: Sequence[Response]) -> Graded:
-        """What becomes of each response; the same on every process."""
-        programs = [
-            self._problems[r.problem].program(r.code(self._tokenizer, self._latents)) for r in responses
-        ]
+        """What becomes of each response; the same on every process. Raises Unavailable on all of them when the sandbox
+        itself fails on one: that is nobody's reward."""
+        programs = [self._problems[r.problem].program(r.code(self._tokenizer, self._latents)) for r in responses]
         numbers: dict[Program, int] = {}
         which = [numbers.setdefault(program, len(numbers)) for program in programs]
         mine = list(numbers)[self._runtime.rank :: self._runtime.world_size]
         watchdog.touch()
-        shares = self._runtime.gather_all(self._sandbox.grade(mine))
+        found_here: list[Outcome] = []
+        failure = ""
+        try:
+            found_here = self._sandbox.grade(mine)
+        except SandboxError as error:
+            failure = str(error)
+        failures = [told for told in self._runtime.gather_all(failure) if told]
+        if failures:
+            raise Unavailable(f"sandbox={self._sandbox.isolation.value}: {failures[0]}")
+        shares = self._runtime.gather_all(found_here)
         watchdog.touch()
         outcomes: list[Outcome | None] = [None] * len(numbers)
         for rank, share in enumerate(shares):

@@ -61,12 +61,13 @@ class RlvrSteps:
     def _sample(self, step: int) -> tuple[_Batch, dict[str, float]]:
         """Graded groups for one update, and metrics of all that was sampled for it."""
         settings, clock = self.run.config.rlvr, self.grpo.trainer.clock
-        kept, metrics = _Batch(), {}
+        kept = _Batch()
+        metrics: dict[str, float] = {}
         sampled: list[Response] = []
         rewards: list[float] = []
         graded: list[Graded] = []
         rounds = settings.max_sampling_rounds if settings.dynamic_sampling else 1
-        for done in range(1, rounds + 1):
+        for _ in range(rounds):
             with clock.part("sampling"):
                 responses, told = self.queue.next(step, more=step + 1 < settings.steps)
             metrics |= told
@@ -77,7 +78,7 @@ class RlvrSteps:
             self._keep(kept, responses, graded[-1].rewards)
             if kept.groups >= settings.problems_per_step or not settings.dynamic_sampling:
                 break
-        metrics["sampling_rounds"] = float(done)
+        metrics["sampling_rounds"] = float(len(graded))
         metrics["staleness"] = float(np.mean([step - r.weight_version for r in sampled]))
         metrics |= self._describe(sampled, rewards)
         for key in graded[0].metrics():

@@ -15,7 +15,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.study.settings import flatten, overrides, value_text
-from ra3_megatron.study.spec import BASE, PLACEHOLDER, StudyConfig
+from ra3_megatron.study.spec import BASE, PLACEHOLDER, SEED, StudyConfig
 
 CELLS = "cells"
 
@@ -185,7 +185,7 @@ def _more(names: Sequence[str]) -> str:
 
 def _load(study: StudyConfig, cell: Cell, settings: Mapping[str, Any]) -> RunConfig:
     file = None if study.config is None else Path(study.config)
-    folders = {arm: str(study.path / CELLS / name) for arm, name in cell.folders.items()}
+    folders = {arm: str(study.path / CELLS / name) for arm, name in cell.folders.items()} | {SEED: str(cell.seed)}
     values = {key: _replace(value, folders) for key, value in settings.items()}
     own = {"seed": cell.seed, "run_dir": str(cell.folder(study.path))}
     return load_config(file, overrides({**values, **own}))

@@ -51,6 +51,40 @@ def em_study(config: Path, overrides: Sequence[str], folder: Path, seeds: int) -
     return _ready(study, config, overrides, folder, seeds)
 
 
+def transfer_study(
+    config: Path, overrides: Sequence[str], folder: Path, seeds: int, starts: Sequence[str], reference: str | None
+) -> StudyConfig:
+    """The same RLVR from each start, for each seed.
+
+    starts: `NAME=CHECKPOINT`; `{seed}` in a checkpoint is the seed of the cell. reference: name of the start that the
+    others are compared with (`ntp`, if there is one). Raises UserError for a start that is none.
+    """
+    named: dict[str, str] = {}
+    for text in starts:
+        name, equals, checkpoint = text.partition("=")
+        if not equals or not name or not checkpoint:
+            raise UserError(f"--start {text}: must be a name and a checkpoint, as in ra3=RUN/checkpoints/mstep-2/final")
+        if name in named:
+            raise UserError(f"--start {text}: {name} is named twice")
+        named[name] = checkpoint
+    if not named:
+        raise UserError("study rlvr-transfer needs --start NAME=CHECKPOINT, once for each start")
+    if reference is None:
+        reference = "ntp" if "ntp" in named else next(iter(named))
+    if reference not in named:
+        raise UserError(f"--reference {reference}: must be one of {', '.join(named)}")
+    values = {
+        "name": f"RLVR from {len(named)} starts ({config.stem})",
+        "verb": "rlvr",
+        "folder": str(folder),
+        "config": str(config),
+        "seeds": list(range(1, seeds + 1)),
+        "arms": {name: {"rlvr.checkpoint": checkpoint} for name, checkpoint in named.items()},
+        "reference": reference,
+    }
+    return make_study(values, "study rlvr-transfer", overrides)
+
+
 def _ready(values: dict[str, Any], config: Path, overrides: Sequence[str], folder: Path, seeds: int) -> StudyConfig:
     shared = load_config(config, overrides)  # says what is wrong before anything else does
     common = {

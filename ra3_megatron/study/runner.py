@@ -33,6 +33,11 @@ def train_command(file: Path) -> list[str]:
     return [sys.executable, "-m", "ra3_megatron", "train", str(file), "--resume"]
 
 
+def rlvr_command(file: Path) -> list[str]:
+    """`ra3 rlvr` of one cell."""
+    return [sys.executable, "-m", "ra3_megatron", "rlvr", str(file), "--resume"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a cell in this call."""

@@ -29,13 +29,16 @@ _ARM_KEYS = frozenset({"settings", "after", "equal_flops", "grid"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 PLACEHOLDER = re.compile(rf"\{{({_NAME.pattern})\}}")
 """`{arm}` in a text of the settings."""
+SEED = "seed"
+"""`{seed}` in a text of an arm's settings is the seed of the cell."""
 
 
 class ArmConfig(Section):
     """One arm: settings of its own, and what it needs of other arms."""
 
     settings: dict[str, Any] = {}
-    """Settings over those of all cells. `{arm}` in a text is the folder of that arm's cell with the same seed."""
+    """Settings over those of all cells. `{arm}` in a text is the folder of that arm's cell with the same seed, `{seed}`
+    the seed."""
 
     after: list[str] = []
     """Arms whose cell of the same seed must be done before."""
@@ -80,6 +83,9 @@ class StudyConfig(Section):
 
     folder: str = Field(min_length=1)
     """Folder of the study; the cells are below it."""
+
+    verb: Literal["train", "rlvr"] = "train"
+    """What runs a cell: `ra3 train` or `ra3 rlvr`."""
 
     config: str | None = None
     """Configuration that all cells share; none: the defaults."""
@@ -133,7 +139,7 @@ class StudyConfig(Section):
     def needs(self, arm: str) -> list[str]:
         """Arms (and `base`) whose cells an arm's cells wait for: `after`, `equal_flops` and those named in texts."""
         own = self.arms[arm]
-        named = placeholders([own.settings, own.grid])
+        named = [name for name in placeholders([own.settings, own.grid]) if name != SEED]
         first = [BASE] if self.base is not None else []
         return list(dict.fromkeys([*first, *own.after, *([own.equal_flops] if own.equal_flops else []), *named]))
 
@@ -258,15 +264,16 @@ def _grid_problems(where: str, grid: Mapping[str, list[Any]]) -> Iterator[str]:
 
 
 def _arm_problems(study: StudyConfig, name: str, arm: ArmConfig) -> Iterator[str]:
-    if name == BASE or not _NAME.fullmatch(name):
-        reason = "is the base run's name" if name == BASE else "use letters, digits, '_', '.', '+', '-'"
+    taken = {BASE: "is the base run's name", SEED: "stands for the seed"}
+    if name in taken or not _NAME.fullmatch(name):
+        reason = taken.get(name, "use letters, digits, '_', '.', '+', '-'")
         yield f"arms.{name}: {reason}"
     yield from _settings_problems(f"arms.{name}", arm.settings)
     yield from _grid_problems(f"arms.{name}.grid", arm.grid)
     for other in placeholders([arm.settings, arm.grid]):
         if other == BASE and study.base is None:
             yield f"arms.{name}: {{{BASE}}} needs a base run: set `base` ({{}} for no settings of its own)"
-        elif other == name or other not in (BASE, *study.arms):
+        elif other == name or other not in (BASE, SEED, *study.arms):
             yield f"arms.{name}: {{{other}}} must name another arm ({_others(study, name)})"
     for key, others in (("after", arm.after), ("equal_flops", [arm.equal_flops] if arm.equal_flops else [])):
         for other in others:

@@ -72,9 +72,7 @@ class RunContext:
     def has_logged(self, phase: str, iteration: int, step: int | None = None) -> bool:
         """Whether this phase has left a line of metrics (at this step). Collective."""
         records = read_metrics(self.folder.path) if self.runtime.is_main else []
-        found = any(
-            r["phase"] == phase and r["iteration"] == iteration and step in (None, r["step"]) for r in records
-        )
+        found = any(r["phase"] == phase and r["iteration"] == iteration and step in (None, r["step"]) for r in records)
         return bool(self.runtime.broadcast(found))
 
     def alarm(self, phase: str, iteration: int, step: int, alarms: Iterable[Alarm]) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.config.training import EStepConfig, PackedTraining
 from ra3_megatron.corpus.packing import pack
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.startup import Runtime
@@ -112,10 +111,24 @@ def _place(
     return Plan(placed, length, micro_batch_size, int(sum(lengths)))
 
 
+class Section(Protocol):
+    """The part of a configuration that says how a phase deals out its tokens."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows a forward pass."""
+        ...
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """Tokens a forward pass; None: by rows."""
+        ...
+
+
 class Planner:
     """How one phase deals out sequences to micro-batches: by tokens or by rows, as its section of `config` says."""
 
-    def __init__(self, config: RunConfig, section: PackedTraining | EStepConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, section: Section, runtime: Runtime) -> None:
         self.row_length = config.model.context_length
         self.section = section
         self.runtime = runtime

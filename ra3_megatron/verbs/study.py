@@ -22,12 +22,15 @@ from ra3_megatron.study.plan import CELLS, Cell, cells_of, resolve
 from ra3_megatron.study.process import lock
 from ra3_megatron.study.report import build_study_report, statuses
 from ra3_megatron.study.results import arms_only, finished, write_results
-from ra3_megatron.study.runner import PATIENCE, Command, Outcome, train_command
+from ra3_megatron.study.runner import PATIENCE, Command, Outcome, rlvr_command, train_command
 from ra3_megatron.study.scaling.report import build_scaling_report
 from ra3_megatron.study.scaling.spec import SCALING_FILE
 from ra3_megatron.study.spec import STUDY_FILE, StudyConfig, dump_study, load_study
 from ra3_megatron.study.state import conflicts, stage
-from ra3_megatron.study.tables import SHORT, results_table
+from ra3_megatron.study.tables import SHORT, Table, results_table
+from ra3_megatron.study.transfer.curves import finished_runs
+from ra3_megatron.study.transfer.report import build_transfer_report, tables_of
+from ra3_megatron.study.transfer.report import write_results as write_transfer_results
 from ra3_megatron.verbs.cells import check_folder, describe, exit_code, run_cells
 from ra3_megatron.verbs.run_dir import disk_full
 
@@ -45,11 +48,12 @@ def run(
     cell: str | None = None,
     dry_run: bool = False,
     to_slurm: bool = False,
-    command: Command = train_command,
+    command: Command | None = None,
 ) -> int:
     """Run what is not done of a study (or one cell of it, by name or number); returns the exit code: 1 if cells failed.
 
-    command: what runs a cell. Raises UserError when the study cannot run as it is; then nothing has been written.
+    command: what runs a cell; None: the study's verb. Raises UserError when the study cannot run as it is; then nothing
+    has been written.
     """
     cells, configs = _checked(study)
     wanted = cells if cell is None else [find_cell(cells, cell)]
@@ -60,6 +64,7 @@ def run(
     with disk_full(study.folder):
         if to_slurm:
             return _to_slurm(study, cells, configs, console)
+        command = command or (train_command if study.verb == "train" else rlvr_command)
         return _run_here(study, cells, configs, wanted, jobs, command, console)
 
 
@@ -67,7 +72,11 @@ def report(folder: Path) -> Path:
     """Rebuild the report of a study; its path. Raises UserError when `folder` holds none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such study folder")
-    return build_scaling_report(folder) if (folder / SCALING_FILE).is_file() else build_study_report(folder)
+    if (folder / SCALING_FILE).is_file():
+        return build_scaling_report(folder)
+    if (folder / STUDY_FILE).is_file() and load_study(folder / STUDY_FILE).verb == "rlvr":
+        return build_transfer_report(folder)
+    return build_study_report(folder)
 
 
 def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
@@ -140,7 +149,7 @@ def _run_here(
         )
         done = all(stage(cell.folder(study.path)) == "done" for cell in cells)
         if whole or done:
-            page = build_study_report(study.path)
+            page = report(study.path)
             print_results(study, console)
             console.print(Text.assemble(("report      ", "bold"), str(page)), soft_wrap=True)
     finally:
@@ -153,7 +162,10 @@ def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
     """Write `results.jsonl`, one process after another: each writes what is done when it has the lock."""
     held = lock(study.path / CELLS, PATIENCE)
     try:
-        write_results(study.path, finished(study.path, cells))
+        if study.verb == "rlvr":
+            write_transfer_results(study, cells)
+        else:
+            write_results(study.path, finished(study.path, cells))
     finally:
         if held is not None:
             held.close()
@@ -161,6 +173,10 @@ def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
 
 def _line(study: StudyConfig, cell: Cell, outcome: Outcome) -> str:
     """One line on a cell that is done."""
+    if study.verb == "rlvr":
+        curve = finished_runs(study.path, [cell])[0].curve
+        rates = f"held-out pass@1 {percent(curve.rate[0])} → {percent(curve.rate[-1])}"
+        return f"{cell.name}: {rates}, in {clock(outcome.seconds)}"
     figures = finished(study.path, [cell])[0].last.figures
     accuracy = f", accuracy {percent(figures['code_accuracy'])}" if figures["code_accuracy"] is not None else ""
     thinks = f"thinks at {percent(figures['think_rate'])} of lines"
@@ -170,10 +186,17 @@ def _line(study: StudyConfig, cell: Cell, outcome: Outcome) -> str:
 def print_results(study: StudyConfig, console: Console) -> None:
     """The table of results of the cells that are done."""
     cells = cells_of(study)
-    rows = results_table(arms_only(finished(study.path, cells)), SHORT, first_reference(study, cells))
-    if not rows.rows:
+    if study.verb == "rlvr":
+        for found in tables_of(study, cells)[:1]:
+            _print_table(found.title, found, console)
         return
-    table = RichTable(title=study.name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    rows = results_table(arms_only(finished(study.path, cells)), SHORT, first_reference(study, cells))
+    if rows.rows:
+        _print_table(study.name, rows, console)
+
+
+def _print_table(title: str, rows: Table, console: Console) -> None:
+    table = RichTable(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(rows.header):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows.rows:

@@ -77,7 +77,8 @@ def grpo(toy: Toy, temperature: float = 1.0, **keys: Any) -> tuple[GRPO, Any]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
-    ("recipe", "factor"), [(Recipe("leave_one_out", False, "constant"), 1.0), (Recipe("group_mean", False, "constant"), 0.5)]
+    ("recipe", "factor"),
+    [(Recipe("leave_one_out", False, "constant"), 1.0), (Recipe("group_mean", False, "constant"), 0.5)],
 )
 def test_the_mean_of_the_estimate_is_the_exact_gradient(
     toy: Toy, recipe: Recipe, factor: float, temperature: float
@@ -175,7 +176,7 @@ def test_cut_responses_are_left_out_of_the_loss(toy: Toy) -> None:
     every = every_response(toy)
     cut, whole = [r for r in every if r.cut][:2], [r for r in every if not r.cut][:2]
     mixed = [whole[0], cut[0], whole[1], cut[1]]
-    step, model = grpo(toy, baseline="none", normalize_std=False)
+    step, _ = grpo(toy, baseline="none", normalize_std=False)
     step.config = step.config.model_copy(update={"overlong": "mask"})
     masked = step.update(mixed, [1.0] * 4)
     alone, _ = grpo(toy, baseline="none", normalize_std=False)

@@ -1,0 +1,114 @@
+"""Figures of each start, and its differences from a reference, paired by seed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
+from ra3_megatron.study.intervals import t_interval
+from ra3_megatron.study.tables import Table
+from ra3_megatron.study.transfer.curves import LEVELS, Curve, Run, by_start
+
+Read = Callable[[Curve], float | None]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a curve. None: the level was never reached."""
+
+    title: str
+    read: Read
+    write: Callable[[float], str]
+    budget: Read | None = None
+    """What takes the place of a level that was never reached in differences: all that was spent."""
+
+
+def _reached(level: float, axis: str) -> Read:
+    return lambda curve: curve.reached(level, axis)
+
+
+def _spent(axis: str) -> Read:
+    return lambda curve: float(getattr(curve, axis)[-1])
+
+
+MEASURES: list[Measure] = [
+    Measure("start", lambda c: c.rate[0], percent),
+    *(
+        Measure(
+            f"{axis} to {level:.0%}",
+            _reached(level, axis),
+            {"steps": lambda v: number(v, 1), "tokens": count, "seconds": duration}[axis],
+            _spent(axis),
+        )
+        for level in LEVELS
+        for axis in ("steps", "tokens", "seconds")
+    ),
+    Measure("area", lambda c: c.area, lambda v: number(v, 3)),
+    Measure("asymptote", lambda c: c.asymptote, percent),
+    Measure("groups with a signal", lambda c: sum(c.signal) / len(c.signal) if c.signal else None, percent),
+]
+
+
+def transfer_table(runs: Sequence[Run]) -> Table:
+    """Means over seeds of each start."""
+    rows = []
+    for start, members in by_start(runs).items():
+        cells = []
+        for measure in MEASURES:
+            found = [value for run in members if (value := measure.read(run.curve)) is not None]
+            if not found:
+                cells.append("never" if measure.budget else ABSENT)
+                continue
+            text = measure.write(sum(found) / len(found))
+            cells.append(text if len(found) == len(members) else f"{text} ({len(found)} of {len(members)})")
+        rows.append([start, str(len(members)), *cells])
+    return Table(
+        "RLVR from each start",
+        ["start", "seeds", *(measure.title for measure in MEASURES)],
+        rows,
+        "Means over seeds. Rates are pass@1 on the held-out problems, sampled. Steps, sampled tokens and seconds of "
+        "training to a rate: where the curve first reaches it, linear between evaluations (in brackets: in how many of "
+        "the seeds it ever did; the mean is over those). Area: mean rate over the updates. Asymptote: mean of the last "
+        "quarter. Groups with a signal: training groups whose rewards differed.",
+    )
+
+
+def differences_table(runs: Sequence[Run], reference: str | None) -> Table:
+    """Each start minus the reference: mean over seeds that both have, with Student's 95% interval."""
+    groups = by_start(runs)
+    rows = []
+    base = {run.cell.seed: run.curve for run in groups.get(reference or "", [])}
+    for start, members in groups.items():
+        shared = [run for run in members if run.cell.seed in base]
+        if start == reference or not shared:
+            continue
+        cells = []
+        for measure in MEASURES:
+            pairs = [(_value(measure, run.curve), _value(measure, base[run.cell.seed])) for run in shared]
+            values = [a - b for a, b in pairs if a is not None and b is not None]
+            cells.append(_interval(measure, values))
+        rows.append([f"{start} - {reference}", str(len(shared)), *cells])
+    return Table(
+        "Differences, paired by seed",
+        ["", "seeds", *(measure.title for measure in MEASURES)],
+        rows,
+        "Mean over seeds with the 95% interval of Student's t (from three seeds on). A level that was never reached "
+        "counts as all that was spent, which understates the difference.",
+    )
+
+
+def _value(measure: Measure, curve: Curve) -> float | None:
+    value = measure.read(curve)
+    return measure.budget(curve) if value is None and measure.budget is not None else value
+
+
+def _interval(measure: Measure, values: Sequence[float]) -> str:
+    if not values:
+        return ABSENT
+    mean = sum(values) / len(values)
+    ends = t_interval(values)
+    signed = _signed(measure, mean)
+    return signed if ends is None else f"{signed} [{_signed(measure, ends[0])}, {_signed(measure, ends[1])}]"
+
+
+def _signed(measure: Measure, value: float) -> str:
+    return ("-" if value < 0 else "+") + measure.write(abs(value))
