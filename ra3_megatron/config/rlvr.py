@@ -28,6 +28,10 @@ class ProblemsConfig(Section):
     held_out: int = Field(default=64, ge=0)
     """Problems that are evaluated and never trained on."""
 
+    benchmarks: str | None = None
+    """Folder of benchmarks (`*.jsonl`, `*.jsonl.gz` with solutions): training problems that share 13 tokens in a row
+    with one of their solutions are left out. none: nothing is compared."""
+
     @model_validator(mode="after")
     def _check(self) -> "ProblemsConfig":
         if self.source == "tasks" and self.path is not None:

@@ -126,6 +126,23 @@ def evaluation_table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def rlvr_summary(run_dir: Path) -> dict[str, Any]:
+    """The headline figures of a finished run, for `summary.json`."""
+    records = read_metrics(run_dir)
+    held = [record for record in records if record["phase"] == "held_out"]
+    steps = [record for record in records if record["phase"] == "rlvr" and "sampled_tokens" in record]
+    return {
+        "kind": "rlvr",
+        "updates": steps[-1]["step"] if steps else 0,
+        "sampled_tokens": sum(record["sampled_tokens"] for record in steps),
+        "seconds": sum(record["seconds"] for record in steps),
+        "pass_at_1_first": held[0]["pass_at_1"] if held else None,
+        "pass_at_1_last": held[-1]["pass_at_1"] if held else None,
+        "pass_at_1_best": max((record["pass_at_1"] for record in held), default=None),
+        "monitors": [record["monitor"] for record in records if "monitor" in record],
+    }
+
+
 def print_rlvr_summary(run_dir: Path, console: Console) -> None:
     """The first evaluations and the last ones."""
     header, *rows = evaluation_table(read_metrics(run_dir))

@@ -15,7 +15,7 @@ from ra3_megatron.config.inherit import TOKENIZER, run_of
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, write_json
 from ra3_megatron.rlvr.problems.problem import Problem
-from ra3_megatron.rlvr.problems.sources import load_problems
+from ra3_megatron.rlvr.problems.sources import Problems, load_problems
 from ra3_megatron.rlvr.sandbox import Isolation, Sandbox, require_bubblewrap
 from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
@@ -83,7 +83,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.metrics import MetricsWriter
     from ra3_megatron.report.progress import Progress
-    from ra3_megatron.report.rlvr import build_rlvr_report, print_rlvr_summary
+    from ra3_megatron.report.rlvr import build_rlvr_report, print_rlvr_summary, rlvr_summary
     from ra3_megatron.rlvr.loop import Rlvr
     from ra3_megatron.text.latents import build_format
     from ra3_megatron.training.context import RunContext
@@ -98,13 +98,14 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     check_profile(config.profile, runtime)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
-            train, held_out = load_problems(config)
+            problems = load_problems(config)
+            _say(problems, progress)
             tokenizer = _tokenizer(config, folder, runtime)
             latents = build_format(config.text, tokenizer)
             base = base_checkpoint(config, folder, runtime, progress, config.rlvr.checkpoint)
             assert base is not None  # `check`
             check_fit(base, "rlvr.checkpoint" if config.model.hf is None else "model.hf", config, tokenizer)
-            on_main(runtime, lambda: write_json(folder.path / "problems.json", _manifest(train, held_out)))
+            on_main(runtime, lambda: write_json(folder.path / "problems.json", _manifest(problems)))
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))
             with engines as pool, _sandbox(config, runtime) as sandbox:
@@ -122,11 +123,12 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                 )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
-                        Rlvr(run, sandbox, train, held_out).optimize()
+                        Rlvr(run, sandbox, problems.train, problems.held_out).optimize()
                 finally:
                     if writer is not None:
                         writer.close()
         if runtime.is_main:
+            write_json(folder.summary, rlvr_summary(folder.path))
             report = build_rlvr_report(folder.path)
             print_rlvr_summary(folder.path, console)
             console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
@@ -165,14 +167,23 @@ def _tokenizer(config: RunConfig, folder: RunFolder, runtime: "Runtime") -> Any:
     return load_tokenizer(settings, own, config.model.vocab_size)
 
 
-def _manifest(train: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, Any]:
+def _say(problems: Problems, progress: Any) -> None:
+    report = problems.decontamination
+    if report is not None:
+        counts = ", ".join(f"{file}: {len(names)}" for file, names in report.dropped.items())
+        progress.message(f"{len(report.names)} problems share text with a benchmark and are left out ({counts})")
+
+
+def _manifest(problems: Problems) -> dict[str, Any]:
     """What the problems were."""
+    report = problems.decontamination
     return {
-        "training": len(train),
-        "held_out": len(held_out),
-        "training_hash": _hash(train),
-        "held_out_hash": _hash(held_out),
-        "held_out_names": [problem.name for problem in held_out],
+        "training": len(problems.train),
+        "held_out": len(problems.held_out),
+        "training_hash": _hash(problems.train),
+        "held_out_hash": _hash(problems.held_out),
+        "held_out_names": [problem.name for problem in problems.held_out],
+        "decontamination": "none" if report is None else asdict(report),
     }
 
 

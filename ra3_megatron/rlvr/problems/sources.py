@@ -1,9 +1,11 @@
 """The problems that a configuration names."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.rlvr.problems.decontamination import Report, decontaminate
 from ra3_megatron.rlvr.problems.generated import generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import mbpp_problems
@@ -11,8 +13,18 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.text.tokenizer import Tokenizer
 
 
-def load_problems(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems. Raises UserError when there are none, or they cannot be read."""
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a run."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+    decontamination: Report | None
+    """What was left out of the training problems; None: they were compared with nothing."""
+
+
+def load_problems(config: RunConfig) -> Problems:
+    """The problems of a run. Raises UserError when there are none, or they cannot be read."""
     asked = config.rlvr.problems
     if asked.source == "tasks":
         if config.corpus.source != "tasks":
@@ -25,9 +37,13 @@ def load_problems(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
         assert asked.path is not None
         read = mbpp_problems if asked.source == "mbpp" else jsonl_problems
         found = read(asked.path, asked.limit, asked.held_out)
-    if not found[0]:
-        raise UserError(f"rlvr.problems.source={asked.source}: there is no problem to train on")
-    return found
+    train, report = found[0], None
+    if asked.benchmarks is not None:
+        train, report = decontaminate(train, asked.benchmarks)
+    if not train:
+        left = f": all {len(found[0])} share text with a benchmark" if found[0] else ""
+        raise UserError(f"rlvr.problems.source={asked.source}: there is no problem to train on{left}")
+    return Problems(train, found[1], report)
 
 
 def encode_prompts(
