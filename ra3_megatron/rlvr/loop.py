@@ -12,8 +12,7 @@ from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.responses import ResponseRecord, write_responses
 from ra3_megatron.rlvr.grpo import GRPO
-from ra3_megatron.rlvr.problems.problem import Problem
-from ra3_megatron.rlvr.problems.sources import encode_prompts
+from ra3_megatron.rlvr.problems.sources import Problems
 from ra3_megatron.rlvr.rewards import Grader
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
@@ -21,6 +20,8 @@ from ra3_megatron.rlvr.steps import RlvrSteps, thoughts
 from ra3_megatron.rollout.sampling import LiveSampling, Sampling
 from ra3_megatron.training.context import RunContext
 from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
+
+Prompts = Sequence[Sequence[int]]
 
 PHASE = Phase("rlvr", 0)
 HELD_OUT = "held_out"
@@ -41,14 +42,12 @@ class Rlvr:
     """RLVR of one run in one process; all processes do the same."""
 
     def __init__(
-        self, run: RunContext, sandbox: Sandbox, train: Sequence[Problem], held_out: Sequence[Problem]
+        self, run: RunContext, sandbox: Sandbox, problems: Problems, prompts: Prompts, held_out_prompts: Prompts
     ) -> None:
-        self.run, self.sandbox, self.train, self.held_out = run, sandbox, train, held_out
-        config = run.config
-        most, context = config.rlvr.max_response_tokens, config.model.context_length
-        self.prompts = encode_prompts(train, run.tokenizer, most, context)
-        self.held_out_prompts = encode_prompts(held_out, run.tokenizer, most, context)
-        self.allowed = run.latents.ALL if config.rlvr.think else run.latents.no_thought_set
+        """prompts: token ids of each problem's."""
+        self.run, self.sandbox, self.train, self.held_out = run, sandbox, problems.train, problems.held_out
+        self.prompts, self.held_out_prompts = prompts, held_out_prompts
+        self.allowed = run.latents.ALL if run.config.rlvr.think else run.latents.no_thought_set
 
     def optimize(self) -> Path:
         """Train the policy, or go on with it; its final checkpoint."""

@@ -15,13 +15,14 @@ from ra3_megatron.config.inherit import TOKENIZER, run_of
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, write_json
 from ra3_megatron.rlvr.problems.problem import Problem
-from ra3_megatron.rlvr.problems.sources import Problems, load_problems
+from ra3_megatron.rlvr.problems.sources import Problems, encode_prompts, load_problems
 from ra3_megatron.rlvr.sandbox import Isolation, Sandbox, require_bubblewrap
 from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
 
 if TYPE_CHECKING:
     from ra3_megatron.mcore.startup import Runtime
+    from ra3_megatron.text.tokenizer import Tokenizer
 
 
 def rlvr(config: RunConfig, resume: bool) -> int:
@@ -100,11 +101,14 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             problems = load_problems(config)
             _say(problems, progress)
-            tokenizer = _tokenizer(config, folder, runtime)
+            tokenizer = _tokenizer(config, folder)
             latents = build_format(config.text, tokenizer)
+            prompts = [encode_prompts(asked, tokenizer, config) for asked in (problems.train, problems.held_out)]
+            if config.rlvr.checkpoint is not None:
+                check_fit(Path(config.rlvr.checkpoint), "rlvr.checkpoint", config, tokenizer)
+            on_main(runtime, lambda: tokenizer.save(folder.path / TOKENIZER))  # the run folder needs nothing else
             base = base_checkpoint(config, folder, runtime, progress, config.rlvr.checkpoint)
             assert base is not None  # `check`
-            check_fit(base, "rlvr.checkpoint" if config.model.hf is None else "model.hf", config, tokenizer)
             on_main(runtime, lambda: write_json(folder.path / "problems.json", _manifest(problems)))
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))
@@ -123,7 +127,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                 )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
-                        Rlvr(run, sandbox, problems.train, problems.held_out).optimize()
+                        Rlvr(run, sandbox, problems, *prompts).optimize()
                 finally:
                     if writer is not None:
                         writer.close()
@@ -147,11 +151,10 @@ def _sandbox(config: RunConfig, runtime: "Runtime") -> Sandbox:
     return Sandbox(Isolation(config.sandbox), sandbox_limits(config.rlvr.limits), max(1, workers // here))
 
 
-def _tokenizer(config: RunConfig, folder: RunFolder, runtime: "Runtime") -> Any:
-    """The tokenizer, of which the run folder keeps a copy. Collective."""
+def _tokenizer(config: RunConfig, folder: RunFolder) -> "Tokenizer":
+    """The tokenizer: the run folder's own copy, or that of the start."""
     from ra3_megatron.text.tokenizer import load_tokenizer
 
-    own = folder.path / TOKENIZER
     settings = config.tokenizer
     if settings.path is None and config.rlvr.checkpoint is not None:
         run = run_of(Path(config.rlvr.checkpoint))
@@ -159,12 +162,7 @@ def _tokenizer(config: RunConfig, folder: RunFolder, runtime: "Runtime") -> Any:
             settings = settings.model_copy(update={"path": str(run / TOKENIZER)})
     if settings.path is None:
         raise UserError("tokenizer.path is missing: name the folder of the tokenizer that the model was trained with")
-
-    def keep() -> None:
-        load_tokenizer(settings, own, config.model.vocab_size).save(own)
-
-    on_main(runtime, keep)
-    return load_tokenizer(settings, own, config.model.vocab_size)
+    return load_tokenizer(settings, folder.path / TOKENIZER, config.model.vocab_size)
 
 
 def _say(problems: Problems, progress: Any) -> None:

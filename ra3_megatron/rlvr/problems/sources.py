@@ -46,10 +46,9 @@ def load_problems(config: RunConfig) -> Problems:
     return Problems(train, found[1], report)
 
 
-def encode_prompts(
-    problems: Sequence[Problem], tokenizer: Tokenizer, max_response: int, context: int
-) -> list[list[int]]:
+def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, config: RunConfig) -> list[list[int]]:
     """Ids of each problem's prompt, [bos, prompt …]. UserError when one leaves no room for a response."""
+    max_response, context = config.rlvr.max_response_tokens, config.model.context_length
     prompts = [[tokenizer.bos, *tokenizer.encode(problem.prompt)] for problem in problems]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
     if longest is not None and len(prompts[longest]) + max_response > context:
