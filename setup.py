@@ -56,7 +56,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["ra3_megatron", "ra3_megatron.*"]),
-    package_data={"ra3_megatron": ["py.typed", "report/templates/*", "scaling/data/*"]},
+    package_data={"ra3_megatron": ["py.typed", "report/templates/*", "scaling/data/*", "rlvr/problems/data/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ra3 = ra3_megatron.cli:main"]},

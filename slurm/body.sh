@@ -4,12 +4,15 @@
 #   CONFIG     configuration, relative to the checkout or absolute
 #   SETTINGS   array of overrides; arguments behind the script's name come after these and win
 #   MODEL      (GPU nodes) name of a Hugging Face folder, such as Llama-3.1-8B
+#   VERB       what of ra3 it runs: train, or rlvr                      (train)
 # parallel.data is set here: as many replicas of the model as the job's processes hold.
 #
 # Sites differ in what site.sh (from site.example.sh) or the environment sets; everything else has a default:
 #   RA3_MODEL       folder of the Hugging Face model                    ($RA3_MODELS/$MODEL)
 #   RA3_MODELS      folder of such folders
 #   RA3_DATA        corpus.path: files with the expert's code           (none: what the configuration says)
+#   RA3_CHECKPOINT  (rlvr) checkpoint folder that RLVR starts from      (none: RA3_MODEL, or what the configuration says)
+#   RA3_PROBLEMS    (rlvr) rlvr.problems.path: jsonl file of problems   (none: what the configuration says)
 #   RA3_CONFIG      configuration instead of the script's
 #   RA3_ROLLOUT_NODES  the last nodes of the job run vLLM alone         (0: vLLM runs on the trainer's GPUs)
 #   RA3_ENGINES_PER_NODE  engines that each of them takes               (as many as its GPUs allow; without GPUs 1)
@@ -37,6 +40,15 @@ if [ -n "${MODEL:-}" ]; then
   RA3_MODEL=${RA3_MODEL:-${RA3_MODELS:+$RA3_MODELS/$MODEL}}
   [ -n "$RA3_MODEL" ] || mistake "RA3_MODEL is not set: the folder of the Hugging Face model $MODEL (or RA3_MODELS, the folder that holds it)"
   SETTINGS=("model.hf=$RA3_MODEL" "${SETTINGS[@]}")
+fi
+VERB=${VERB:-train}
+if [ "$VERB" = rlvr ]; then
+  if [ -n "${RA3_CHECKPOINT:-}" ]; then
+    SETTINGS+=("rlvr.checkpoint=$RA3_CHECKPOINT")
+  elif [ -n "${RA3_MODEL:-}" ]; then
+    SETTINGS+=("model.hf=$RA3_MODEL")
+  fi
+  [ -z "${RA3_PROBLEMS:-}" ] || SETTINGS+=("rlvr.problems.path=$RA3_PROBLEMS")
 fi
 setting() { # setting KEY DEFAULT: its value among the overrides
   local value=$2 each
@@ -71,7 +83,7 @@ fi
 RA3_RUN_DIR=${RA3_RUN_DIR:-$RA3_RUNS/$SLURM_JOB_NAME-$SLURM_JOB_ID}
 LOGS=$RA3_RUN_DIR.logs
 
-TRAIN=(ra3 train "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}")
+TRAIN=(ra3 "$VERB" "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}")
 
 if [ -n "${RA3_RENDER:-}" ]; then
   printf '%s\0' "home=$RA3_HOME" "config=$CONFIG" "run_dir=$RA3_RUN_DIR" "logs=$LOGS" "trainers=$TRAINERS" \

@@ -11,17 +11,17 @@ import typer
 from ra3_megatron.cli.arguments import Config, Overrides, RequiredConfig, RunFolder, load, require_folder, split
 from ra3_megatron.config.errors import UserError
 
+_RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Folder of the run; the same as run_dir=DIR.", show_default=False),
+]
+
 
 def train(
     config: RequiredConfig,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--run-dir", metavar="DIR", help="Folder of the run; the same as run_dir=DIR.", show_default=False
-        ),
-    ] = None,
+    run_dir: _RunDir = None,
 ) -> None:
     """Train: warm start, EM iterations, control, evaluation and report, as the configuration says.
 
@@ -42,12 +42,15 @@ def rlvr(
     config: Config = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    run_dir: _RunDir = None,
 ) -> None:
     """Reinforcement learning with verifiable rewards: GRPO on programs that are executed in a sandbox.
 
     The policy starts from rlvr.checkpoint, whose run also says the model, the text format and the tokenizer.
     """
     path, settings = split(config, overrides)
+    if run_dir is not None:
+        settings.append(f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}")
     resolved = load(path, settings)
     from ra3_megatron.verbs.rlvr import rlvr as run_rlvr
 

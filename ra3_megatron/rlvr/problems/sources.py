@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.rlvr.problems.competition import competition_problems
 from ra3_megatron.rlvr.problems.decontamination import Report, decontaminate
 from ra3_megatron.rlvr.problems.generated import generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
@@ -35,8 +36,12 @@ def load_problems(config: RunConfig) -> Problems:
         found = generated_problems(config.corpus, asked.limit, asked.held_out)
     else:
         assert asked.path is not None
-        read = mbpp_problems if asked.source == "mbpp" else jsonl_problems
-        found = read(asked.path, asked.limit, asked.held_out)
+        if asked.source == "mbpp":
+            found = mbpp_problems(asked.path, asked.limit, asked.held_out)
+        elif asked.source == "jsonl":
+            found = jsonl_problems(asked.path, asked.limit, asked.held_out)
+        else:
+            found = competition_problems(asked.path, asked.source, asked.limit, asked.held_out)
     train, report = found[0], None
     if asked.benchmarks is not None:
         train, report = decontaminate(train, asked.benchmarks)

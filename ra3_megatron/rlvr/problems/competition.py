@@ -1,0 +1,153 @@
+"""Programming contests as problems: the rows of DeepCoder's and AReaL's data sets.
+
+    DeepCoder (agentica-org/DeepCoder-Preview-Dataset, all configurations): problem; tests, JSON, either
+        {"inputs": […], "outputs": […], "fn_name"?: …}                                              (taco)
+        [{"input": …, "output": …, "type" or "testtype": "stdin_stdout" | "stdin" | "function_call" | "functional",
+          "fn_name"? or "metadata"?: {"func_name": …}}, …]                       (primeintellect, lcbv5, codeforces)
+        with starter_code? and metadata?: {"func_name": …} beside it
+    AReaL (inclusionAI's code data): prompt (or question); input_output, JSON {"inputs", "outputs", "fn_name"?}
+
+Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are. Functions:
+arguments are JSON values (a list, or one value a line of a text), results are equal when they are the same JSON.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.problems.checks import require_parsed
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
+
+SAME = """
+def _plain(value):
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+def _same(found, expected):
+    return _plain(found) == _plain(expected)
+"""
+"""JSON knows neither tuples nor keys that are no strings."""
+INSTRUCTIONS = {
+    "stdin": "Write a Python program that reads from standard input and writes the answer to standard output.",
+    "function": "Write the answer in Python, starting from this code:\n```python\n{starter}\n```",
+}
+_FUNCTION_KINDS = frozenset({"function_call", "functional"})
+
+
+def competition_problems(
+    path: str, schema: str, limit: int | None, held_out: int
+) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems of a jsonl file in the schema `deepcoder` or `areal`; the last ones are held out.
+
+    Raises UserError with the line of the first row that is wrong.
+    """
+    file = Path(path)
+    found: list[Problem] = []
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found.append(_problem(json.loads(line), f"{schema}/{number}", schema))
+    except OSError as error:
+        raise UserError(f"rlvr.problems.path={path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}:{number}: no row of {schema} ({said})") from error
+    kept = min(held_out, max(len(found) - 1, 0))
+    return found[: len(found) - kept][:limit], found[len(found) - kept :]
+
+
+def _problem(row: Mapping[str, Any], name: str, schema: str) -> Problem:
+    if schema == "areal":
+        text = row["prompt"] if "prompt" in row else row["question"]
+        tests = _loaded(row["input_output"])
+    else:
+        text, tests = row["problem"], _loaded(row["tests"])
+    function, cases = cases_of(tests)
+    metadata = _loaded(row.get("metadata") or {})
+    function = function or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
+    starter = row.get("starter_code") or ""
+    return contest_problem(name, str(text), function, cases, starter)
+
+
+def cases_of(tests: Any) -> tuple[str | None, list[tuple[Any, Any]]]:
+    """The name of the function (None: whole programs), and (input, output) of each case."""
+    if isinstance(tests, Mapping):
+        inputs, outputs = tests["inputs"], tests["outputs"]
+        if len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+        return tests.get("fn_name"), list(zip(inputs, outputs, strict=True))
+    kinds = {case.get("type") or case.get("testtype") or "stdin" for case in tests}
+    if len(kinds & _FUNCTION_KINDS) and len(kinds) > 1:
+        raise ValueError(f"tests of several kinds: {', '.join(sorted(kinds))}")
+    named = (case.get("fn_name") or (case.get("metadata") or {}).get("func_name") for case in tests)
+    names = {str(name) for name in named if name is not None}
+    if len(names) > 1:
+        raise ValueError(f"tests of several functions: {', '.join(sorted(names))}")
+    function = names.pop() if names and kinds & _FUNCTION_KINDS else None
+    return function, [(case["input"], case["output"]) for case in tests]
+
+
+def contest_problem(
+    name: str, text: str, function: str | None, cases: Sequence[tuple[Any, Any]], starter: str
+) -> Problem:
+    """The problem with its instructions; the answer is a program, in a fenced block or as it is.
+
+    function: what is called (a method of `Solution`, if the starter code has that class); None: whole programs.
+    Raises ValueError for tests that cannot be written.
+    """
+    if not cases:
+        raise ValueError("there are no tests")
+    if function is None:
+        pairs = tuple((_lines(given), _lines(expected)) for given, expected in cases)
+        return Problem(name, f"{text.strip()}\n\n{INSTRUCTIONS['stdin']}\n", StdinTests(pairs), "program")
+    called = f"Solution().{function}" if "class Solution" in starter else function
+    tests = []
+    for given, expected in cases:
+        arguments = ", ".join(repr(value) for value in _arguments(given))
+        tests.append(f"assert _same({called}({arguments}), {_value(expected)!r})")
+    require_parsed(SAME, tests)
+    instructions = INSTRUCTIONS["function"].format(starter=starter.strip() or f"def {function}(…):")
+    entry = "Solution" if "class Solution" in starter else function
+    return Problem(
+        name,
+        f"{text.strip()}\n\n{instructions}\n",
+        FunctionTests(setup=SAME, tests=tuple(tests), entry_points=(entry,)),
+        "program",
+    )
+
+
+def _loaded(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _lines(value: Any) -> str:
+    """Standard input or output: a text, or a list of lines."""
+    if isinstance(value, str):
+        return value if value.endswith("\n") or not value else value + "\n"
+    return "".join(f"{line}\n" for line in value)
+
+
+def _arguments(given: Any) -> list[Any]:
+    """Arguments of a call: a list of values, or a text with one JSON value a line."""
+    if isinstance(given, str):
+        return [json.loads(line) for line in given.splitlines() if line.strip()]
+    if not isinstance(given, list):
+        raise ValueError(f"arguments must be a list or lines of JSON, not {type(given).__name__}")
+    return given
+
+
+def _value(expected: Any) -> Any:
+    """The expected result: JSON in a text, or a value (alone in a list, as taco writes it)."""
+    if isinstance(expected, str):
+        try:
+            return json.loads(expected)
+        except ValueError:
+            return expected
+    return expected[0] if isinstance(expected, list) and len(expected) == 1 else expected

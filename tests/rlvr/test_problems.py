@@ -1,0 +1,205 @@
+"""Problems from every source: what is given and tested, what is held out, what is contaminated; solutions pass."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ra3_megatron.config.data import CorpusConfig
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.tasks import TasksConfig
+from ra3_megatron.rlvr.problems.competition import competition_problems
+from ra3_megatron.rlvr.problems.decontamination import TOKENS, decontaminate, tokens_of
+from ra3_megatron.rlvr.problems.generated import generated_problems
+from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
+from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Limits, Sandbox, StdinTests, Verdict
+
+SHARED = Path(os.environ.get("RA3_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+needs_mbpp = pytest.mark.skipif(
+    not (SHARED / "data" / "mbpp" / "mbpp.jsonl").is_file(),
+    reason="the benchmark data folder ../shared is not on this disk",
+)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(Isolation.BUBBLEWRAP, Limits(seconds=20), 2) as found:
+        yield found
+
+
+def verdicts(sandbox: Sandbox, problems: list[Problem], answers: list[str]) -> list[Verdict]:
+    programs = [problem.program(answer) for problem, answer in zip(problems, answers, strict=True)]
+    return [outcome.verdict for outcome in sandbox.grade(programs)]
+
+
+@pytest.mark.parametrize("family", ["hopprog", "stateprog", "composition"])
+def test_generated_tasks_are_solved_by_their_programs_alone(family: Any, sandbox: Sandbox) -> None:
+    config = CorpusConfig(source="tasks", valid_fraction=0.3, tasks=TasksConfig(family=family, count=30))
+    train, valid = generated_problems(config, 8, 4)
+    assert len(train) == 8 and len(valid) == 4 and not {p.name for p in train} & {p.name for p in valid}
+    both = [*train, *valid]
+    assert verdicts(sandbox, both, [str(p.solution) for p in both]) == [Verdict.PASSED] * 12
+    wrong = ["    return []\n" if family != "composition" else "    return None\n"] * 12
+    assert Verdict.PASSED not in verdicts(sandbox, both, wrong)
+
+
+def test_an_answer_ends_at_a_stop_and_comes_out_of_its_fence() -> None:
+    tests = FunctionTests(setup="", tests=("assert f() == 1",))
+    goes_on = Problem("a", "def f():\n", tests, stop=("\nassert", "\nprint("))
+    assert goes_on.program("    return 1\nprint(f())\nassert 0").code == "def f():\n    return 1"
+    whole = Problem("b", "Say one.\n", tests, answer="program")
+    said = "First\n```python\nx = 1\n```\nno, this:\n```py\ndef f():\n    return 1\n```\nDone."
+    assert (
+        whole.program(said).code == "def f():\n    return 1\n" and whole.program("def f(): ...").code == "def f(): ..."
+    )
+
+
+def test_jsonl_splits_and_kinds(tmp_path: Path, sandbox: Sandbox) -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "one", "prompt": "def f(x):\n", "tests": ["assert f(1) == 2"], "solution": "    return x + 1\n"},
+        {
+            "name": "two",
+            "prompt": "Print the sum.",
+            "answer": "program",
+            "cases": [{"input": "1 2\n", "output": "3\n"}, {"input": "2 2", "output": "4"}],
+            "solution": "print(sum(map(int, input().split())))",
+        },
+        {
+            "name": "three",
+            "prompt": "Print any even number above the input.",
+            "answer": "program",
+            "cases": [{"input": "7\n", "output": ""}],
+            "checker": "def check(input, expected, output):\n    return int(output) > int(input) and int(output) % 2 == 0\n",
+            "solution": "print(2 * int(input()))",
+            "split": "held_out",
+        },
+        {"name": "four", "prompt": "x = 1\n", "setup": "y = 1", "tests": ["assert x == y"], "solution": ""},
+    ]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, valid = jsonl_problems(str(file), None, 2)
+    assert [p.name for p in train] == ["one", "two"] and [p.name for p in valid] == ["three", "four"]
+    both = [*train, *valid]
+    assert isinstance(train[1].tests, StdinTests) and isinstance(train[0].tests, FunctionTests)
+    assert verdicts(sandbox, both, [str(p.solution) for p in both]) == [Verdict.PASSED] * 4
+    assert verdicts(sandbox, [valid[0]], ["print(9)"]) == [Verdict.WRONG]
+    assert [p.name for p in jsonl_problems(str(file), 1, 1)[0]] == ["one"]
+
+
+DEEPCODER: list[dict[str, Any]] = [
+    {
+        "problem": "Double it.",
+        "tests": json.dumps({"fn_name": "double", "inputs": [[2], [[1, 2]]], "outputs": [[4], [[1, 2, 1, 2]]]}),
+    },
+    {
+        "problem": "Read two numbers, print the sum.",
+        "tests": json.dumps([{"type": "stdin_stdout", "input": "1\n2\n", "output": "3\n"}]),
+    },
+    {
+        "problem": "Pairs.",
+        "starter_code": "class Solution:\n    def pairs(self, a: int, b: str):\n        ",
+        "tests": json.dumps([{"testtype": "functional", "input": '1\n"x"', "output": '[[1, "x"]]'}]),
+        "metadata": json.dumps({"func_name": "pairs"}),
+    },
+]
+ANSWERS = [
+    "```python\ndef double(x):\n    return 2 * x\n```",
+    "a = int(input())\nprint(a + int(input()))",
+    "```python\nclass Solution:\n    def pairs(self, a, b):\n        return [(a, b)]\n```",
+]
+
+
+def test_deepcoder_rows(tmp_path: Path, sandbox: Sandbox) -> None:
+    file = tmp_path / "deepcoder.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in DEEPCODER))
+    problems, held = competition_problems(str(file), "deepcoder", None, 0)
+    assert not held and isinstance(problems[1].tests, StdinTests) and "class Solution" in problems[2].prompt
+    assert verdicts(sandbox, problems, ANSWERS) == [Verdict.PASSED] * 3
+    wrong = [
+        "def double(x):\n    return x",
+        "print(4)",
+        "class Solution:\n    def pairs(self, a, b):\n        return []",
+    ]
+    assert verdicts(sandbox, problems, wrong) == [Verdict.WRONG] * 3
+
+
+def test_areal_rows(tmp_path: Path, sandbox: Sandbox) -> None:
+    rows = [
+        {"prompt": "Sum.", "query_id": "1", "input_output": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})},
+        {"question": "Neg.", "input_output": {"fn_name": "neg", "inputs": [[3]], "outputs": [[-3]]}},
+    ]
+    file = tmp_path / "areal.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first,), (second,) = competition_problems(str(file), "areal", None, 1)
+    answers = ["print(sum(map(int, input().split())))", "def neg(x): return -x"]
+    assert verdicts(sandbox, [first, second], answers) == [Verdict.PASSED] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"tests": "[]"}, "no key 'problem'"),
+        ({"problem": "x", "tests": "[]"}, "there are no tests"),
+        ({"problem": "x", "tests": '{"inputs": ["1"], "outputs": []}'}, "1 inputs and 0 outputs"),
+        ({"problem": "x", "tests": "not json"}, "no row of deepcoder"),
+    ],
+)
+def test_rows_that_are_none(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(json.dumps(DEEPCODER[0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"bad.jsonl:2: .*{said}"):
+        competition_problems(str(file), "deepcoder", None, 0)
+
+
+@needs_mbpp
+def test_mbpp_without_the_problems_of_mbpp_plus(sandbox: Sandbox) -> None:
+    train, held = mbpp_problems(str(SHARED / "data" / "mbpp"), None, 1000)
+    numbers = [int(p.name.split("/")[1]) for p in train], [int(p.name.split("/")[1]) for p in held]
+    assert (len(train), len(held)) == (266, 51) and not plus_ids() & {*numbers[0], *numbers[1]}
+    assert set(numbers[0]) <= set(TRAIN) and set(numbers[1]) <= set(HELD_OUT)
+    with gzip.open(SHARED / "data" / "mbppplus" / "MbppPlus.jsonl.gz", "rt") as lines:
+        assert plus_ids() == {int(json.loads(line)["task_id"].split("/")[1]) for line in lines}
+    some = [*train[::29], *held[::17]]
+    assert verdicts(sandbox, some, [str(p.solution) for p in some]) == [Verdict.PASSED] * len(some)
+
+
+def problem(name: str, solution: str | None, prompt: str = "p") -> Problem:
+    return Problem(name, prompt, FunctionTests("", ("assert True",)), solution=solution)
+
+
+LONG = "def f(a, b):\n    total = a + b\n    for item in range(total):\n        total += item * 2\n    return total\n"
+
+
+def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
+    assert len(tokens_of(LONG)) > 2 * TOKENS
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "one.jsonl").write_text(json.dumps({"task_id": 1, "canonical_solution": LONG}) + "\n")
+    with gzip.open(tmp_path / "bench" / "two.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"solution": "x = sorted(y)"}) + "\n")
+    (tmp_path / "bench" / "prompts.jsonl").write_text(json.dumps({"prompt": "no solution"}) + "\n")
+    part = LONG.replace("def f(a, b):", "def other(a, b, c, d):").replace("return total", "return -1")
+    problems = [
+        problem("the same", LONG),
+        problem("a long part", "# a comment\n" + part),
+        problem("renamed", LONG.replace("total", "result").replace("item", "each")),
+        problem("short and the same", "x  =  sorted( y )"),
+        problem("short and another", "x = sorted(z)"),
+        problem("only a prompt", None, "something else"),
+    ]
+    kept, report = decontaminate(problems, str(tmp_path / "bench"))
+    assert [p.name for p in kept] == ["renamed", "short and another", "only a prompt"]
+    assert report.benchmarks == {"one.jsonl": 1, "two.jsonl.gz": 1}
+    assert report.dropped == {"one.jsonl": ["the same", "a long part"], "two.jsonl.gz": ["short and the same"]}
+
+
+def test_a_folder_without_benchmarks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no benchmark"):
+        decontaminate([problem("a", LONG)], str(tmp_path))
