@@ -235,6 +235,8 @@ def _problems(study: StudyConfig) -> Iterator[str]:
         yield from (f"{where}: {{{name}}} can stand in settings of an arm only" for name in placeholders(values))
     if study.base is not None:
         yield from _settings_problems("base", study.base)
+        if study.verb == "rlvr":
+            yield "base: does not go with verb=rlvr: name each arm's start with rlvr.checkpoint"
     elif study.shared_base:
         yield "shared_base=true: needs `base`, the settings of the base run ({} for none)"
     yield from _grid_problems("grid", study.grid)
@@ -264,7 +266,7 @@ def _grid_problems(where: str, grid: Mapping[str, list[Any]]) -> Iterator[str]:
 
 
 def _arm_problems(study: StudyConfig, name: str, arm: ArmConfig) -> Iterator[str]:
-    taken = {BASE: "is the base run's name", SEED: "stands for the seed"}
+    taken = {SEED: "stands for the seed"} | ({} if study.verb == "rlvr" else {BASE: "is the base run's name"})
     if name in taken or not _NAME.fullmatch(name):
         reason = taken.get(name, "use letters, digits, '_', '.', '+', '-'")
         yield f"arms.{name}: {reason}"

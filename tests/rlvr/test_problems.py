@@ -77,7 +77,7 @@ def test_jsonl_splits_and_kinds(tmp_path: Path, sandbox: Sandbox) -> None:
             "prompt": "Print any even number above the input.",
             "answer": "program",
             "cases": [{"input": "7\n", "output": ""}],
-            "checker": "def check(input, expected, output):\n    return int(output) > int(input) and int(output) % 2 == 0\n",
+            "checker": "def check(input, expected, output): return int(output) > int(input) and int(output) % 2 == 0",
             "solution": "print(2 * int(input()))",
             "split": "held_out",
         },

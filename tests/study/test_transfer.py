@@ -1,0 +1,142 @@
+"""The transfer study: what is read off a curve, tables over seeds, differences, and the report from run folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ra3_megatron.cli import app
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.study.plan import cells_of
+from ra3_megatron.study.ready import transfer_study
+from ra3_megatron.study.spec import StudyConfig, dump_study
+from ra3_megatron.study.transfer.curves import Curve, Run, curve_of
+from ra3_megatron.study.transfer.measures import differences_table, transfer_table
+from ra3_megatron.study.transfer.report import build_transfer_report
+
+CONFIG = "rlvr: {steps: 20, problems: {source: tasks}}\ncorpus: {source: tasks}\n"
+
+
+def records(rates: dict[int, float], signal: float = 0.5) -> list[dict[str, Any]]:
+    """Metrics of a run: evaluations at these steps; an update samples 100 tokens and takes 2 seconds."""
+    lines: list[dict[str, Any]] = []
+    for step in range(max(rates) + 1):
+        if step:
+            values = {"sampled_tokens": 100.0, "seconds": 3.0, "seconds_evaluation": 1.0}
+            equal = {"all_right": 0.0, "all_wrong": 1 - signal}
+            lines.append({"phase": "rlvr", "iteration": 0, "step": step, "global_step": 0, **values, **equal})
+        if step in rates:
+            lines.append(
+                {"phase": "held_out", "iteration": 0, "step": step, "global_step": 0, "pass_at_1": rates[step]}
+            )
+    return lines
+
+
+def curve(rates: dict[int, float]) -> Curve:
+    return curve_of(records(rates))
+
+
+def test_first_crossings_are_between_evaluations() -> None:
+    found = curve({0: 0.1, 10: 0.3, 20: 0.7})
+    assert found.reached(0.5, "steps") == pytest.approx(15) and found.reached(0.5, "tokens") == pytest.approx(1500)
+    assert found.reached(0.5, "seconds") == pytest.approx(30) and found.reached(0.9, "steps") is None
+    assert found.reached(0.1, "steps") == 0 and curve({0: 0.6, 5: 0.2}).reached(0.5, "tokens") == 0
+    dips = curve({0: 0.0, 10: 0.6, 20: 0.4, 30: 0.8})
+    assert dips.reached(0.5, "steps") == pytest.approx(10 * 5 / 6)
+
+
+def test_area_and_asymptote() -> None:
+    found = curve({0: 0.0, 10: 0.4, 20: 0.8})
+    assert found.area == pytest.approx(0.4) and found.asymptote == pytest.approx(0.8)
+    assert curve({0: 0.2}).area == pytest.approx(0.2)
+    assert curve({0: 0.0, 4: 0.5, 6: 0.7, 8: 0.9}).asymptote == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="no evaluation"):
+        curve_of([])
+
+
+def study(tmp_path: Path, seeds: int = 3) -> StudyConfig:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    starts = [f"{name}={tmp_path}/starts/{name}-{{seed}}" for name in ("base", "ntp", "ra3")]
+    return transfer_study(config, [], tmp_path / "study", seeds, starts, None)
+
+
+def write_cells(of: StudyConfig) -> None:
+    """Folders as `ra3 rlvr` leaves them: RA3 reaches 90%, the others do not."""
+    slopes = {"base": 0.02, "ntp": 0.01, "ra3": 0.05}
+    (of.path).mkdir(parents=True, exist_ok=True)
+    (of.path / "study.yaml").write_text(dump_study(of))
+    for cell in cells_of(of):
+        folder = cell.folder(of.path)
+        folder.mkdir(parents=True)
+        rates = {s: min(1.0, 0.01 * cell.seed + slopes[cell.arm] * s) for s in (0, 5, 10, 15, 20)}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(rates)))
+        (folder / "summary.json").write_text('{"kind": "rlvr"}')
+
+
+def test_tables(tmp_path: Path) -> None:
+    of = study(tmp_path)
+    runs = [
+        Run(cell, curve({0: 0.0, 10: 0.25, 20: 0.5 if cell.arm == "ntp" and cell.seed > 1 else 0.4}))
+        if cell.arm != "ra3"
+        else Run(cell, curve({0: 0.4, 10: 0.9 + 0.01 * cell.seed, 20: 1.0}))
+        for cell in cells_of(of)
+    ]
+    table = transfer_table(runs)
+    column = {name: number for number, name in enumerate(table.header)}
+    rows = {row[0]: row for row in table.rows}
+    assert rows["base"][column["steps to 50%"]] == "never" and rows["ra3"][column["start"]] == "40.0%"
+    assert rows["ntp"][column["steps to 50%"]] == "20.0 (2 of 3)"
+    differences = {row[0]: row for row in differences_table(runs, "ntp").rows}
+    assert set(differences) == {"base - ntp", "ra3 - ntp"}
+    asymptote = differences["ra3 - ntp"][column["asymptote"]]
+    assert asymptote.startswith("+53.3% [") and differences["base - ntp"][column["steps to 90%"]].startswith("+0")
+
+
+def test_starts_are_named_and_paired_by_seed(tmp_path: Path) -> None:
+    of = study(tmp_path, seeds=2)
+    assert (
+        of.verb == "rlvr" and of.reference == "ntp" and of.seeds == [1, 2] and list(of.arms) == ["base", "ntp", "ra3"]
+    )
+    from ra3_megatron.study.plan import resolve
+
+    configs = resolve(of, cells_of(of))
+    assert configs["ra3,seed=2"].rlvr.checkpoint == f"{tmp_path}/starts/ra3-2" and configs["ra3,seed=2"].seed == 2
+
+
+@pytest.mark.parametrize(
+    ("starts", "reference", "said"),
+    [
+        (["ra3"], None, "must be a name and a checkpoint"),
+        (["a=x", "a=y"], None, "a is named twice"),
+        ([], None, "needs --start"),
+        (["a=x"], "b", "--reference b: must be one of a"),
+    ],
+)
+def test_starts_that_are_none(tmp_path: Path, starts: list[str], reference: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        transfer_study(tmp_path / "config.yaml", [], tmp_path / "study", 1, starts, reference)
+
+
+def test_the_report_is_built_from_the_folder(tmp_path: Path) -> None:
+    of = study(tmp_path)
+    write_cells(of)
+    page = build_transfer_report(of.path).read_text()
+    assert page.count("data:image/png") == 2 and "Differences, paired by seed" in page and "9 of 9 done" in page
+    lines = [json.loads(line) for line in (of.path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 9 and {line["start"] for line in lines} == {"base", "ntp", "ra3"}
+    assert "| ra3" in (of.path / "table.md").read_text()
+    result = CliRunner().invoke(app, ["study", "report", str(of.path)])
+    assert result.exit_code == 0 and result.output.strip() == str(of.path / "report.html")
+
+
+def test_dry_run_lists_the_cells(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    command = ["study", "rlvr-transfer", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "study")]
+    result = CliRunner().invoke(app, [*command, "--start", "ra3=x", "--start", "ntp=y", "--seeds", "2", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in ("ra3,seed=1", "ntp,seed=2")) and not (tmp_path / "study").exists()
