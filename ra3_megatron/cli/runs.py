@@ -60,10 +60,16 @@ def rlvr(
 def report(run_dir: RunFolder) -> None:
     """Rebuild the report of a run from its folder."""
     require_folder(run_dir, "run folder")
-    from ra3_megatron.report.build import build_report
-    from ra3_megatron.report.rlvr import build_rlvr_report, is_rlvr
+    from ra3_megatron.report.run_folder import RunFolder
 
-    typer.echo(build_rlvr_report(run_dir) if is_rlvr(run_dir) else build_report(run_dir))
+    if RunFolder(run_dir).problems.is_file():
+        from ra3_megatron.report.rlvr import build_rlvr_report
+
+        typer.echo(build_rlvr_report(run_dir))
+        return
+    from ra3_megatron.report.build import build_report
+
+    typer.echo(build_report(run_dir))
 
 
 def infuse(

@@ -21,9 +21,6 @@ from ra3_megatron.report.responses import FOLDER, ResponseRecord, read_responses
 from ra3_megatron.report.run_folder import RunFolder, read_json, require_run, write_text
 from ra3_megatron.report.timings import time_table
 
-PROBLEMS = "problems.json"
-"""What the problems of an RLVR run are; a run folder with it is one."""
-
 FIGURES: dict[str, tuple[str, dict[tuple[str, str], str]]] = {
     "held_out": (
         "Held-out problems: the share of responses that pass all tests, and what they look like.",
@@ -70,11 +67,6 @@ SHOWN = 6
 """Responses of the first and of the last evaluation on the page."""
 
 
-def is_rlvr(run_dir: Path) -> bool:
-    """Whether the folder is that of an RLVR run."""
-    return (run_dir / PROBLEMS).is_file()
-
-
 def build_rlvr_report(run_dir: Path | str) -> Path:
     """Build `report.html` and `figures/*.png`; the path of the report. Raises UserError when it is no run folder."""
     folder = require_run(run_dir)
@@ -98,7 +90,7 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         pictures=pictures,
         times=time_table(records),
         samples=_samples(folder),
-        problems=rows_of(read_json(folder.path / PROBLEMS)),
+        problems=rows_of(read_json(folder.problems)),
         config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
         versions=None if versions is None else rows_of(versions),
         code_style=Markup(code_style()),

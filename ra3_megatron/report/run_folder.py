@@ -32,6 +32,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def problems(self) -> Path:
+        """What the problems of an RLVR run were; a run with it is one."""
+        return self.path / "problems.json"
+
+    @property
     def versions(self) -> Path:
         """Software and machine."""
         return self.path / "versions.json"

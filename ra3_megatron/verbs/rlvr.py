@@ -109,7 +109,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
             on_main(runtime, lambda: tokenizer.save(folder.path / TOKENIZER))  # the run folder needs nothing else
             base = base_checkpoint(config, folder, runtime, progress, config.rlvr.checkpoint)
             assert base is not None  # `check`
-            on_main(runtime, lambda: write_json(folder.path / "problems.json", _manifest(problems)))
+            on_main(runtime, lambda: write_json(folder.problems, _manifest(problems)))
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))
             with engines as pool, _sandbox(config, runtime) as sandbox:
