@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -47,10 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             setattr(fake, key, function)
         monkeypatch.setitem(sys.modules, name, fake)
         parent, _, child = name.rpartition(".")
-        package = sys.modules.get(parent)
-        if package is None:
-            package = types.ModuleType(parent)
-            monkeypatch.setitem(sys.modules, parent, package)
+        package = importlib.import_module(parent)  # a room itself loads nothing
         monkeypatch.setattr(package, child, fake, raising=False)
 
     def train(config: RunConfig, resume: bool) -> int:
