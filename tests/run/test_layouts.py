@@ -26,8 +26,8 @@ TOLERANCE = 5e-4
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ("parallel.tensor=2", None),
-        ("parallel.context=1", "parallel.data=2"),
+        pytest.param("parallel.tensor=2", None, marks=pytest.mark.extended),
+        pytest.param("parallel.context=1", "parallel.data=2", marks=pytest.mark.extended),
         ("parallel.pipeline=2", "parallel.context=2"),
     ],
 )

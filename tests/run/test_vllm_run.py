@@ -89,8 +89,8 @@ def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     "settings",
     [
         ("rollout.vllm.refit_bucket_mb=1",),
-        ("parallel.data=2", "estep.documents_per_step=3"),
-        ("rollout.vllm.tensor=2", "rollout.vllm.threads=1"),
+        pytest.param(("parallel.data=2", "estep.documents_per_step=3"), marks=pytest.mark.extended),
+        pytest.param(("rollout.vllm.tensor=2", "rollout.vllm.threads=1"), marks=pytest.mark.extended),
         ("rollout.placement=server", "rollout.replicas=2", "parallel.tensor=2"),
     ],
     ids=[
