@@ -13,13 +13,16 @@ from __future__ import annotations
 import marshal
 import os
 import time
-from typing import Any
 
 from .candidate import serve_functions, silence
 from .channel import Broken, Channel
 from .codec import Decoder, no_handle
 from .protection import forbid_inspection
 from .tests import Failure
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 STARTED = b"started\n"
 FUNCTIONS, SCRIPTS = "functions", "scripts"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import sys
-from typing import Any
 
 from .channel import Broken
 from .remote import Remote
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 SHOWN = 500
 """Characters of a failure that are reported."""
