@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from ra3_megatron.rlvr.sandboxing.limits import Ended, Limits, SandboxError
 from ra3_megatron.rlvr.sandboxing.memory import descendants, files_of, memory_of
@@ -28,14 +28,19 @@ class Watched:
     """A running command."""
 
     process: subprocess.Popen[bytes]
-    status: IO[bytes] | None
-    """bwrap's reports; None without it."""
+    status: int | None
+    """Where bwrap's reports arrive; None without it."""
     reported: dict[str, Any] = field(default_factory=dict)
+    begun: bytearray = field(default_factory=bytearray)
+    """Of the report that is being written."""
     gone: bool = False
 
     def read_status(self) -> None:
         """Take in what bwrap has reported: the number of the first process inside, its exit code."""
-        while self.status is not None and (line := self.status.readline()):
+        while self.status is not None and _take(self.status, self.begun):
+            pass
+        *lines, self.begun[:] = self.begun.split(b"\n")
+        for line in lines:
             self.reported |= json.loads(line)
 
     def first(self) -> int | None:
@@ -107,18 +112,18 @@ def execute(
     finally:
         if told is not None:
             os.close(told)
-    reports = None
     if status is not None:
         os.set_blocking(status, False)
-        reports = os.fdopen(status, "rb")
-    watched = Watched(process, reports)
+    watched = Watched(process, status)
     try:
         ended = _follow(watched, limits, stdin, output_bytes, begin, started)
         watched.read_status()
         return ended, watched.reported
     finally:
         watched.kill()
-        for stream in (process.stdin, process.stdout, process.stderr, reports):
+        if status is not None:
+            os.close(status)
+        for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
