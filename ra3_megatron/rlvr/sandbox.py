@@ -14,6 +14,7 @@ import marshal
 import secrets
 import signal
 import tempfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -83,7 +84,8 @@ class FunctionTests:
 
     setup: trusted source that runs before the tests, beside them. entry_points: the names that come from the program,
     even when the setup defines them too (a prompt with stubs and helpers may stand there); without any, all names that
-    setup and tests use and nobody else defines. A module never comes from the program.
+    setup and tests use and nobody else defines. A module of the standard library never comes from the program: it is
+    there, imported by the setup or not.
     Raises UserError for sources that are no Python, and without a test: whatever passes no test at all has not passed.
     """
 
@@ -128,7 +130,8 @@ class Program:
 
 def _check_source(source: str, what: str) -> CodeType:
     try:
-        return compile(source, f"<{what}>", "exec")
+        with warnings.catch_warnings(action="ignore", category=Warning):
+            return compile(source, f"<{what}>", "exec")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{what}: no Python source ({error})") from None
 

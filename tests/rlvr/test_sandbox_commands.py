@@ -219,8 +219,8 @@ def test_a_missing_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("echo bubblewrap 0.6.1", "too old"),
         (
-            "[ $1 = --version ] && echo bubblewrap 0.9.0 || { echo bwrap: No permission for a name space >&2; exit 1; }",
-            "No permission for a name space",
+            "[ $1 = --version ] && echo bubblewrap 0.9.0 || { echo bwrap: No permission for it >&2; exit 1; }",
+            "No permission for it",
         ),
     ],
 )

@@ -49,8 +49,8 @@ def run_command(
 
     It sees the system's programs, this interpreter without its environment (a venv and packages are given in
     `read_only`), and the paths given, each under its own name. What is in `writable` is not bounded by disk_mib in all,
-    only the largest file is. Run by real root, the command is nobody: it reads what everybody may read, and the writable
-    folders belong to nobody meanwhile, with all that is in them, and afterwards to the owner of each folder.
+    only the largest file is. Run by real root, the command is nobody: it reads what everybody may read, and the
+    writable folders belong to nobody meanwhile, with all that is in them, and afterwards to the owner of each folder.
 
     Raises SandboxError when the sandbox failed several times, UserError when it cannot work here.
     """

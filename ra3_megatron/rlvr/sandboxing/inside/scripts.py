@@ -6,7 +6,7 @@ its children (`protection.py`), and kills whatever a case leaves behind.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # signal itself imports enum
 import os
 import select
 import sys

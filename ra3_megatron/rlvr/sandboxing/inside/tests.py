@@ -57,10 +57,9 @@ class FunctionRunner:
             raise failure_of(error, "loading the program") from None
         try:
             compiled = compile(self.setup, "<setup>", "exec")
-            names = list(self.entry_points)
-            if not names:
-                names, modules = names_used([self.setup, *self.tests])
-                self.namespace.update({name: __import__(name) for name in modules})
+            undefined, modules = names_used([self.setup, *self.tests])
+            self.namespace.update({name: __import__(name) for name in modules if name not in self.entry_points})
+            names = list(self.entry_points) or undefined
             found = self.remote.request("names", names)
             found = {name: found[name] for name in names if name in found}
             self.namespace.update(found)
