@@ -6,6 +6,7 @@ An attack tells what it found as the result of `attack()`; a test that passes on
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -453,6 +454,7 @@ def test_an_end_before_the_tests(sandbox: Sandbox, code: str) -> None:
 
 def test_killing_and_stopping_the_runner(hasty: Sandbox) -> None:
     """No signal of the program reaches the runner; a right program is still right afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
     code = """
     import os
     for number in range(1, 65):
@@ -463,8 +465,11 @@ def test_killing_and_stopping_the_runner(hasty: Sandbox) -> None:
     def add(a, b):
         return a + b
     """
-    assert hasty.grade_one(functions(code, RIGHT)).verdict is Verdict.PASSED
-    assert hasty.grade_one(functions(code, "assert add(1, 2) == 4")).verdict is Verdict.WRONG
+    try:
+        assert hasty.grade_one(functions(code, RIGHT)).verdict is Verdict.PASSED
+        assert hasty.grade_one(functions(code, "assert add(1, 2) == 4")).verdict is Verdict.WRONG
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_taking_resources_from_the_runner(sandbox: Sandbox) -> None:

@@ -21,7 +21,7 @@ from ra3_megatron.rlvr.sandbox import (
 )
 from ra3_megatron.rlvr.sandboxing import bwrap, command, execute
 from ra3_megatron.rlvr.sandboxing.bwrap import interpreter
-from tests.rlvr.programs import functions
+from tests.rlvr.programs import functions, processes_with, soon
 
 pytestmark = pytest.mark.multiprocess
 
@@ -198,6 +198,22 @@ def test_a_killed_runner_is_no_verdict(bubblewrap: Isolation, monkeypatch: pytes
     with Sandbox(bubblewrap, Limits(), 1) as sandbox:
         slow = functions("import time\ntime.sleep(0.5)\ndef f():\n    return 1", "assert f() == 1")
         assert sandbox.grade_one(slow).verdict is Verdict.PASSED and killed
+
+
+def test_a_killed_host_leaves_nothing(bubblewrap: Isolation) -> None:
+    """`kill -9` of the process that grades ends what it grades."""
+    mark = "of-a-killed-host"
+    code = f"""
+from ra3_megatron.rlvr.sandbox import *
+program = "import os, sys; os.execv(sys.executable, [sys.executable, '-S', '-c', 'while True: pass  # {mark}'])"
+with Sandbox(Isolation.BUBBLEWRAP, Limits(seconds=120), 1) as sandbox:
+    sandbox.grade([Program(program, FunctionTests("", ("assert True",)))])
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as host:
+        # The host's own command line holds the mark too.
+        began = soon(lambda: len(processes_with(mark)) == 2, 60)
+        host.kill()
+    assert began and soon(lambda: not processes_with(mark))
 
 
 def test_a_missing_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
