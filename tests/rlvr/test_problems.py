@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,13 @@ from ra3_megatron.rlvr.problems.generated import generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
 from ra3_megatron.rlvr.problems.problem import Problem
-from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Limits, Sandbox, StdinTests, Verdict
+from ra3_megatron.rlvr.sandbox import FunctionTests, Sandbox, StdinTests, Verdict
 
 SHARED = Path(os.environ.get("RA3_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 needs_mbpp = pytest.mark.skipif(
     not (SHARED / "data" / "mbpp" / "mbpp.jsonl").is_file(),
     reason="the benchmark data folder ../shared is not on this disk",
 )
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(Isolation.BUBBLEWRAP, Limits(seconds=20), 2) as found:
-        yield found
 
 
 def verdicts(sandbox: Sandbox, problems: list[Problem], answers: list[str]) -> list[Verdict]:
