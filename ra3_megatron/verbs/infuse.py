@@ -34,7 +34,7 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
 
     read_record(checkpoint)
     if config is None:
-        own = _run_of(checkpoint)
+        own = run_of(checkpoint)
         if own is None:
             raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
         config = load_config(own.config, overrides, resolved=True)
@@ -76,7 +76,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             documents = corpus.store("mid", "train")
             with (
                 watching(out, runtime, config.watchdog.timeout_minutes),
-                rollout_engines(config, runtime, corpus, out, _hf_source(checkpoint)) as engines,
+                rollout_engines(config, runtime, corpus, out, hf_source_of(checkpoint)) as engines,
                 progress.task("infusing", total=len(documents), unit="tokens") as task,
             ):
                 version = record["weight_version"]
@@ -105,7 +105,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
         startup.shutdown()
 
 
-def _run_of(checkpoint: Path) -> RunFolder | None:
+def run_of(checkpoint: Path) -> RunFolder | None:
     """The run folder that a checkpoint stands in (`RUN/checkpoints/PHASE/STEP`)."""
     for parent in checkpoint.resolve().parents:
         if (parent / "config.yaml").is_file():
@@ -113,12 +113,12 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
     return None
 
 
-def _hf_source(checkpoint: Path) -> Path | None:
+def hf_source_of(checkpoint: Path) -> Path | None:
     """The small files of the Hugging Face folder that the model came from, if any."""
     from ra3_megatron.hf.importing import HF_FOLDER
     from ra3_megatron.verbs.base import hf_source
 
-    run = _run_of(checkpoint)
+    run = run_of(checkpoint)
     kept = checkpoint / HF_FOLDER if run is None else hf_source(run)
     return kept if kept is not None and kept.is_dir() else None
 
@@ -158,7 +158,7 @@ def _corpus(checkpoint: Path, out: Path, config: RunConfig, runtime: Any, progre
     from ra3_megatron.corpus.build import build_corpus, open_corpus
     from ra3_megatron.corpus.manifest import config_hash, read_manifest
 
-    own = _run_of(checkpoint)
+    own = run_of(checkpoint)
     if own is not None:
         place = own.path / "corpus"
         manifest = read_manifest(place)
