@@ -1,0 +1,100 @@
+"""Tests of functions: assertions that run in the runner and call the candidate through handles."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+from .channel import Broken
+from .remote import Remote
+
+SHOWN = 500
+"""Characters of a failure that are reported."""
+ONLY_AST = 0x400
+"""ast.PyCF_ONLY_AST: importing ast takes longer than most tests."""
+
+
+class Failure(Exception):
+    """Why a test failed: its kind (wrong, raised, memory, ended) and what to show a reader."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        self.kind = kind
+        self.detail = detail[-SHOWN:]
+
+
+def failure_of(error: BaseException, where: str) -> Failure:
+    """The failure that an exception in the code of a test means."""
+    shown = getattr(error, "__shown__", None)
+    if isinstance(error, Broken):
+        return Failure("ended", str(error))
+    if isinstance(error, MemoryError):
+        return Failure("memory", shown or "MemoryError")
+    if shown is not None:
+        return Failure("raised", f"{shown} in {where}")
+    kind = "wrong" if isinstance(error, AssertionError) else "raised"
+    return Failure(kind, f"{type(error).__name__}: {error} in {where}")
+
+
+class FunctionRunner:
+    """Runs the tests one by one. entry_points: names that the candidate defines; none: what is left undefined."""
+
+    def __init__(self, remote: Remote, setup: str, tests: tuple[str, ...], entry_points: tuple[str, ...]) -> None:
+        self.remote = remote
+        self.setup = setup
+        self.tests = tests
+        self.entry_points = entry_points
+        self.namespace: dict[str, Any] = {"__name__": "tests"}
+
+    def prepare(self, code: str) -> None:
+        """Load the candidate and the setup. Raises Failure."""
+        try:
+            self.remote.load(code)
+        except BaseException as error:
+            raise failure_of(error, "loading the program") from None
+        try:
+            compiled = compile(self.setup, "<setup>", "exec")
+            names = list(self.entry_points)
+            if not names:
+                names, modules = names_used([self.setup, *self.tests])
+                self.namespace.update({name: __import__(name) for name in modules})
+            found = self.remote.request("names", names)
+            found = {name: found[name] for name in names if name in found}
+            self.namespace.update(found)
+            exec(compiled, self.namespace)
+            self.namespace.update({name: found[name] for name in self.entry_points if name in found})
+        except BaseException as error:
+            raise failure_of(error, "the setup of the tests") from None
+
+    def run(self, number: int) -> None:
+        """Run one test. Raises Failure."""
+        test = self.tests[number]
+        where = f"test {number + 1}: {' '.join(test.split())[:200]}"
+        try:
+            exec(compile(test, "<test>", "exec"), self.namespace)
+        except BaseException as error:
+            raise failure_of(error, where) from None
+        if self.remote.broken is not None:
+            raise Failure("ended", self.remote.broken)
+
+
+def names_used(sources: list[str]) -> tuple[list[str], list[str]]:
+    """Names that the sources use and Python does not define, and modules of the standard library among them.
+
+    A module never comes from the candidate: `math.isclose(result, 3)` would show it what is expected.
+    """
+    names: dict[str, None] = {}
+    with_attributes: set[str] = set()
+    waiting: list[Any] = [compile(source, "<tests>", "exec", ONLY_AST) for source in sources]
+    while waiting:
+        node = waiting.pop()
+        kind = type(node).__name__
+        if kind == "Name":
+            names[node.id] = None
+        if kind == "Attribute" and type(node.value).__name__ == "Name":
+            with_attributes.add(node.value.id)
+        for field in node._fields:
+            value = getattr(node, field, None)
+            waiting += [part for part in (value if isinstance(value, list) else [value]) if hasattr(part, "_fields")]
+    modules = [name for name in names if name in with_attributes and name in sys.stdlib_module_names]
+    return [name for name in names if not hasattr(builtins, name) and name not in modules], modules
