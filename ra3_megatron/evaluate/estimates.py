@@ -1,7 +1,7 @@
 """pass@k, how sure it is, and how sure a difference of two models on the same tasks is.
 
-Intervals are over tasks: what another draw of tasks of this kind would give. They do not cover what another training run
-would give; for that, compare runs of several seeds.
+Intervals are over tasks: what another draw of tasks of this kind would give. They do not cover what another training
+run would give; for that, compare runs of several seeds.
 """
 
 import math

@@ -76,7 +76,7 @@ class Writer:
         done: Sequence[Sample],
         on_samples: Callable[[list[Sample]], None],
     ) -> None:
-        """Write what `done` lacks of `samples` samples a task; tasks `ids` have `prompts`. Reports each when it is done."""
+        """Write what `done` lacks of the samples of the tasks `ids`, which have `prompts`. Reports each when done."""
         have = {(sample.task_id, sample.number) for sample in done}
         waiting = [
             (task_id, number, prompt)
@@ -113,10 +113,15 @@ class Writer:
 
     def _sample(self, sample: _Open, cut: Cut) -> Sample:
         text = cut.text.replace("\t", "    ") if self.suite.tabs_to_spaces else cut.text
-        counts = {"number": sample.number, "tokens": cut.tokens, "thought_tokens": cut.thought_tokens}
-        if self.suite.kind == "evalplus":  # whose own form joins prompt and completion before it is sanitised
-            return Sample(sample.task_id, solution=sample.prompt + text, **counts)
-        return Sample(sample.task_id, completion=text, **counts)
+        whole = self.suite.kind == "evalplus"  # whose own form joins prompt and completion before it is sanitised
+        return Sample(
+            sample.task_id,
+            completion=None if whole else text,
+            solution=sample.prompt + text if whole else None,
+            number=sample.number,
+            tokens=cut.tokens,
+            thought_tokens=cut.thought_tokens,
+        )
 
     def _open(self, task_id: str, number: int, prompt: str) -> _Open:
         ids = self._ids(prompt)

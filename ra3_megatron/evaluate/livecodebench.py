@@ -22,36 +22,12 @@ SECONDS = 6.0
 """A test, as in LiveCodeBench."""
 STARTING = 10.0
 
-PRELUDE = "\n".join(
-    [
-        *(
-            f"from {name} import *"
-            for name in [
-                "string",
-                "re",
-                "datetime",
-                "collections",
-                "heapq",
-                "bisect",
-                "copy",
-                "math",
-                "random",
-                "statistics",
-                "itertools",
-                "functools",
-                "operator",
-                "io",
-                "sys",
-                "json",
-                "builtins",
-                "typing",
-            ]
-        ),
-        "import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools",
-        "import functools, operator, io, sys, json",
-        "sys.setrecursionlimit(50000)",
-        "",
-    ]
+MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
+    "builtins typing"
+).split()
+PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
+    f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50000)\n"
 )
 """What LiveCodeBench imports before a program: starter codes use `List` without an import."""
 

@@ -1,8 +1,8 @@
-"""The two modes of the same weights: `think` lets the model think, `no-think` masks every token that could start a thought.
+"""The two modes of the same weights: `think` lets the model think, `no-think` masks tokens that could start a thought.
 
-In the `comment` format a thought is a line that starts with "#". The mask of a request is the same at every position, so
-`no-think` also keeps a model from a "#" that a token starts with inside a line. Where answers are no code (GSM8K's end
-with a line "#### 18"), such a line is no thought: then there is one mode, `plain`, with nothing masked or dropped.
+In the `comment` format a thought is a line that starts with "#". The mask of a request is the same at every position,
+so `no-think` also keeps a model from a "#" that a token starts with inside a line. Where answers are no code (GSM8K's
+end with a line "#### 18"), such a line is no thought: then there is one mode, `plain`, with nothing masked or dropped.
 """
 
 import copy

@@ -100,7 +100,11 @@ def _rows(path: Path, torn: bool) -> list[dict[str, Any]]:
 
 def _sample(path: Path, number: int, row: dict[str, Any]) -> Sample:
     texts = {key: row[key] for key in ("completion", "solution") if key in row}
-    if not isinstance(row.get("task_id"), str | int) or len(texts) != 1 or not isinstance(*texts.values(), str):
+    if (
+        not isinstance(row.get("task_id"), str | int)
+        or len(texts) != 1
+        or not all(isinstance(text, str) for text in texts.values())
+    ):
         raise UserError(f"{path}, sample {number}: must have task_id and one text, completion or solution")
     counts = {key: row.get(key) for key in ("number", "tokens", "thought_tokens")}
     return Sample(str(row["task_id"]), **texts, **counts)

