@@ -6,10 +6,13 @@ is cut to depends on the ids alone. Offsets are in bytes, in which no stop seque
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ra3_megatron.text.segment import written_comment_rows
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
+
+Thoughts = Literal["comment", "tokens", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,16 @@ class Cutter:
 
     tokenizer: Tokenizer
     stops: tuple[str, ...]
-    comments: bool
-    """Full-line comments are thoughts (`text.latent_format=comment`, thoughts allowed)."""
+    thoughts: Thoughts
+    """How the model writes thoughts: as full-line comments, between reserved tokens, or not at all."""
     code_prompt: bool
     """The prompt is Python that the completion goes on with."""
 
     def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
         """Cut a continuation of `prompt`."""
-        visible, marked = _without_marked(ids, self.tokenizer.special)
+        visible, marked = list(range(len(ids))), []
+        if self.thoughts == "tokens":
+            visible, marked = _without_marked(ids, self.tokenizer.special)
         table = self.tokenizer.token_bytes
         starts, raw = [], b""
         for place in visible:
@@ -57,7 +62,7 @@ class Cutter:
 
     def _kept_rows(self, prompt: str, raw: bytes) -> list[tuple[int, int]]:
         """Byte ranges of the lines that are no thoughts; neighbours are joined."""
-        if not self.comments:
+        if self.thoughts != "comment":
             return [(0, len(raw))]
         before = prompt if self.code_prompt else ""
         above = before.count("\n")
@@ -80,15 +85,16 @@ def _rows(raw: bytes) -> list[bytes]:
 
 
 def _without_marked(ids: Sequence[int], special: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>` is neither."""
+    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>`, and an end without a
+    beginning, are neither."""
     think, end, act = (special.get(name, -1) for name in (THINK, END_THINK, ACT))
     visible, thoughts, inside = [], [], False
     for place, token in enumerate(ids):
         inside = inside or token == think
-        if inside or token == end:
+        if inside:
             thoughts.append(place)
             inside = token != end
-        elif token != act:
+        elif token not in (act, end):
             visible.append(place)
     return visible, thoughts
 

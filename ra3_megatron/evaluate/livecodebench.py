@@ -23,9 +23,21 @@ SECONDS = 6.0
 STARTING = 10.0
 
 MODULES = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
-    "builtins typing"
-).split()
+    *(
+        "string",
+        "re",
+        "datetime",
+        "collections",
+        "heapq",
+        "bisect",
+        "copy",
+        "math",
+        "random",
+        "statistics",
+        "itertools",
+    ),
+    *("functools", "operator", "io", "sys", "json", "builtins", "typing"),
+)
 PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
     f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50000)\n"
 )

@@ -196,8 +196,8 @@ class _SuiteRun:
         file = request.out / "samples" / f"{suite.name}-{mode}.jsonl"
         wanted = {(name, number) for name in self.tasks.ids for number in range(request.samples)}
         kept = [sample for sample in sample_files.read_ours(file, header) if (sample.task_id, sample.number) in wanted]
-        comments = config.text.latent_format == "comment" and mode == Mode.THINK
-        cutter = Cutter(weights.tokenizer, suite.stops, comments, suite.code_prompt)
+        thoughts = config.text.latent_format if mode == Mode.THINK else "none"
+        cutter = Cutter(weights.tokenizer, suite.stops, thoughts, suite.code_prompt)
         allowed = weights.mask if mode == Mode.NO_THINK else weights.latents.ALL
         writer = Writer(engine, weights.tokenizer, suite, cutter, allowed, settings)
         file.parent.mkdir(parents=True, exist_ok=True)

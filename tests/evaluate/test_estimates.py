@@ -23,7 +23,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_sample(samples: int) -> No
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
 def test_impossible_counts_are_refused(samples: int, right: int, k: int) -> None:
-    with pytest.raises(ValueError, match=f"pass@{k} of {right} right in {samples}"):
+    with pytest.raises(ValueError, match=rf"pass@{k} of {right} right in {samples}"):
         pass_at_k(samples, right, k)
 
 
@@ -67,5 +67,5 @@ def test_a_difference_is_paired() -> None:
 def test_with_more_samples_there_is_no_mcnemar() -> None:
     found = difference([(2, 1), (2, 0)], [(2, 2), (2, 0)], 1)
     assert found.value == 0.25 and found.p_value is None and found.only_a is None
-    with pytest.raises(ValueError, match="cannot be paired"):
+    with pytest.raises(ValueError, match=r"cannot be paired"):
         difference([(1, 1)], [], 1)
