@@ -41,9 +41,8 @@ class Cutter:
 
     def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
         """Cut a continuation of `prompt`."""
-        visible, marked = list(range(len(ids))), []
-        if self.thoughts == "tokens":
-            visible, marked = _without_marked(ids, self.tokenizer.special)
+        special = self.tokenizer.special if self.thoughts == "tokens" else {}
+        visible, marked = _without_marked(ids, special)
         table = self.tokenizer.token_bytes
         starts, raw = [], b""
         for place in visible:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from ra3_megatron.config.errors import UserError
@@ -161,14 +162,15 @@ def _cells(suite: dict[str, Any], facts: dict[str, Any], metric: str, value: dic
     ]
 
 
-def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
-    """A table for a terminal; the first columns are names."""
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
+    """Print a table, never cut to the width of the terminal; the first four columns are names."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < 4 else "right", no_wrap=True)
+        width = max(len(row[place]) for row in [headings, *rows])
+        table.add_column(heading, justify="left" if place < 4 else "right", no_wrap=True, min_width=width)
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(table, crop=False, soft_wrap=True)
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -102,7 +102,7 @@ _ALL = (
         files=("humanevalplus/HumanEvalPlus.jsonl.gz",),
         code_prompt=True,
         tabs_to_spaces=True,
-        ceiling={"plus": 163},
+        ceiling={"plus": 163, "base": 163},
         faults=(
             "HumanEval/32 can never pass with evalplus 0.3.1 (fixed later): the ceiling is 163 of 164",
             *_EVALPLUS,

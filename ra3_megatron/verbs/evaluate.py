@@ -75,32 +75,33 @@ def evaluate(request: Request) -> dict[str, Any]:
     given = None
     if request.samples_from is not None:
         given = sample_files.read_theirs(request.samples_from, loaded[0])
-    console = Console(stderr=True)
-    suites: dict[str, Any] = {}
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(console=console))
-        engine: Callable[[], RolloutEngine] = _opened_once(stack, weights, request.out)
-        for tasks, modes in plans:
-            with scorer_for(tasks, request.sandbox, _workers(request)) as scorer:
-                run = _SuiteRun(request, tasks, scorer, progress, weights)
-                suites[tasks.suite.name] = run.all(modes, engine, given)
-    results = {
+        _ks(request, len(given[0]) // len(loaded[0].ids))
+    results: dict[str, Any] = {
         "format": writing.FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": collect_versions(),
         "model": _model(request, weights),
         "sandbox": str(request.sandbox),
-        "suites": suites,
+        "suites": {},
     }
-    write_json(request.out / writing.FILE, results)
-    write_text(request.out / writing.MARKDOWN, writing.markdown_page(results))
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        engine: Callable[[], RolloutEngine] = _opened_once(stack, weights, request.out)
+        runs = []
+        for tasks, modes in plans:
+            scorer = stack.enter_context(scorer_for(tasks, request.sandbox, _workers(request)))
+            runs.append(_SuiteRun(request, tasks, scorer, progress, weights, modes, given))  # refuses what does not fit
+        for run in runs:
+            results["suites"][run.suite.name] = run.all(engine)
+            write_json(request.out / writing.FILE, results)
+            write_text(request.out / writing.MARKDOWN, writing.markdown_page(results))
     return results
 
 
 def show(results: dict[str, Any], out: Path, console: Console | None = None) -> None:
     """Print the table, and what has to be said beside it."""
     console = console or Console()
-    console.print(writing.terminal_table(writing.HEADINGS, writing.table_rows(results), results["model"]["name"]))
+    writing.print_table(writing.HEADINGS, writing.table_rows(results), results["model"]["name"], console)
     for name, suite in results["suites"].items():
         for metric, failed in suite["reference"].get("failed", {}).items():
             if failed:
@@ -111,54 +112,91 @@ def show(results: dict[str, Any], out: Path, console: Console | None = None) -> 
 def compare(a: Path, b: Path, console: Console | None = None) -> list[dict[str, Any]]:
     """Print the comparison of two results, and return its rows. Raises UserError when they cannot be compared."""
     rows = comparing.compare(writing.read_results(a), writing.read_results(b))
-    table = writing.terminal_table(comparing.HEADINGS, comparing.table_rows(rows), f"A: {a}   B: {b}")
-    (console or Console()).print(table)
+    shown = comparing.table_rows(rows)
+    writing.print_table(comparing.HEADINGS, shown, f"A: {a}   B: {b}", console or Console())
     return rows
 
 
 class _SuiteRun:
-    """One suite of one call."""
+    """One suite of one call. Making one raises UserError when samples in the output folder are of something else."""
 
     def __init__(
-        self, request: Request, tasks: Tasks, scorer: Scorer, progress: Progress, weights: "Weights | None"
+        self,
+        request: Request,
+        tasks: Tasks,
+        scorer: Scorer,
+        progress: Progress,
+        weights: "Weights | None",
+        modes: Sequence[str],
+        given: tuple[list[Sample], bool] | None,
     ) -> None:
         self.request, self.tasks, self.scorer, self.progress, self.weights = request, tasks, scorer, progress, weights
-        self.suite = tasks.suite
+        self.suite, self.modes, self.given = tasks.suite, modes, given
+        self.prompts: list[str] = []
+        self.digest: str | None = None
+        self.kept: dict[str, list[Sample]] = {}
+        if given is None:
+            self.prompts = scorer.prompts()
+            self.digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+            self.kept = {mode: self._read(mode) for mode in modes}
 
-    def all(
-        self,
-        modes: Sequence[str],
-        engine: "Callable[[], RolloutEngine]",
-        given: tuple[list[Sample], bool] | None,
-    ) -> dict[str, Any]:
+    def all(self, engine: "Callable[[], RolloutEngine]") -> dict[str, Any]:
         """Facts of the suite, reference solutions, modes."""
-        prompts = None if given is not None else self.scorer.prompts()
-        digest = None if prompts is None else hashlib.sha256("\0".join(prompts).encode()).hexdigest()
-        facts = writing.suite_facts(self.tasks, digest)
+        facts = writing.suite_facts(self.tasks, self.digest)
         references = self.scorer.references()
         start = time.monotonic()
         scores = self._score("reference", references, ours=False) if references else []
         facts["reference"] = writing.reference_facts(self.suite, references, scores, time.monotonic() - start)
         facts["modes"] = {}
-        for mode in modes:
-            if given is not None:
-                samples, ours = given
+        for mode in self.modes:
+            if self.given is not None:
+                samples, ours = self.given
                 seconds: dict[str, float] = {}
                 notes: dict[str, Any] = {"note": f"samples of {self.request.samples_from}"}
             else:
-                assert prompts is not None and digest is not None
-                samples, seconds, notes = self._write(mode, prompts, digest, engine())
+                samples, seconds, notes = self._write(mode, engine())
                 ours = True
             start = time.monotonic()
             scores = self._score(mode, samples, ours)
             seconds = {**seconds, "scoring": time.monotonic() - start}
-            ks = self._ks(len(samples) // len(self.tasks.ids))
+            ks = _ks(self.request, len(samples) // len(self.tasks.ids))
             facts["modes"][mode] = writing.mode_facts(self.tasks, samples, scores, ks, seconds, notes)
         return facts
 
-    def _write(
-        self, mode: str, prompts: list[str], digest: str, engine: "RolloutEngine"
-    ) -> tuple[list[Sample], dict[str, float], dict[str, Any]]:
+    def _file(self, mode: str) -> Path:
+        return self.request.out / "samples" / f"{self.suite.name}-{mode}.jsonl"
+
+    def _shared(self) -> dict[str, Any]:
+        """Settings that stand in the header of samples and in the results."""
+        assert self.weights is not None
+        return {
+            "temperature": self.request.temperature,
+            "max_new_tokens": self.request.max_new_tokens or self.suite.max_new_tokens,
+            "seed": self.request.seed,
+            "latent_format": self.weights.config.text.latent_format,
+            "engine": self.request.engine,
+        }
+
+    def _header(self, mode: str) -> dict[str, Any]:
+        """What samples are of: they are used again for the same alone."""
+        assert self.weights is not None
+        return {
+            "suite": self.suite.name,
+            "data_sha256": self.tasks.sha256,
+            "prompts_sha256": self.digest,
+            "model": self.weights.identity,
+            "mode": mode,
+            "stops": list(self.suite.stops),
+            **self._shared(),
+        }
+
+    def _read(self, mode: str) -> list[Sample]:
+        """Samples of an earlier call that are wanted now."""
+        wanted = {(name, number) for name in self.tasks.ids for number in range(self.request.samples)}
+        found = sample_files.read_ours(self._file(mode), self._header(mode))
+        return [sample for sample in found if (sample.task_id, sample.number) in wanted]
+
+    def _write(self, mode: str, engine: "RolloutEngine") -> tuple[list[Sample], dict[str, float], dict[str, Any]]:
         """Samples of the model in one mode: those of an earlier call, and the others."""
         from ra3_megatron.evaluate.cutting import Cutter
         from ra3_megatron.evaluate.generation import Settings, Writer
@@ -166,7 +204,7 @@ class _SuiteRun:
         from ra3_megatron.verbs.sampled_model import end_ids
 
         assert self.weights is not None
-        weights, request, suite = self.weights, self.request, self.suite
+        weights, request, suite, kept, file = self.weights, self.request, self.suite, self.kept[mode], self._file(mode)
         config = weights.config
         settings = Settings(
             samples=request.samples,
@@ -177,31 +215,12 @@ class _SuiteRun:
             stop_ids=end_ids(weights),
             context_length=config.model.context_length,
         )
-        shared = {
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-            "seed": settings.seed,
-            "latent_format": config.text.latent_format,
-            "engine": request.engine,
-        }
-        header = {
-            "suite": suite.name,
-            "data_sha256": self.tasks.sha256,
-            "prompts_sha256": digest,
-            "model": weights.identity,
-            "mode": mode,
-            "stops": list(suite.stops),
-            **shared,
-        }
-        file = request.out / "samples" / f"{suite.name}-{mode}.jsonl"
-        wanted = {(name, number) for name in self.tasks.ids for number in range(request.samples)}
-        kept = [sample for sample in sample_files.read_ours(file, header) if (sample.task_id, sample.number) in wanted]
         thoughts = config.text.latent_format if mode == Mode.THINK else "none"
         cutter = Cutter(weights.tokenizer, suite.stops, thoughts, suite.code_prompt)
         allowed = weights.mask if mode == Mode.NO_THINK else weights.latents.ALL
         writer = Writer(engine, weights.tokenizer, suite, cutter, allowed, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
-        sample_files.begin(file, header, kept)
+        sample_files.begin(file, self._header(mode), kept)
         samples = list(kept)
         start = time.monotonic()
         total = len(self.tasks.ids) * request.samples
@@ -213,16 +232,16 @@ class _SuiteRun:
                 samples.extend(new)
                 task.advance(len(new), units=sum(sample.tokens or 0 for sample in new))
 
-            writer.write(self.tasks.ids, prompts, kept, on_samples)
+            writer.write(self.tasks.ids, self.prompts, kept, on_samples)
         seconds = {"writing": time.monotonic() - start}
         place = {name: number for number, name in enumerate(self.tasks.ids)}
         samples.sort(key=lambda sample: (place[sample.task_id], sample.number or 0))
         notes = {
             "note": NOTES[Mode(mode)],
-            "prompts_too_long": [self.tasks.ids[place] for place in writer.too_long(prompts)],
+            "prompts_too_long": [self.tasks.ids[place] for place in writer.too_long(self.prompts)],
             "reused_samples": len(kept),
             "top_p": 1.0,
-            **shared,
+            **self._shared(),
         }
         return samples, seconds, notes
 
@@ -238,10 +257,12 @@ class _SuiteRun:
         write_text(file, "".join(row + "\n" for row in rows))
         return scores
 
-    def _ks(self, samples: int) -> list[int]:
-        if too_many := [k for k in self.request.ks if k > samples]:
-            raise UserError(f"--k={too_many[0]}: there are {samples} samples a task")
-        return list(self.request.ks) or [k for k in (1, 10, 100) if k <= samples]
+
+def _ks(request: Request, samples: int) -> list[int]:
+    """The k of pass@k for so many samples a task."""
+    if too_many := [k for k in request.ks if k > samples]:
+        raise UserError(f"--k={too_many[0]}: there are {samples} samples a task")
+    return list(request.ks) or [k for k in (1, 10, 100) if k <= samples]
 
 
 def _check(request: Request) -> None:

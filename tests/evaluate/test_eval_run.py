@@ -94,6 +94,19 @@ def test_both_modes_from_every_kind_of_weights(
     assert compared.count("+0.0 to +0.0") == 2
 
 
+@pytest.mark.extended
+@pytest.mark.slow
+def test_vllm_writes_the_same_samples(hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    harness("humaneval")
+    words = (*TWO, "--hf", hf, "--data", data, "--mode", "both", "--temperature", "0.8", "--samples", 2)
+    for engine in ("megatron", "vllm"):
+        ra3(*words, "--engine", engine, "--out", tmp_path / engine)
+    for mode in ("think", "no-think"):
+        one, other = (sorted(samples(tmp_path / engine, mode), key=str) for engine in ("megatron", "vllm"))
+        assert one == other
+
+
 def test_samples_are_used_again_and_never_those_of_another_model(
     hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -111,10 +124,10 @@ def test_samples_are_used_again_and_never_those_of_another_model(
         json.loads((out / "results.json").read_text())["suites"]["humaneval"]["modes"]["think"]["reused_samples"] == 2
     )
     other = make("llama", tmp_path / "other", tokenizer=True, max_position_embeddings=1024, num_hidden_layers=1)
-    before = file.read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert f"{file}: holds samples of another model" in refusal(*words, "--hf", other)
     assert "another temperature (0.7, now 0.0)" in refusal(*TWO, "--data", data, "--out", out, "--hf", hf)
-    assert file.read_text() == before
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing written"
 
 
 def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_path: Path) -> None:
@@ -126,6 +139,8 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
     pairs = zip(rows, texts, strict=True)
     given.write_text("".join(json.dumps({"task_id": row["task_id"], "completion": text}) + "\n" for row, text in pairs))
     words = ("--suite", "humaneval", "--limit", "3", "--data", data, "--samples-from", given)
+    assert refusal(*words, "--out", tmp_path / "out", "--k", "2") == "--k=2: there are 1 samples a task"
+    assert not (tmp_path / "out").exists()
     ra3(*words, "--out", tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["humaneval"]["modes"]["samples-from"]
     assert facts["counts"]["passed"] == {"HumanEval/0": [1, 1], "HumanEval/1": [1, 0], "HumanEval/2": [1, 1]}
