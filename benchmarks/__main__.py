@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from benchmarks.packing import PackingResult
     from benchmarks.refit import RefitResult
     from benchmarks.rollout import RolloutResult
+    from benchmarks.sandbox import SandboxResult
 
 prepare_threads()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ["mstep", "packing", "rollouts", "estep", "engines", "layouts", "refit", "conversion"]
+SECTIONS = ["mstep", "packing", "rollouts", "estep", "engines", "layouts", "refit", "conversion", "sandbox"]
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # imported here: --help needs no torch
-    from benchmarks import conversion, engines, estep, layouts, mstep, packing, refit, rollout
+    from benchmarks import conversion, engines, estep, layouts, mstep, packing, refit, rollout, sandbox
     from ra3_megatron.config.model import ParallelConfig
     from ra3_megatron.mcore import startup
 
@@ -87,6 +88,9 @@ def main() -> None:
         console.print("conversion …")
         with tempfile.TemporaryDirectory() as folder:
             parts.append(_conversion(conversion.measure(arguments.checkpoint, Path(folder), repeats)))
+    if "sandbox" in arguments.sections:
+        console.print("sandbox …")
+        parts.append(_sandbox(sandbox.measure(repeats)))
     text = "\n".join([_head(repeats), *parts])
     out = arguments.out or RESULTS / f"{date.today().isoformat()}-{_machine()}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +268,28 @@ def _conversion(result: "ConversionResult") -> str:
         memory = f"{result.memory[label] / 1e6:,.0f}" if label in result.memory else ""
         rate = timing.rate(result.bytes / 1e6)
         lines.append(f"| {label} | {rate} | {share:.2f} ({least:.2f} to {most:.2f}) | {memory} |")
+    return _text(*lines)
+
+
+def _sandbox(result: "SandboxResult") -> str:
+    plain, *others = result.timings.items()
+    lines = [
+        f"## Sandbox: programs/s, {result.programs} small programs with {result.tests} tests each, "
+        f"{result.workers} at once",
+        "",
+        "Every side starts a process for each program. The first runs program and tests in it, and believes its exit.",
+        "",
+        "| side | programs/s | ms a program and worker | CPU ms a program | of the first |",
+        "|---|---|---|---|---|",
+    ]
+    for label, timing in (plain, *others):
+        share, least, most = ratio(timing, plain[1])
+        latency = 1e3 * timing.median * result.workers / result.programs
+        cpu = 1e3 * result.cpu_seconds[label] / result.programs
+        lines.append(
+            f"| {label} | {timing.rate(result.programs)} | {latency:.0f} | {cpu:.0f} "
+            f"| {share:.2f} ({least:.2f} to {most:.2f}) |"
+        )
     return _text(*lines)
 
 

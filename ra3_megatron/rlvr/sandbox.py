@@ -14,14 +14,17 @@ import marshal
 import secrets
 import signal
 import tempfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import CodeType
 from typing import Self
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandboxing.bwrap import Mounts, interpreter
 from ra3_megatron.rlvr.sandboxing.command import Infrastructure, attempt, require_bubblewrap, retried, run_command
 from ra3_megatron.rlvr.sandboxing.inside.main import FUNCTIONS, SCRIPTS, STARTED
@@ -81,12 +84,20 @@ class FunctionTests:
 
     setup: trusted source that runs before the tests, beside them. entry_points: the names that come from the program,
     even when the setup defines them too (a prompt with stubs and helpers may stand there); without any, all names that
-    setup and tests use and nobody else defines. A module never comes from the program.
+    setup and tests use and nobody else defines. A module of the standard library never comes from the program: it is
+    there, imported by the setup or not.
+    Raises UserError for sources that are no Python, and without a test: whatever passes no test at all has not passed.
     """
 
     setup: str
     tests: tuple[str, ...]
     entry_points: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tests:
+            raise UserError("tests of functions: there is none")
+        for number, source in enumerate((self.setup, *self.tests)):
+            _check_source(source, f"test {number} of functions" if number else "setup of tests of functions")
 
 
 @dataclass(frozen=True)
@@ -94,12 +105,19 @@ class StdinTests:
     """Cases (stdin, expected stdout) of a whole program, which runs anew for each.
 
     Outputs are equal when their tokens are; numbers within `tolerance`, absolutely or relative to the expected one, if
-    it is not 0. checker: trusted source instead, which defines check(input, expected, output) -> bool.
+    it is not 0. checker: trusted source instead, which defines check(input, expected, output) -> bool; what it raises
+    means a wrong output. Raises UserError without a case, and for a checker that is no Python or defines no check.
     """
 
     cases: tuple[tuple[str, str], ...]
     checker: str | None = None
     tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise UserError("tests of a whole program: there is no case")
+        if self.checker is not None and "check" not in _check_source(self.checker, "checker of outputs").co_names:
+            raise UserError("checker of outputs: it defines no function check(input, expected, output)")
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,14 @@ class Program:
 
     code: str
     tests: FunctionTests | StdinTests
+
+
+def _check_source(source: str, what: str) -> CodeType:
+    try:
+        with warnings.catch_warnings(action="ignore", category=Warning):
+            return compile(source, f"<{what}>", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{what}: no Python source ({error})") from None
 
 
 VERDICTS = {
@@ -182,6 +208,7 @@ class Sandbox:
             {},
             first=True,
             output_bytes=LINE_BYTES * (_total(program) + 2),
+            started=STARTED,
         )
         if not ended.stdout.startswith(STARTED):
             last = ended.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]

@@ -49,8 +49,8 @@ def run_command(
 
     It sees the system's programs, this interpreter without its environment (a venv and packages are given in
     `read_only`), and the paths given, each under its own name. What is in `writable` is not bounded by disk_mib in all,
-    only the largest file is; run by real root, those folders belong to nobody while the command runs, and to their
-    owner afterwards.
+    only the largest file is. Run by real root, the command is nobody: it reads what everybody may read, and the
+    writable folders belong to nobody meanwhile, with all that is in them, and afterwards to the owner of each folder.
 
     Raises SandboxError when the sandbox failed several times, UserError when it cannot work here.
     """
@@ -78,8 +78,12 @@ def attempt(
     env: Mapping[str, str],
     first: bool = False,
     output_bytes: int | None = None,
+    started: bytes = b"",
 ) -> Ended:
-    """One attempt. Raises Infrastructure. first: see bwrap.wrapped; output_bytes: the most of stdout, as output_kib."""
+    """One attempt. Raises Infrastructure.
+
+    first: see bwrap.wrapped. output_bytes: the most of stdout; None: output_kib. started: see execute.
+    """
     output_bytes = limits.output_kib * 1024 if output_bytes is None else output_bytes
     try:
         if isolation is Isolation.UNSAFE:
@@ -87,7 +91,7 @@ def attempt(
             with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
                 found = {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder, **env}
                 line = limited(argv, limits, processes=False)
-                return execute(line, limits, stdin, output_bytes, found, folder)[0]
+                return execute(line, limits, stdin, output_bytes, found, folder, started=started)[0]
         rules = os.memfd_create("seccomp")
         try:
             os.write(rules, seccomp.program())
@@ -100,6 +104,7 @@ def attempt(
                 {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
                 "/",
                 (rules,),
+                started,
             )
         finally:
             os.close(rules)

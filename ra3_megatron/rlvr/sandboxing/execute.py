@@ -11,13 +11,15 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from ra3_megatron.rlvr.sandboxing.limits import Ended, Limits, SandboxError
 from ra3_megatron.rlvr.sandboxing.memory import descendants, files_of, memory_of
 
 WATCH_SECONDS = 0.05
 """Between two looks at the memory."""
+START_SECONDS = 60.0
+"""For a command to come to life, on a machine that is very busy."""
 PIECE = 65536
 
 
@@ -26,14 +28,19 @@ class Watched:
     """A running command."""
 
     process: subprocess.Popen[bytes]
-    status: IO[bytes] | None
-    """bwrap's reports; None without it."""
+    status: int | None
+    """Where bwrap's reports arrive; None without it."""
     reported: dict[str, Any] = field(default_factory=dict)
+    begun: bytearray = field(default_factory=bytearray)
+    """Of the report that is being written."""
     gone: bool = False
 
     def read_status(self) -> None:
         """Take in what bwrap has reported: the number of the first process inside, its exit code."""
-        while self.status is not None and (line := self.status.readline()):
+        while self.status is not None and _take(self.status, self.begun):
+            pass
+        *lines, self.begun[:] = self.begun.split(b"\n")
+        for line in lines:
             self.reported |= json.loads(line)
 
     def first(self) -> int | None:
@@ -75,11 +82,15 @@ def execute(
     env: Mapping[str, str],
     cwd: str,
     pass_fds: Sequence[int] = (),
+    started: bytes = b"",
 ) -> tuple[Ended, dict[str, Any]]:
     """Run a command line: how it ended, and what bwrap reported.
 
     argv: the words, or a function of the file descriptor for bwrap's reports that gives them. output_bytes: the most
-    that is read of stdout. Raises OSError when the process cannot be started, SandboxError when it cannot be ended.
+    that is read of stdout. started: what stdout begins with when the command has come to life; the clock runs from then
+    (Ended.seconds from the very beginning).
+
+    Raises OSError when the process cannot be started, SandboxError when it cannot be ended.
     """
     begin = time.monotonic()
     status, told = os.pipe() if callable(argv) else (None, None)
@@ -101,28 +112,29 @@ def execute(
     finally:
         if told is not None:
             os.close(told)
-    reports = None
     if status is not None:
         os.set_blocking(status, False)
-        reports = os.fdopen(status, "rb")
-    watched = Watched(process, reports)
+    watched = Watched(process, status)
     try:
-        ended = _follow(watched, limits, stdin, output_bytes, begin)
+        ended = _follow(watched, limits, stdin, output_bytes, begin, started)
         watched.read_status()
         return ended, watched.reported
     finally:
         watched.kill()
-        for stream in (process.stdin, process.stdout, process.stderr, reports):
+        if status is not None:
+            os.close(status)
+        for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
 
-def _follow(watched: Watched, limits: Limits, stdin: bytes, output_bytes: int, begin: float) -> Ended:
+def _follow(watched: Watched, limits: Limits, stdin: bytes, output_bytes: int, begin: float, started: bytes) -> Ended:
     process = watched.process
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    outputs = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
-    most = {process.stdout.fileno(): output_bytes, process.stderr.fileno(): limits.output_kib * 1024}
+    out, err = process.stdout.fileno(), process.stderr.fileno()
+    outputs = {out: bytearray(), err: bytearray()}
+    most = {out: output_bytes, err: limits.output_kib * 1024}
     into = process.stdin.fileno()
     rest = memoryview(stdin)
     exited = os.pidfd_open(process.pid)
@@ -135,16 +147,20 @@ def _follow(watched: Watched, limits: Limits, stdin: bytes, output_bytes: int, b
         os.set_blocking(into, False)
         selector.register(into, selectors.EVENT_WRITE)
         running, next_look = True, begin + WATCH_SECONDS
+        alive = not started
+        deadline = begin + (limits.seconds if alive else START_SECONDS)
         try:
             while running and not (timed_out or out_of_memory or flooded):
                 now = time.monotonic()
-                if now >= begin + limits.seconds:
+                if not alive and outputs[out].startswith(started):
+                    alive, deadline = True, now + limits.seconds
+                if now >= deadline:
                     timed_out = True
                     break
                 if now >= next_look:
                     out_of_memory = _uses(watched, limits.disk_mib * 2**20) > limits.memory_mib * 2**20
                     next_look = time.monotonic() + WATCH_SECONDS
-                for key, _ in selector.select(max(0.0, min(next_look, begin + limits.seconds) - now)):
+                for key, _ in selector.select(max(0.0, min(next_look, deadline) - now)):
                     if key.fd == exited:
                         running = False
                     elif key.fd == into:

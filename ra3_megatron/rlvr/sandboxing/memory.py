@@ -38,12 +38,12 @@ def memory_of(pids: list[int]) -> int:
 def files_of(first: int, size: int) -> int:
     """Bytes of memory that the temporary files in the sandbox take.
 
-    first: its first process, by its number here; size: of its file system in memory. Zero before that is there, and
-    when the process is gone.
+    first: its first process, by its number here; size: of its file system in memory. Zero before that is there (for a
+    moment the process may not be looked at), and when the process is gone.
     """
     try:
         place = os.statvfs(f"/proc/{first}/root/tmp")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
     if place.f_blocks * place.f_frsize != size:
         return 0

@@ -3,7 +3,8 @@
 Denied are calls that make memory which no limit counts (memfd, System V, POSIX queues), new name spaces and mounts,
 calls that reach into other processes, and parts of the kernel that programs do not need. They fail with EPERM. clone3
 hides its flags from a filter: it fails with ENOSYS, and the C library takes clone. So do calls newer than this list.
-Sockets are of the families unix, IPv4 and IPv6 only: a network name space does not hold others (AF_VSOCK) back.
+prlimit is for the process itself: the runner would take a lower limit from any process of its user. Sockets are of the
+families unix, IPv4 and IPv6 only: a network name space does not hold others (AF_VSOCK) back.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ DENIED = {
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 SOCKET = {"x86_64": 41, "aarch64": 198}
+PRLIMIT = {"x86_64": 302, "aarch64": 261}
 CLONE3 = 435
+Line = tuple[str, int, int, str, str]
+"""(label, operation, value, label to jump to when it holds, label to jump to when not); no label: the next line."""
 
 
 def known(machine: str = "") -> bool:
@@ -67,30 +71,31 @@ def known(machine: str = "") -> bool:
 def program(machine: str = "") -> bytes:
     """The filter for this machine's processor. Raises KeyError where none is known."""
     machine = machine or platform.machine()
-    denied = (*DENIED[machine], *COMMON)
-    # The three ends, from the last instruction backwards, so that a jump can name its distance.
-    tail = [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERROR | EPERM), (RETURN, 0, 0, ERROR | ENOSYS)]
-    families = [(EQUAL, len(FAMILIES) - number, 0, family) for number, family in enumerate(FAMILIES)]
-    clone = [(LOAD, 0, 0, FIRST_ARGUMENT_AT), (ANY_BIT, 1, 0, NEW_NAME_SPACES)]
-    socket = [(LOAD, 0, 0, FIRST_ARGUMENT_AT), *families]
-    # socket falls through to EPERM; its families jump over it to ALLOW. clone jumps either way.
-    body = [
-        (LOAD, 0, 0, ARCHITECTURE_AT),
-        (EQUAL, 1, 0, ARCHITECTURES[machine]),
-        (RETURN, 0, 0, KILL),
-        (LOAD, 0, 0, NUMBER_AT),
+    lines: list[Line] = [
+        ("", LOAD, ARCHITECTURE_AT, "", ""),
+        ("", EQUAL, ARCHITECTURES[machine], "number", "kill"),
+        ("number", LOAD, NUMBER_AT, "", ""),
+        ("", AT_LEAST, NEWEST + 1, "no such call", ""),
+        ("", EQUAL, CLONE3, "no such call", ""),
+        ("", EQUAL, CLONE[machine], "clone", ""),
+        ("", EQUAL, SOCKET[machine], "socket", ""),
+        ("", EQUAL, PRLIMIT[machine], "prlimit", ""),
+        *(("", EQUAL, number, "deny", "") for number in (*DENIED[machine], *COMMON)),
+        ("allow", RETURN, ALLOW, "", ""),
+        ("clone", LOAD, FIRST_ARGUMENT_AT, "", ""),
+        ("", ANY_BIT, NEW_NAME_SPACES, "deny", "allow too"),
+        ("prlimit", LOAD, FIRST_ARGUMENT_AT, "", ""),
+        ("", EQUAL, 0, "allow too", "deny"),
+        ("socket", LOAD, FIRST_ARGUMENT_AT, "", ""),
+        *(("", EQUAL, family, "allow too", "") for family in FAMILIES),
+        ("deny", RETURN, ERROR | EPERM, "", ""),
+        ("allow too", RETURN, ALLOW, "", ""),
+        ("no such call", RETURN, ERROR | ENOSYS, "", ""),
+        ("kill", RETURN, KILL, "", ""),
     ]
-    # Layout behind the body: checks, ALLOW, clone (2 and its ends), socket (and its ends), EPERM, ENOSYS.
-    checks = [AT_LEAST, EQUAL, EQUAL, EQUAL, *(EQUAL for _ in denied)]
-    values = [NEWEST + 1, CLONE3, CLONE[machine], SOCKET[machine], *denied]
-    ends = {
-        "clone": 1,
-        "socket": 1 + len(clone) + 2,
-        "eperm": 1 + len(clone) + 2 + len(socket) + 2,
-        "enosys": 1 + len(clone) + 2 + len(socket) + 2 + 1,
-    }
-    names = ["enosys", "enosys", "clone", "socket", *("eperm" for _ in denied)]
-    for number, (code, value, name) in enumerate(zip(checks, values, names, strict=True)):
-        body.append((code, len(checks) - 1 - number + ends[name], 0, value))
-    body += [tail[0], *clone, tail[0], tail[1], *socket, tail[1], tail[0], tail[1], tail[2]]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in body)
+    places = {label: place for place, (label, *_) in enumerate(lines) if label}
+    code = b""
+    for place, (_, operation, value, yes, no) in enumerate(lines):
+        jumps = (places[label] - place - 1 if label else 0 for label in (yes, no))
+        code += struct.pack("=HBBI", operation, *jumps, value)
+    return code

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, size
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 MODULE = "candidate"
 FILE = "<program>"

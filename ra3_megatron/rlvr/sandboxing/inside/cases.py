@@ -7,11 +7,13 @@ defines `check(input, expected, output) -> bool`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, Malformed, no_handle
-from .tests import Failure, failure_of
+from .tests import Failure
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class CaseRunner:
@@ -61,7 +63,7 @@ class CaseRunner:
         try:
             right = self.check(data, expected, text) if self.check else same(expected, text, self.tolerance)
         except Exception as error:
-            raise failure_of(error, f"the checker, {where}") from None
+            raise Failure("wrong", f"{type(error).__name__}: {error} in the checker, {where}") from None
         if right is not True:
             raise Failure("wrong", f"wrong output in {where}: {text[:200]!r}")
 

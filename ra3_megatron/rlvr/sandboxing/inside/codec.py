@@ -10,8 +10,11 @@ trusts them: it raises Malformed for what is cut off, too deep (MAX_DEPTH), too 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
 MAX_DEPTH = 100
 MAX_NODES = 2_000_000

@@ -13,13 +13,16 @@ from __future__ import annotations
 import marshal
 import os
 import time
-from typing import Any
 
 from .candidate import serve_functions, silence
 from .channel import Broken, Channel
 from .codec import Decoder, no_handle
-from .protection import forbid_inspection
+from .protection import protect
 from .tests import Failure
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 STARTED = b"started\n"
 FUNCTIONS, SCRIPTS = "functions", "scripts"
@@ -37,7 +40,7 @@ def main(kind: str, cpu_seconds: int) -> None:
     os.close(answers[1])
     out = os.dup(1)
     os.dup2(2, 1)
-    forbid_inspection()
+    protect()
     os.write(out, STARTED)
     with open(0, "rb") as stdin:
         task = marshal.loads(stdin.read())

@@ -8,11 +8,14 @@ candidate's functions and methods is.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
-from typing import Any
 
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, Malformed, Unsendable
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
 
 EXCEPTIONS = {
     name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
@@ -31,8 +34,6 @@ class Remote:
         self.channel = channel
         self.broken: str | None = None
         """Why the process answers no more."""
-        self.shown: dict[int, str] = {}
-        """By the identity of an exception that the candidate raised: what to show a reader."""
 
     def load(self, code: str) -> None:
         """Send the code. Raises what it raised; Broken when it ended."""
@@ -70,7 +71,9 @@ class Remote:
                     _write_back(originals[position], contents)
                 return result
             if kind == b"X":
-                name, text, shown = decoder.decode()
+                told = decoder.decode()
+                if type(told) is not tuple or [type(part) for part in told] != [str, str, str]:
+                    raise Malformed("an exception of other parts")
             elif kind != b"S":
                 raise Malformed(f"no answer begins with {kind!r}")
         except Broken as error:
@@ -81,7 +84,7 @@ class Remote:
             raise Broken(self.broken) from None
         if kind == b"S":
             raise StopIteration
-        raise self._raised(str(name), str(text), str(shown))
+        raise self._raised(*told)
 
     def _raised(self, name: str, text: str, shown: str) -> Exception:
         error: Exception = ProgramEnded(text)

@@ -6,15 +6,15 @@ its children (`protection.py`), and kills whatever a case leaves behind.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal itself imports enum
 import os
 import select
-import signal
 import sys
 
 from .candidate import FILE, become_module
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, no_handle
-from .protection import forbid_inspection
+from .protection import protect, unprotect
 
 TAIL = 2000
 """Bytes of a case's stderr that are reported."""
@@ -26,7 +26,7 @@ def serve_scripts(channel: Channel, code: str, isolated: bool) -> None:
     An answer is (ended, output, stderr's tail): ended is "exit N", "signal N" or "flood". isolated: this is a process
     namespace of its own, in which everything but the runner may be killed.
     """
-    forbid_inspection()
+    protect()
     while True:
         try:
             data, most = Decoder(channel.receive(), no_handle, [], keep=False).decode()
@@ -48,9 +48,9 @@ def run_case(channel: Channel, code: str, data: bytes, most: int, isolated: bool
     outputs: dict[int, bytearray] = {stdout: bytearray(), stderr: bytearray()}
     flooded = relay(child, data, stdin, outputs, most)
     if flooded:
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, _signal.SIGKILL)
     if isolated:
-        os.kill(-1, signal.SIGKILL)
+        os.kill(-1, _signal.SIGKILL)
     else:
         _kill_group(child)
     for descriptor in outputs:
@@ -111,13 +111,14 @@ def _read(descriptor: int, output: bytearray) -> bool:
 
 def _kill_group(leader: int) -> None:
     try:  # noqa: SIM105 (contextlib takes time to import)
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(leader, _signal.SIGKILL)
     except OSError:
         pass
 
 
 def become_script(code: str, channel: Channel, pipes: list[tuple[int, int]]) -> None:
     """Execute the code as `__main__` and end the process as the interpreter would."""
+    unprotect()
     os.setsid()
     for number, (read, write) in enumerate(pipes):
         os.dup2(read if number == 0 else write, number)

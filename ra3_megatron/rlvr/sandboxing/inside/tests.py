@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import sys
-from typing import Any
 
 from .channel import Broken
 from .remote import Remote
+
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from typing import Any
 
 SHOWN = 500
 """Characters of a failure that are reported."""
@@ -54,10 +57,9 @@ class FunctionRunner:
             raise failure_of(error, "loading the program") from None
         try:
             compiled = compile(self.setup, "<setup>", "exec")
-            names = list(self.entry_points)
-            if not names:
-                names, modules = names_used([self.setup, *self.tests])
-                self.namespace.update({name: __import__(name) for name in modules})
+            undefined, modules = names_used([self.setup, *self.tests])
+            self.namespace.update({name: __import__(name) for name in modules if name not in self.entry_points})
+            names = list(self.entry_points) or undefined
             found = self.remote.request("names", names)
             found = {name: found[name] for name in names if name in found}
             self.namespace.update(found)

@@ -1,0 +1,874 @@
+"""Programs that attack the sandbox. Each test says what it proves; docs/sandbox.md has the table.
+
+An attack tells what it found as the result of `attack()`; a test that passes on it has seen the attack fail.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ra3_megatron.rlvr.sandbox import Isolation, Limits, Sandbox, Verdict
+from ra3_megatron.rlvr.sandboxing.memory import descendants
+from tests.rlvr.programs import functions, holds, processes_with, script, soon
+
+pytestmark = pytest.mark.multiprocess
+
+RIGHT = "assert add(1, 2) == 3"
+MARK = "a1b2-left-behind"
+
+ERROR_OF = """
+def error_of(action):
+    try:
+        return repr(action())
+    except BaseException as error:
+        return type(error).__name__
+"""
+
+
+# What a program may use
+
+
+def test_a_fork_bomb_is_bounded(hasty: Sandbox) -> None:
+    """Processes are bounded, for real root too, as the host sees while the bomb goes off; all are gone after it."""
+    most, stop = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.is_set():
+            most = max(most, len(descendants(os.getpid())))
+
+    watcher = threading.Thread(target=watch)
+    before = len(descendants(os.getpid()))
+    watcher.start()
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    outcome = hasty.grade_one(functions(bomb, RIGHT))
+    stop.set()
+    watcher.join()
+    assert outcome.verdict is Verdict.TIMEOUT
+    # Of the sandbox: bwrap outside, and at most `processes` inside.
+    assert 10 < most - before <= hasty.limits.processes + 2
+    assert len(descendants(os.getpid())) <= before
+
+
+def test_the_number_of_processes(sandbox: Sandbox) -> None:
+    """fork fails at the limit; threads count as well."""
+    code = """
+    import os, threading, time
+    def attack():
+        count = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    time.sleep(60)
+                count += 1
+        except BlockingIOError:
+            pass
+        try:
+            threading.Thread(target=time.sleep, args=(60,)).start()
+        except RuntimeError:
+            return count
+    """
+    holds(sandbox, code, f"told == {sandbox.limits.processes - 2}")
+
+
+def test_memory_of_one_process(sandbox: Sandbox) -> None:
+    """More than memory_mib in one process is a MemoryError, and that is the verdict."""
+    outcome = sandbox.grade_one(functions("def add(a, b):\n    return len(bytearray(600 << 20))", RIGHT))
+    assert outcome.verdict is Verdict.MEMORY
+
+
+def test_memory_in_children(sandbox: Sandbox) -> None:
+    """Children that stay below the limit each, and not together, are found by the watch of the host."""
+    code = """
+    import os, time
+    for _ in range(6):
+        if os.fork() == 0:
+            held = bytearray(150 << 20)
+            time.sleep(60)
+    time.sleep(60)
+    """
+    outcome = sandbox.grade_one(functions(code, RIGHT))
+    assert outcome.verdict is Verdict.MEMORY and "512 MiB" in outcome.detail
+    assert outcome.seconds < sandbox.limits.seconds
+
+
+def test_memory_shared_between_children(sandbox: Sandbox) -> None:
+    """Shared anonymous memory counts too."""
+    code = """
+    import mmap, os, time
+    for _ in range(6):
+        if os.fork() == 0:
+            held = mmap.mmap(-1, 150 << 20)
+            for place in range(0, len(held), 4096):
+                held[place] = 1
+            time.sleep(60)
+    time.sleep(60)
+    """
+    assert sandbox.grade_one(functions(code, RIGHT)).verdict is Verdict.MEMORY
+
+
+def test_memory_that_no_limit_counts(sandbox: Sandbox) -> None:
+    """memfd and System V segments, which stay outside of every count, cannot be made."""
+    code = f"""
+    import ctypes, os
+    {ERROR_OF.replace(chr(10), chr(10) + "    ")}
+    def attack():
+        segment = ctypes.CDLL(None).shmget(0, 1 << 30, 0o1600)
+        return error_of(lambda: os.memfd_create("x")), segment
+    """
+    holds(sandbox, code, "told == ('PermissionError', -1)")
+
+
+def test_a_busy_loop(hasty: Sandbox) -> None:
+    """Wall clock, when the program computes."""
+    outcome = hasty.grade_one(functions("while True:\n    pass", RIGHT))
+    assert outcome.verdict is Verdict.TIMEOUT and outcome.passed == 0
+
+
+def test_a_busy_loop_after_tests_that_pass(hasty: Sandbox) -> None:
+    """A program that hangs in its last test has not passed, and what it passed before is counted."""
+    code = "def add(a, b):\n    while a > 5:\n        pass\n    return a + b"
+    outcome = hasty.grade_one(functions(code, RIGHT, "assert add(9, 1) == 10"))
+    assert (outcome.verdict, outcome.passed, outcome.total) == (Verdict.TIMEOUT, 1, 2)
+
+
+def test_cpu_time(bubblewrap: Isolation) -> None:
+    """CPU time of a process below the wall clock, even when it ignores the signal."""
+    code = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
+    with Sandbox(bubblewrap, Limits(seconds=30, cpu_seconds=1), 1) as sandbox:
+        polite = sandbox.grade_one(functions("while True:\n    pass", RIGHT))
+        rude = sandbox.grade_one(functions(code, RIGHT))
+    assert polite.verdict is Verdict.TIMEOUT and "CPU" in polite.detail
+    assert rude.verdict is not Verdict.PASSED and max(polite.seconds, rude.seconds) < 28
+
+
+def test_ignored_signals(hasty: Sandbox) -> None:
+    """A program that ignores every signal it can is ended all the same."""
+    code = """
+    import signal
+    for number in range(1, 65):
+        try:
+            signal.signal(number, signal.SIG_IGN)
+        except (OSError, ValueError):
+            pass
+    while True:
+        signal.pause()
+    """
+    assert hasty.grade_one(functions(code, RIGHT)).verdict is Verdict.TIMEOUT
+
+
+DAEMON = f"""
+import os, sys
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for descriptor in range(256):
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass
+        os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(300)  # {MARK}"])
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_daemon_does_not_outlive_its_program(sandbox: Sandbox) -> None:
+    """A child of its own session, without a descriptor of ours, is gone from the machine when the verdict is there."""
+    code = DAEMON + "import time\ntime.sleep(0.5)\ndef add(a, b):\n    return a + b"
+    seen: list[int] = []
+    stop = threading.Event()
+    watcher = threading.Thread(target=lambda: [seen.extend(processes_with(MARK)) for _ in iter(stop.is_set, True)])
+    watcher.start()
+    outcome = sandbox.grade_one(functions(code, RIGHT))
+    left = processes_with(MARK)
+    stop.set()
+    watcher.join()
+    assert outcome.verdict is Verdict.PASSED and seen and not left
+
+
+def test_a_daemon_does_not_outlive_its_case(sandbox: Sandbox) -> None:
+    """Nothing of one case of a whole program runs during the next one."""
+    code = (
+        DAEMON
+        + """
+count = 0
+for entry in os.listdir("/proc"):
+    if entry.isdigit() and b"left-behind" in open(f"/proc/{entry}/cmdline", "rb").read():
+        count += 1
+print(count <= 1)
+"""
+    )
+    assert sandbox.grade_one(script(code, ("", "True"), ("", "True"), ("", "True"))).verdict is Verdict.PASSED
+    assert not processes_with(MARK)
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_an_output_flood(hasty: Sandbox, descriptor: int) -> None:
+    """Endless output is a failure, and is read no further than the limit."""
+    flood = f"import os\nwhile True:\n    os.write({descriptor}, b'x' * 65536)"
+    for program in (functions(flood, RIGHT), script(flood, ("", "x"))):
+        outcome = hasty.grade_one(program)
+        assert outcome.verdict is Verdict.FLOOD and outcome.seconds < 2
+
+
+def test_full_disks(sandbox: Sandbox) -> None:
+    """Temporary files are bounded in all, wherever they are written."""
+    code = """
+    import os
+    def attack():
+        written = 0
+        for number, place in enumerate(["/tmp", "/dev/shm"] * 20):
+            try:
+                with open(f"{place}/{number}", "wb") as file:
+                    for _ in range(32):
+                        written += os.write(file.fileno(), bytes(1 << 19))
+            except OSError:
+                pass
+        return written
+    """
+    disk = sandbox.limits.disk_mib << 20
+    holds(sandbox, code, f"{disk // 2} < told <= {disk}")
+
+
+def test_many_small_files(bubblewrap: Isolation) -> None:
+    """Empty files take memory of the kernel, which counts as theirs."""
+    code = "for number in range(10**9):\n    open(f'/tmp/{number}', 'w').close()"
+    with Sandbox(bubblewrap, Limits(seconds=30, memory_mib=64), 1) as sandbox:
+        assert sandbox.grade_one(functions(code, RIGHT)).verdict is Verdict.MEMORY
+
+
+# What a program may see and change
+
+
+def test_writing_outside_of_tmp(sandbox: Sandbox) -> None:
+    """Nothing but /tmp can be written: not the system, not the interpreter, not the runner."""
+    code = f"""
+    import os, sys
+    {ERROR_OF.replace(chr(10), chr(10) + "    ")}
+    def attack():
+        places = ["/", "/usr/lib", "/dev", "/proc", "/runner", "/runner/inside", sys.prefix, os.__file__[:-6]]
+        places += [{os.path.abspath(os.curdir)!r}, "/etc", "/root", "/home", "/var", "/run", "/sys"]
+        written = []
+        for place in places:
+            try:
+                os.makedirs(place, exist_ok=True)
+                open(place + "/written", "w").close()
+                written.append(place)
+            except OSError:
+                pass
+        return written
+    """
+    holds(sandbox, code, "told == []")
+
+
+def test_the_environment_of_the_parent(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment of this process nothing is passed on, in no process that the program sees."""
+    monkeypatch.setenv("A_TOKEN_OF_THE_USER", "marker-7531")
+    code = """
+    import glob, os
+    def attack():
+        found = [str(dict(os.environ))]
+        for file in glob.glob("/proc/[0-9]*/environ") + glob.glob("/proc/[0-9]*/task/*/environ"):
+            try:
+                found.append(open(file).read())
+            except OSError:
+                pass
+        return "marker-7531" in "".join(found), len(found)
+    """
+    holds(sandbox, code, "told[0] is False and told[1] >= 2")
+
+
+def test_files_of_the_host(sandbox: Sandbox, tmp_path: Path) -> None:
+    """No file that is not the system's or the interpreter's: no accounts, no homes, not this repository, no tests."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    repository = Path(__file__).resolve().parents[2]
+    files = ["/etc/passwd", "/etc/hostname", "/root/.bashrc", str(Path.home()), str(secret), str(repository)]
+    files += [
+        str(repository / "README.md"),
+        __file__,
+        "/proc/1/root/etc/passwd",
+        "/proc/1/cwd",
+        "/var",
+        "/home",
+        "/sys",
+    ]
+    hidden = [path for path in files if path not in ("/root", "/")]
+    code = f"""
+    import os
+    def attack():
+        found = []
+        for path in {hidden!r}:
+            try:
+                found += [path] if os.path.isfile(path) or os.listdir(path) else []
+            except OSError:
+                pass
+        return found
+    """
+    # A home that holds the interpreter is there, with the way to the interpreter alone.
+    holds(sandbox, code, f"[path for path in told if path != {str(Path.home())!r}] == []")
+    ways = """
+    import os, sys
+    def attack():
+        paths = [f"{folder}/{name}" for folder, folders, files in os.walk("/root") for name in files + folders]
+        return [path for path in paths if not path.startswith(sys.prefix) and not sys.prefix.startswith(path)]
+    """
+    holds(sandbox, ways, "told == []")
+
+
+def test_other_processes(sandbox: Sandbox) -> None:
+    """The program sees the runner and itself, not the host's processes."""
+    code = "import os\ndef attack():\n    return sorted(int(name) for name in os.listdir('/proc') if name.isdigit())"
+    holds(sandbox, code, "told == [1, 2]")
+
+
+def test_the_network(sandbox: Sandbox) -> None:
+    """TCP, UDP and abstract unix sockets of the host cannot be reached, nor a hypervisor's."""
+    name = f"\0sandbox-test-{os.getpid()}"
+    received: list[bytes] = []
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix,
+    ):
+        udp.bind(("127.0.0.1", 0))
+        unix.bind(name)
+        for listener in (tcp, udp, unix):
+            listener.settimeout(0.2)
+        code = f"""
+        import socket
+        def attack():
+            reached = []
+            for family, kind, address in (
+                (socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", {tcp.getsockname()[1]})),
+                (socket.AF_INET, socket.SOCK_STREAM, ("1.1.1.1", 80)),
+                (socket.AF_UNIX, socket.SOCK_DGRAM, {name!r}),
+                (socket.AF_VSOCK, socket.SOCK_STREAM, (2, 1)),
+                (socket.AF_NETLINK, socket.SOCK_RAW, (0, 0)),
+            ):
+                try:
+                    socket.socket(family, kind).connect(address)
+                    reached.append(int(family))
+                except OSError:
+                    pass
+            try:
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {udp.getsockname()[1]}))
+            except OSError:
+                pass
+            return reached
+        """
+        holds(sandbox, code, "told == []")
+        with pytest.raises(TimeoutError):
+            received.append(udp.recv(10))
+
+
+def test_name_spaces_mounts_and_settings(sandbox: Sandbox) -> None:
+    """No new name space, no mount, no capability, no setting of the kernel."""
+    code = """
+    import ctypes, os
+    libc = ctypes.CDLL(None)
+    def attack():
+        calls = [libc.unshare(flag) for flag in (0x10000000, 0x20000, 0x40000000, 0x20000000)]
+        calls.append(libc.mount(b"x", b"/tmp", b"tmpfs", 0, None))
+        calls.append(libc.chroot(b"/tmp"))
+        pid = libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0) if os.uname().machine == "x86_64" else -1
+        if pid == 0:
+            os._exit(0)
+        calls.append(pid)
+        written = 0
+        for file in ("user/max_user_namespaces", "kernel/core_pattern", "vm/overcommit_memory", "kernel/hostname"):
+            try:
+                with open("/proc/sys/" + file, "w") as setting:
+                    setting.write("1")
+                written += 1
+            except OSError:
+                pass
+        status = open("/proc/self/status").read()
+        none = all(line.split()[1] == "0" * 16 for line in status.splitlines() if line.startswith("Cap"))
+        return set(calls), written, none, "NoNewPrivs:\\t1" in status, "Seccomp:\\t2" in status
+    """
+    holds(sandbox, code, "told == ({-1}, 0, True, True, True)")
+
+
+def test_links_out_of_tmp(sandbox: Sandbox) -> None:
+    """Links in /tmp lead to what the program can see anyway, and the host follows none."""
+    code = """
+    import os
+    def attack():
+        found = []
+        targets = ("/etc/passwd", "/proc/1/environ", "/proc/1/fd/0", "/proc/1/root", "../../etc")
+        for number, target in enumerate(targets):
+            os.symlink(target, f"/tmp/{number}")
+            try:
+                found.append(os.listdir(f"/tmp/{number}") if number > 2 else open(f"/tmp/{number}").read(1))
+            except OSError:
+                pass
+        return found
+    """
+    holds(sandbox, code, "told == []")
+
+
+def test_the_interpreter_cannot_be_replaced(sandbox: Sandbox) -> None:
+    """/proc/self/exe is the interpreter of this machine, and cannot be written."""
+    code = f"""
+    {ERROR_OF.replace(chr(10), chr(10) + "    ")}
+    def attack():
+        return error_of(lambda: open("/proc/self/exe", "r+b"))
+    """
+    holds(sandbox, code, "told in ('OSError', 'PermissionError')")
+
+
+# Verdicts that a program would like to have
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.exit(0)",
+        "raise SystemExit",
+        "import os\nos._exit(0)",
+        "raise KeyboardInterrupt",
+        "raise GeneratorExit",
+        "import os\nos.kill(os.getpid(), 9)",
+        "import os\nos.abort()",
+        "import ctypes\nctypes.string_at(0)",
+        "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)",
+        "import os\nos.execv('/usr/bin/prlimit', ['prlimit', '--version'])",
+    ],
+)
+def test_an_end_before_the_tests(sandbox: Sandbox, code: str) -> None:
+    """However a program ends before the tests are through, it has not passed, and the sandbox is not blamed."""
+    outcome = sandbox.grade_one(functions(code, RIGHT))
+    assert outcome.verdict is Verdict.CRASHED and outcome.passed == 0
+    inside = f"def add(a, b):\n    exec({code!r})"
+    assert sandbox.grade_one(functions(inside, RIGHT)).verdict is Verdict.CRASHED
+
+
+def test_killing_and_stopping_the_runner(hasty: Sandbox) -> None:
+    """No signal of the program reaches the runner; a right program is still right afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
+    code = """
+    import os
+    for number in range(1, 65):
+        try:
+            os.kill(os.getppid(), number)
+        except OSError:
+            pass
+    def add(a, b):
+        return a + b
+    """
+    try:
+        assert hasty.grade_one(functions(code, RIGHT)).verdict is Verdict.PASSED
+        assert hasty.grade_one(functions(code, "assert add(1, 2) == 4")).verdict is Verdict.WRONG
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_taking_resources_from_the_runner(sandbox: Sandbox) -> None:
+    """The limits of the runner cannot be lowered: a runner that is killed would look like a failure of the sandbox."""
+    code = """
+    import resource
+    def attack():
+        done = []
+        for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE):
+            try:
+                resource.prlimit(1, kind, (0, 0))
+                done.append(kind)
+            except OSError:
+                pass
+        return done
+    """
+    holds(sandbox, code, "told == []")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        # Objects that are equal to everything, of every disguise.
+        "class A:\n    def __eq__(self, other): return True\ndef add(a, b): return A()",
+        "class A(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef add(a, b): return A(0)",
+        "class A(str):\n    def __eq__(self, other): return True\ndef add(a, b): return A()",
+        "class A(list):\n    def __eq__(self, other): return True\ndef add(a, b): return A()",
+        "class A(tuple):\n    _fields = ('x',)\n    def __eq__(self, o): return True\ndef add(a, b): return A((1,))",
+        "class A(dict):\n    __ne__ = __eq__ = lambda self, other: True\ndef add(a, b): return A()",
+        "class M(type):\n    def __eq__(self, other): return True\n    __hash__ = type.__hash__\n"
+        "class A(metaclass=M): pass\ndef add(a, b): return A",
+        "class A:\n    __eq__ = lambda s, o: True\n    __class__ = property(lambda s: int)\ndef add(a, b): return A()",
+        "import unittest.mock\ndef add(a, b): return unittest.mock.ANY",
+        # Builtins and modules of the program's process.
+        "import builtins\nbuiltins.AssertionError = ValueError\nbuiltins.all = lambda x: True\n"
+        "builtins.print = builtins.open = builtins.exec = builtins.compile = lambda *a, **k: None\n"
+        "def add(a, b): return 0",
+        "import sys\nsys.stdout = sys.stderr = sys.stdin = None\nsys.modules.clear()\ndef add(a, b): return 0",
+        "import sys, gc\nfor thing in gc.get_objects():\n    if type(thing) is dict and 'namespace' in thing:\n"
+        "        thing.clear()\ndef add(a, b): return 0",
+        # Threads and hooks that would answer in place of the program.
+        "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef add(a, b): return 0",
+        "def add(*a): raise AssertionError",
+        "def add(*a): raise StopIteration",
+    ],
+)
+def test_answers_that_only_look_right(sandbox: Sandbox, code: str) -> None:
+    """Tests compare in the runner, by values that no code of the program can touch."""
+    outcome = sandbox.grade_one(functions(code, RIGHT, "assert not add(2, 2) != 4", "assert add(0, 1) in (1, 2)"))
+    assert outcome.verdict in (Verdict.WRONG, Verdict.CRASHED) and outcome.passed == 0
+
+
+def test_arithmetic_and_order_do_not_reach_the_program(sandbox: Sandbox) -> None:
+    """What a test expects is never shown to the program, through no operator."""
+    code = """
+    class Anything:
+        def __getattr__(self, name):
+            return lambda *arguments: 0
+        def _(self, *arguments):
+            return 0
+        __sub__ = __rsub__ = __abs__ = __add__ = __radd__ = __mul__ = __truediv__ = __mod__ = __contains__ = _
+        __lt__ = __gt__ = __le__ = __ge__ = lambda self, other: True
+        __float__ = lambda self: 0.0
+        __round__ = lambda self, digits=0: self
+    def root(x):
+        return Anything()
+    """
+    for test in (
+        "assert abs(root(2) - 1.4142) < 1e-3",
+        "assert 1.41 < root(2) < 1.42",
+        "import math\nassert math.isclose(root(2), 1.4142, abs_tol=1e-3)",
+        "assert round(root(2), 2) == 1.41",
+        "assert root(2) in [1.41, 1.42]",
+        "assert 1.41 in root(2)",
+    ):
+        assert sandbox.grade_one(functions(code, test)).verdict is not Verdict.PASSED, test
+
+
+def test_the_tests_modules_are_their_own(sandbox: Sandbox) -> None:
+    """Modules that tests use are the runner's, imported by the setup or not, whatever the program made of its own."""
+    code = """
+    import math, sys
+    math.isclose = lambda *arguments, **options: True
+    class Fake:
+        @staticmethod
+        def isclose(*arguments, **options):
+            return True
+    sys.modules["math"] = math = Fake
+    def root(x):
+        return 5.0
+    """
+    for setup in ("import math", "from math import isclose", ""):
+        test = "assert isclose(root(2), 1.4142)" if "from" in setup else "assert math.isclose(root(2), 1.4142)"
+        assert sandbox.grade_one(functions(code, test, setup=setup)).verdict is Verdict.WRONG
+    honest = functions("def root(x):\n    return x ** 0.5", "assert math.isclose(root(4), 2)")
+    assert sandbox.grade_one(honest).verdict is Verdict.PASSED
+
+
+def test_the_tests_functions_are_their_own(sandbox: Sandbox) -> None:
+    """A program that defines the helpers of the tests, or builtins, changes nothing for them."""
+    code = """
+    def check(candidate): pass
+    def close(a, b): return True
+    def all(x): return True
+    def abs(x): return 0
+    def add(a, b): return 0
+    """
+    setup = """
+    def close(a, b):
+        return abs(a - b) < 1e-6
+    def check(candidate):
+        assert close(candidate(1, 2), 3)
+        assert all(candidate(n, n) == 2 * n for n in range(3))
+    """
+    outcome = sandbox.grade_one(functions(code, "check(add)", setup=setup))
+    assert outcome.verdict is Verdict.WRONG
+
+
+def test_forged_lines_on_every_descriptor(sandbox: Sandbox) -> None:
+    """Lines as the runner writes them, with made-up secrets, on every descriptor there is: ignored."""
+    code = """
+    import os, sys
+    line = b"".join(b"%s pass\\n%s end 0\\n" % (s, s) for s in (b"0" * 32, b"", b"started", b"None"))
+    own = set(map(int, os.listdir("/proc/self/fd")))
+    for descriptor in range(256):
+        if descriptor not in (own - {0, 1, 2}):
+            try:
+                os.write(descriptor, b"started\\n" + line)
+            except OSError:
+                pass
+    print(line.decode(), flush=True)
+    def add(a, b):
+        return 0
+    """
+    outcome = sandbox.grade_one(functions(code, RIGHT))
+    assert outcome.verdict is Verdict.WRONG and outcome.passed == 0
+
+
+FRAME = """
+import os
+def frame(body):
+    return len(body).to_bytes(8, "little") + body
+def channel():
+    out = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2 and "pipe" in os.readlink("/proc/self/fd/" + name):
+                out.append(int(name))
+        except OSError:
+            pass
+    return out
+def say(data):
+    for descriptor in channel():
+        try:
+            os.write(descriptor, data)
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "say(frame(b'VN' + bytes(4)) * 4)",
+        "say(frame(b'VT' + bytes(4)) * 50)",
+        "say(b'garbage' * 10)",
+        "say((2 ** 63).to_bytes(8, 'little'))",
+        "say((30 << 20).to_bytes(8, 'little') + b'x')",
+        "say(frame(b''))",
+        "say(frame(b'V' + b'l\\x01\\0\\0\\0' * 20000))",
+        "say(frame(b'Vl\\xff\\xff\\xff\\xff'))",
+        "say(frame(b'Vi\\xff\\xff\\xff\\xff'))",
+        "say(frame(b'Vd\\x01\\0\\0\\0l\\0\\0\\0\\0N'))",
+        "say(frame(b'Vo\\x09\\0\\0\\0'))",
+        "say(frame(b'Vn' + b'N' * 3))",
+        "say(frame(b'XN'))",
+        "say(frame(b'Xt\\x03\\0\\0\\0h\\0\\0\\0\\0h\\0\\0\\0\\0h\\0\\0\\0\\0'))",
+        "say(frame(b'VN\\xff\\xff\\xff\\xff'))",
+        "say(frame(b'pass'))",
+        "say(frame(b'VD\\x03\\0\\0\\0abc'))",
+        "say(frame(b'Vs\\x02\\0\\0\\0\\xff\\xff'))",
+        "say(frame(b'VQi\\x01\\0\\0\\0\\x01i\\x01\\0\\0\\0\\0'))",
+    ],
+)
+def test_forged_messages(hasty: Sandbox, body: str) -> None:
+    """Messages on the channel, well-formed before they were asked for or malformed: never a pass, never our fault."""
+    code = f"{FRAME}\n{body}\ndef add(a, b):\n    {body}\n    return 0"
+    outcome = hasty.grade_one(functions(code, RIGHT, "assert add(5, 5) == 10"))
+    assert outcome.verdict in (Verdict.WRONG, Verdict.CRASHED, Verdict.TIMEOUT) and outcome.passed == 0
+
+
+SEARCH = """
+import re
+def search(pattern):
+    \"\"\"How often a pattern, which does not match itself, is in the memory of this process.\"\"\"
+    found = 0
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb") as memory:
+        for line in maps.read().splitlines():
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if line.split()[1][0] == "r" and "[v" not in line:
+                try:
+                    memory.seek(begin)
+                    found += len(re.findall(pattern, memory.read(end - begin)))
+                except (OSError, ValueError, OverflowError):
+                    pass
+    return found
+"""
+
+
+def test_the_secret_is_not_in_the_program(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither secret nor tests are anywhere in the memory of the program's process; what is there is found."""
+    from ra3_megatron.rlvr import sandbox as module
+
+    monkeypatch.setattr(module.secrets, "token_hex", lambda _: "feedface" * 4)
+    code = (
+        SEARCH
+        + """
+planted = "planted" + "-here"
+def attack():
+    return [search(pattern) for pattern in (rb"feed[f]acefeed[f]ace", rb"expected[-]matrix", rb"planted[-]here")]
+"""
+    )
+    test = "told = attack()\nassert told[:2] == [0, 0] and told[2] > 0, told  # expected-matrix"
+    outcome = sandbox.grade_one(functions(code, test, entry_points=("attack",)))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
+def test_frames_and_objects_hold_no_secret(sandbox: Sandbox) -> None:
+    """Frames, and all objects that the collector knows, reach neither the tests nor a secret."""
+    code = """
+    import gc, sys
+    def attack():
+        found = []
+        frame = sys._getframe()
+        seen = []
+        while frame is not None:
+            seen.append(str(frame.f_locals)[:100000] + str(sorted(frame.f_globals)))
+            frame = frame.f_back
+        texts = seen + [thing for thing in gc.get_objects() if isinstance(thing, str)]
+        for thing in gc.get_objects():
+            if type(thing) in (dict, list, tuple):
+                texts += [str(part) for part in (thing.values() if type(thing) is dict else thing) if type(part) is str]
+        return [text[:50] for text in texts if "-".join(("hidden", "in", "setup")) in text]
+    """
+    test = "told = attack()\nassert told == [], told"
+    outcome = sandbox.grade_one(functions(code, test, setup="expected = 'hidden-in-setup'", entry_points=("attack",)))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
+def test_looking_into_the_runner(sandbox: Sandbox) -> None:
+    """ptrace, process_vm_readv, pidfd_getfd and every file of /proc/1 that could tell are refused."""
+    code = """
+    import ctypes, os
+    libc = ctypes.CDLL(None)
+    def attack():
+        opened = []
+        for name in ("mem", "maps", "environ", "fd/0", "fd/1", "fd/3", "auxv", "stack", "syscall", "io", "pagemap",
+                     "smaps", "task/1/mem", "task/1/fd/0", "root/tmp", "cwd", "exe", "ns/user", "fdinfo/0"):
+            try:
+                os.close(os.open("/proc/1/" + name, os.O_RDONLY))
+                opened.append(name)
+            except OSError:
+                pass
+        for flags in (os.O_WRONLY, os.O_RDWR):
+            for name in ("mem", "fd/1", "fd/0", "fd/3", "oom_score_adj", "timens_offsets", "uid_map"):
+                try:
+                    os.close(os.open("/proc/1/" + name, flags))
+                    opened.append(name)
+                except OSError:
+                    pass
+        x86 = os.uname().machine == "x86_64"
+        buffer = ctypes.create_string_buffer(64)
+        vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
+        calls = [libc.ptrace(16, 1, 0, 0), libc.ptrace(0x4206, 1, 0, 0)]
+        calls.append(libc.process_vm_readv(1, vector, 1, vector, 1, 0))
+        pidfd = libc.syscall(434, 1, 0)
+        calls += [libc.syscall(438, pidfd, number, 0) for number in range(8)]
+        return opened, set(calls)
+    """
+    holds(sandbox, code, "told == ([], {-1})")
+
+
+def test_shielding_does_not_rest_on_the_filter_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the filter of system calls the runner still cannot be looked into: it is not dumpable."""
+    from ra3_megatron.rlvr.sandboxing import seccomp
+
+    allow = bytes.fromhex("06000000") + seccomp.ALLOW.to_bytes(4, "little")
+    monkeypatch.setattr(seccomp, "program", lambda: allow)
+    code = """
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    def attack():
+        buffer = ctypes.create_string_buffer(64)
+        vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
+        calls = [libc.ptrace(16, 1, 0, 0), libc.process_vm_readv(1, vector, 1, vector, 1, 0)]
+        calls.append(libc.syscall(438, libc.syscall(434, 1, 0), 0, 0))
+        calls.append(libc.unshare(0x10000000))
+        return set(calls), [line for line in open("/proc/self/status") if line.startswith("Seccomp:")]
+    """
+    holds(sandbox, code, "told == ({-1}, ['Seccomp:\\t2\\n'])")
+
+
+def test_inherited_descriptors(sandbox: Sandbox) -> None:
+    """The program holds stdin (empty), two outputs and the two ends of its channel, nothing else."""
+    code = """
+    import os
+    def attack():
+        kinds = []
+        for descriptor in range(1024):
+            try:
+                kinds.append((descriptor, os.readlink(f"/proc/self/fd/{descriptor}").split(":")[0]))
+            except OSError:
+                pass
+        same = os.fstat(1) == os.fstat(2)
+        return [kind for _, kind in kinds], kinds[0], os.read(0, 1), same
+    """
+    holds(sandbox, code, "told == (['/dev/null'] + ['pipe'] * 4, (0, '/dev/null'), b'', True)")
+
+
+def test_the_expected_output_is_never_shown(sandbox: Sandbox) -> None:
+    """A whole program finds its input, and nowhere the output that is expected of it, in memory or files."""
+    code = (
+        SEARCH
+        + """
+import os, sys
+data = sys.stdin.read()
+opened = 0
+for pid in (1, os.getppid()):
+    for name in ("mem", "fd/0", "fd/3", "environ", "maps"):
+        try:
+            os.close(os.open(f"/proc/{pid}/{name}", os.O_RDONLY))
+            opened += 1
+        except OSError:
+            pass
+print(search(rb"to[-]be[-]expected"), search(rb"some[-]input") > 0, opened)
+"""
+    )
+    checker = "def check(data, expected, output):\n    return expected == 'to-be-expected' and output == '0 True 0\\n'"
+    outcome = sandbox.grade_one(script(code, ("some-input", "to-be-expected"), checker=checker))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
+def test_the_infrastructure_is_not_to_be_blamed(sandbox: Sandbox) -> None:
+    """A program that prints what bwrap prints when it fails is graded like any other, at once."""
+    code = "import os\nos.write(2, b'bwrap: No such file\\n')\nos._exit(1)"
+    begin = time.monotonic()
+    outcome = sandbox.grade_one(functions(code, RIGHT))
+    assert outcome.verdict is Verdict.CRASHED and time.monotonic() - begin < 5
+
+
+# Programs that break things
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "(" * 100_000,
+        "-" * 1_000_000 + "1",
+        "x = " + "[" * 50_000 + "]" * 50_000,
+        "def add(a, b):\n    return add(a, b)",
+        "import sys\nsys.setrecursionlimit(10 ** 9)\ndef add(a, b):\n    return add(a, b)",
+        "def add(a, b):\n    return a + b\n\0",
+        "def add(a, b):\n    return '\ud800'",
+        "class A:\n    def __str__(self): raise SystemExit\ndef add(a, b):\n    raise ValueError(A())",
+        "class E(Exception):\n    def __str__(self): return 5\ndef add(a, b):\n    raise E",
+        "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
+        "def add(a, b):\n    x = []\n    for _ in range(100000):\n        x = [x]\n    return x",
+        "def add(a, b):\n    return float('nan')",
+        "def add(a, b):\n    return 10 ** 100_000",
+        "def add(a, b):\n    return bytes(60 << 20)",
+        "def add(a, b):\n    return [[]] * 3_000_000",
+        "def add(a, b):\n    return (n for n in iter(int, 1))",
+        "print('\\ud800')",
+        "import os\nos.write(1, bytes(range(256)) * 10)\nos.write(2, b'\\0\\xff')\ndef add(a, b):\n    return 0",
+        "",
+        "del __builtins__",
+    ],
+)
+def test_programs_that_break_things(hasty: Sandbox, code: str) -> None:
+    """Source, values and errors at the edge of what Python can do: a failure of the program, told in printable text."""
+    outcome = hasty.grade_one(functions(code, RIGHT, entry_points=("add",)))
+    assert outcome.verdict not in (Verdict.PASSED, Verdict.FLOOD) and outcome.passed == 0
+    assert outcome.detail.isprintable() and 0 < len(outcome.detail) <= 500
+    assert hasty.grade_one(script(code, ("", "3"))).verdict is not Verdict.PASSED
+
+
+def test_edges_that_are_right(sandbox: Sandbox) -> None:
+    """The same edges, where the program is right, pass: CRLF, surrogates, huge numbers, NaN."""
+    for code, test in (
+        ("def add(a, b):\r\n    return a + b\r\n", RIGHT),
+        ("def same(x):\n    return x", "assert same('\\ud800') == '\\ud800'"),
+        ("def power(n):\n    return 10 ** n", "assert power(50_000) == 10 ** 50_000"),
+        ("def nan():\n    return float('nan')", "assert nan() != nan()"),
+        ("def infinity():\n    return -float('inf')", "assert infinity() == -float('inf')"),
+    ):
+        outcome = sandbox.grade_one(functions(code, test))
+        assert outcome.verdict is Verdict.PASSED, outcome
+
+
+def test_everything_is_gone(sandbox: Sandbox) -> None:
+    """After all of the above: no process of a sandbox is below this one."""
+    assert soon(lambda: len(descendants(os.getpid())) == 1)
