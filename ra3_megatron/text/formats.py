@@ -77,7 +77,8 @@ class LatentFormat(ABC):
     thought_set: int
     """Row from which the second and further tokens of a thought are sampled."""
     no_thought_set: int
-    """Row of the tokens that start no thought anywhere, for free continuations without thoughts."""
+    """Row of the tokens that can start no thought anywhere, for free continuations without thoughts. It does not depend
+    on the place, so in the `comment` format a "#" that a token starts with inside a line is not in it either."""
     think_set_of_token: npt.NDArray[np.int16]
     """Row of the tokens that start a thought where each token would be the line's first EXPERT one, [vocab_size]; 0
     when there are none."""
@@ -171,7 +172,7 @@ class CommentFormat(LatentFormat):
             self._act_row[len(rows)] = len(rows) + 1
             rows += [start, ~start]
         self.no_thought_set = len(rows)
-        rows.append(~np.isin(np.arange(len(table)), [index for starts in prefixes.values() for index in starts]))
+        rows.append(np.array([not _starts_comment(token) for token in table]))
         self.sets = np.stack(rows)
         self.universe, self.thought_set = self.ALL, 1
         self.forced_end = tuple(tokenizer.encode("\n"))
@@ -286,6 +287,11 @@ def _sayable(token: bytes) -> bool:
     """Whether a thought in a comment may hold the token: no control token, no line break but a last "\\n"."""
     inner = token[:-1] if token.endswith(b"\n") else token
     return bool(token) and not any(byte in inner for byte in b"\n\r\0")
+
+
+def _starts_comment(token: bytes) -> bool:
+    """Whether a line in the token, which may begin in the middle of one, starts with "#"."""
+    return any(line.lstrip(SPACE_BYTES).startswith(b"#") for line in token.split(b"\n"))
 
 
 def _only(size: int, *ids: int) -> npt.NDArray[np.bool_]:

@@ -83,9 +83,14 @@ def strip_comment_lines(code: str) -> str:
 
 def drop_comment_lines(text: str) -> str:
     """The same for text that a model wrote: where it stops being Python, "#" lines go too; leading blank lines stay."""
+    return _without(text, written_comment_rows(text))
+
+
+def written_comment_rows(text: str) -> list[int]:
+    """Indices of the lines that `drop_comment_lines` drops."""
     rows = _analyse(text)
     rest = [r for r in range(rows.known, len(rows.texts)) if rows.texts[r].lstrip(WHITESPACE).startswith("#")]
-    return _without(text, [*_comment_indices(rows), *rest])
+    return sorted({*_comment_indices(rows), *rest})
 
 
 def drop_leading_blank_lines(code: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ra3_megatron.config import inherit
 from ra3_megatron.config.errors import HUNG, UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
@@ -34,7 +35,7 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
 
     read_record(checkpoint)
     if config is None:
-        own = _run_of(checkpoint)
+        own = run_of(checkpoint)
         if own is None:
             raise UserError(f"{checkpoint}: stands in no run folder: name a CONFIG that describes its model and corpus")
         config = load_config(own.config, overrides, resolved=True)
@@ -77,7 +78,7 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             with (
                 watching(out, runtime, config.watchdog.timeout_minutes),
                 rollout_engines(
-                    config, runtime, corpus.format, tokenizer, out, _hf_source(checkpoint), thinks(config)
+                    config, runtime, corpus.format, tokenizer, out, hf_source_of(checkpoint), thinks(config)
                 ) as engines,
                 progress.task("infusing", total=len(documents), unit="tokens") as task,
             ):
@@ -107,20 +108,18 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
         startup.shutdown()
 
 
-def _run_of(checkpoint: Path) -> RunFolder | None:
+def run_of(checkpoint: Path) -> RunFolder | None:
     """The run folder that a checkpoint stands in (`RUN/checkpoints/PHASE/STEP`)."""
-    for parent in checkpoint.resolve().parents:
-        if (parent / "config.yaml").is_file():
-            return RunFolder(parent)
-    return None
+    found = inherit.run_of(checkpoint)
+    return None if found is None else RunFolder(found)
 
 
-def _hf_source(checkpoint: Path) -> Path | None:
+def hf_source_of(checkpoint: Path) -> Path | None:
     """The small files of the Hugging Face folder that the model came from, if any."""
     from ra3_megatron.hf.importing import HF_FOLDER
     from ra3_megatron.verbs.base import hf_source
 
-    run = _run_of(checkpoint)
+    run = run_of(checkpoint)
     kept = checkpoint / HF_FOLDER if run is None else hf_source(run)
     return kept if kept is not None and kept.is_dir() else None
 
@@ -160,7 +159,7 @@ def _corpus(checkpoint: Path, out: Path, config: RunConfig, runtime: Any, progre
     from ra3_megatron.corpus.build import build_corpus, open_corpus
     from ra3_megatron.corpus.manifest import config_hash, read_manifest
 
-    own = _run_of(checkpoint)
+    own = run_of(checkpoint)
     if own is not None:
         place = own.path / "corpus"
         manifest = read_manifest(place)

@@ -1,0 +1,111 @@
+"""From sampled ids to the text that a harness sees: thoughts go first, then the text ends before the first stop.
+
+In this order, because a thought at column 0 is a line "# …", and "\\n#" is a stop sequence of HumanEval. What the text
+is cut to depends on the ids alone. Offsets are in bytes, in which no stop sequence can be seen inside a character.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ra3_megatron.text.segment import written_comment_rows
+from ra3_megatron.text.tokenizer import Tokenizer
+from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
+
+Thoughts = Literal["comment", "tokens", "none"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a completion."""
+
+    text: str
+    stopped: bool
+    """A stop sequence was found."""
+    tokens: int
+    """Sampled tokens that start before the cut, those of thoughts included."""
+    thought_tokens: int
+    """Those of them that belong to thoughts."""
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """How completions of one suite are cut in one mode."""
+
+    tokenizer: Tokenizer
+    stops: tuple[str, ...]
+    thoughts: Thoughts
+    """How the model writes thoughts: as full-line comments, between reserved tokens, or not at all."""
+    code_prompt: bool
+    """The prompt is Python that the completion goes on with."""
+
+    def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
+        """Cut a continuation of `prompt`."""
+        special = self.tokenizer.special if self.thoughts == "tokens" else {}
+        visible, marked = _without_marked(ids, special)
+        table = self.tokenizer.token_bytes
+        starts, raw = [], b""
+        for place in visible:
+            starts.append(len(raw))
+            raw += table[ids[place]]
+        kept = self._kept_rows(prompt, raw)
+        rest = b"".join(raw[start:end] for start, end in kept)
+        found = [place for stop in self.stops if (place := rest.find(stop.encode())) >= 0]
+        length = min(found) if found else len(rest)
+        end = _original(kept, length) if found else len(raw)
+        before_cut = [place for place, start in zip(visible, starts, strict=True) if start < end]
+        last = 1 + max(before_cut, default=-1) if found else len(ids)
+        hidden = sum(start < end and not _in(kept, start) for start in starts)
+        thoughts = hidden + sum(place < last for place in marked)
+        return Cut(rest[:length].decode("utf-8", "replace"), bool(found), last, thoughts)
+
+    def _kept_rows(self, prompt: str, raw: bytes) -> list[tuple[int, int]]:
+        """Byte ranges of the lines that are no thoughts; neighbours are joined."""
+        if self.thoughts != "comment":
+            return [(0, len(raw))]
+        before = prompt if self.code_prompt else ""
+        above = before.count("\n")
+        first_whole = above + (bool(before) and not before.endswith("\n"))
+        dropped = {r for r in written_comment_rows(before + raw.decode("utf-8", "replace")) if r >= first_whole}
+        kept: list[tuple[int, int]] = []
+        start = 0
+        for number, row in enumerate(_rows(raw), start=above):
+            if number not in dropped:
+                kept.append((start, start + len(row)))
+            start += len(row)
+        return kept
+
+
+def _rows(raw: bytes) -> list[bytes]:
+    """Lines with their "\\n"; nothing else ends one."""
+    rows = [row + b"\n" for row in raw.split(b"\n")]
+    rows[-1] = rows[-1][:-1]
+    return rows if rows[-1] else rows[:-1]
+
+
+def _without_marked(ids: Sequence[int], special: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>`, and an end without a
+    beginning, are neither."""
+    think, end, act = (special.get(name, -1) for name in (THINK, END_THINK, ACT))
+    visible, thoughts, inside = [], [], False
+    for place, token in enumerate(ids):
+        inside = inside or token == think
+        if inside:
+            thoughts.append(place)
+            inside = token != end
+        elif token not in (act, end):
+            visible.append(place)
+    return visible, thoughts
+
+
+def _original(kept: Sequence[tuple[int, int]], offset: int) -> int:
+    """Where a byte of the kept text stood before anything was dropped."""
+    for start, end in kept:
+        if offset < end - start:
+            return start + offset
+        offset -= end - start
+    return kept[-1][1] if kept else 0
+
+
+def _in(ranges: Sequence[tuple[int, int]], offset: int) -> bool:
+    return any(start <= offset < end for start, end in ranges)

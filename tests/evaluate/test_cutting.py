@@ -1,0 +1,99 @@
+"""What a harness sees: thoughts are gone first, then the text ends before the first stop; tokens are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from ra3_megatron.evaluate.cutting import Cutter, Thoughts
+from ra3_megatron.evaluate.suites import SUITES
+
+PROMPT = 'def f(x):\n    """Twice."""\n'
+HUMANEVAL = SUITES["humaneval"].stops
+
+
+@dataclass
+class Bytes:
+    """Every byte is a token; three more are the markers of thoughts, and one ends a document."""
+
+    token_bytes: list[bytes] = field(default_factory=lambda: [*(bytes([b]) for b in range(256)), b"", b"", b"", b""])
+    special: dict[str, int] = field(default_factory=lambda: {"<act>": 256, "<think>": 257, "</think>": 258})
+    eos: int = 259
+
+
+def ids(text: str) -> list[int]:
+    """Ids of a text in which «, » and ¦ stand for <think>, </think> and <act>, and ¶ for the end."""
+    found: list[int] = []
+    for letter in text:
+        marker = {"¦": 256, "«": 257, "»": 258, "¶": 259}.get(letter)
+        found += [marker] if marker else list(letter.encode())
+    return found
+
+
+def cut(text: str, thoughts: Thoughts, stops: tuple[str, ...] = HUMANEVAL, prompt: str = PROMPT, code: bool = True):  # type: ignore[no-untyped-def]
+    return Cutter(Bytes(), stops, thoughts, code).cut(prompt, ids(text))  # type: ignore[arg-type]
+
+
+def test_a_thought_at_column_0_does_not_end_a_completion() -> None:
+    written = "    y = 2 * x\n# now give it back\n    return y\n\nprint(f(1))\n"
+    found = cut(written, thoughts="comment")
+    assert found.text == "    y = 2 * x\n    return y\n" and found.stopped
+    assert found.thought_tokens == len("# now give it back\n")
+    assert found.tokens == len("    y = 2 * x\n# now give it back\n    return y\n")
+    assert cut(written, thoughts="none").text == "    y = 2 * x", "as an ordinary model is cut"
+
+
+def test_thoughts_at_every_depth_go_and_other_signs_stay() -> None:
+    written = '    # first\n    y = "# no"  # after code\n    # second\n    z = """\n# inside\n"""\n    return y\n'
+    found = cut(written, thoughts="comment", stops=())
+    assert (
+        found.text == '    y = "# no"  # after code\n    z = """\n# inside\n"""\n    return y\n' and not found.stopped
+    )
+    assert found.thought_tokens == len("    # first\n") + len("    # second\n")
+
+
+def test_the_prompts_own_comments_are_no_thoughts() -> None:
+    found = cut("    return x\n", thoughts="comment", prompt="# a comment\ndef f(x):\n    # another\n")
+    assert found.text == "    return x\n" and found.thought_tokens == 0
+    half = cut("go on\n    return x\n", thoughts="comment", prompt="def f(x):\n    # here ")
+    assert half.text == "go on\n    return x\n", "a line that the prompt began is not the model's"
+
+
+def test_a_prompt_that_is_no_code_is_not_read_as_code() -> None:
+    found = cut(
+        "def f():\n    # think\n    return 1\n[DONE] x", "comment", ("[DONE]",), 'Write "f.\n[BEGIN]\n', code=False
+    )
+    assert found.text == "def f():\n    return 1\n" and found.stopped
+
+
+def test_where_it_is_no_python_comment_lines_go_too() -> None:
+    assert cut("    ) ] return\n# thought\n    x\n", "comment", ()).text == "    ) ] return\n    x\n"
+
+
+def test_marked_thoughts() -> None:
+    found = cut("¦    y = x\n« \nclass: think»    return y\n¶", thoughts="tokens")
+    assert found.text == "    y = x\n    return y\n" and not found.stopped
+    assert found.thought_tokens == len("« \nclass: think»") and found.tokens == len(
+        "¦    y = x\n« \nclass: think»    return y\n¶"
+    )
+    assert cut("    y = x\n« never ends \ndef ", thoughts="tokens").text == "    y = x\n"
+    stray = cut("    y = x»\n", thoughts="tokens")
+    assert (stray.text, stray.thought_tokens) == ("    y = x\n", 0), "an end without a beginning says nothing"
+
+
+def test_the_first_stop_ends_it_and_what_follows_is_not_counted() -> None:
+    found = cut("    return 1\nif x:\n# thought\nclass A", thoughts="comment")
+    assert (found.text, found.tokens, found.thought_tokens) == ("    return 1", len("    return 1"), 0)
+    assert cut("\nclass", thoughts="comment").tokens == 0
+
+
+@pytest.mark.parametrize("text", ["    é = 'ß'\n# ü\n    return é\n\ndef", "    x\r\n    # a\r\n    return x\r\n\ndef"])
+def test_bytes_that_are_no_ascii_and_other_line_ends(text: str) -> None:
+    found = cut(text, thoughts="comment")
+    kept = [row for row in text.split("\n")[:-1] if not row.strip().startswith("#")]
+    assert found.text == "\n".join(kept) and found.stopped
+
+
+def test_half_a_character_at_the_end() -> None:
+    assert Cutter(Bytes(), (), "none", True).cut("", "aé".encode()[:2]).text == "a\ufffd"  # type: ignore[arg-type]

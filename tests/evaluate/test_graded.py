@@ -1,0 +1,151 @@
+"""LiveCodeBench and Codeforces: made tasks of the published schemas, right and wrong programs, refusals."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import ADD, EQUAL, PAIRS, SPLIT, packed, write_rows
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.evaluate import codeforces, livecodebench
+from ra3_megatron.evaluate.data import Tasks, load_tasks
+from ra3_megatron.evaluate.samples import Sample, Score
+from ra3_megatron.evaluate.scorers import scorer_for
+from ra3_megatron.evaluate.suites import SUITES
+from ra3_megatron.rlvr.sandbox import Isolation
+
+PAIRS_RIGHT = (
+    "class Solution:\n    def pairs(self, row: List[int], twice: bool) -> List[List[int]]:\n"
+    "        return [(a, b) for a, b in zip(row, row[1:])]\n"
+)
+
+
+def score(tasks: Tasks, *samples: tuple[str, str]) -> list[Score]:
+    with scorer_for(tasks, Isolation.BUBBLEWRAP, 1) as scorer:
+        assert scorer.references() == []
+        return scorer.score([Sample(name, completion=text) for name, text in samples], True, lambda _: None)
+
+
+def test_livecodebench_programs(tmp_path: Path) -> None:
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [ADD, PAIRS])
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    found = score(
+        tasks,
+        ("made_a", "a, b = map(int, input().split())\nprint(a + b)"),
+        ("made_b", PAIRS_RIGHT),
+        ("made_a", "print(3)"),
+        ("made_b", PAIRS_RIGHT.replace("row[1:]", "row")),
+        ("made_b", "class Solution:\n    pass"),
+    )
+    assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0], [s.detail for s in found]
+    assert found[2].detail.startswith("wrong") and "case 2" in found[2].detail, "the private test"
+    assert found[4].detail.startswith("crashed")
+
+
+def test_livecodebench_prompts_and_windows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "livecodebench" / "test2.jsonl", [ADD, PAIRS])
+    suite = SUITES["livecodebench"]
+    late = load_tasks(suite, tmp_path, window=("2024-08-01", None))
+    assert late.ids == ["made_b"] and late.left_out == {"outside of the window of contest dates": 1}
+    assert load_tasks(suite, tmp_path, window=("2024-05-04", "2024-09-01")).left_out == {}
+    with pytest.raises(UserError, match=r"^livecodebench: no contest from 2025-01-01 to None$"):
+        load_tasks(suite, tmp_path, window=("2025-01-01", None))
+    with pytest.raises(UserError, match=r"^--since or --until=May: must be a day such as 2024-08-01$"):
+        load_tasks(suite, tmp_path, window=("May", None))
+    assert livecodebench.prompt(ADD) == "### Question\nPrint the sum of two numbers.\n\n### Answer\n\n"
+    assert f"### Starter Code\n{PAIRS['starter_code']}\n\n### Answer\n\n" in livecodebench.prompt(PAIRS)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode(), "it names builtins.print"),
+        (base64.b64encode(zlib.compress(pickle.dumps([1]))).decode(), "the pickle holds a list, not a text"),
+        ("%%%", "not base64 of zlib of a pickled text"),
+        (base64.b64encode(b"plain").decode(), "not base64 of zlib of a pickled text"),
+        (packed([{"input": "1"}]), "tests must be objects with input, output and testtype"),  # type: ignore[list-item]
+        ("[1]", "tests must be objects"),
+    ],
+)
+def test_tests_are_unpacked_without_executing_anything(text: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=why) as refused:
+        livecodebench.program({**ADD, "private_test_cases": text}, "")
+    assert str(refused.value).startswith("livecodebench, made_a: tests cannot be read: ")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(livecodebench, "LARGEST", 1000)
+    bomb = packed([{"input": "x" * 100_000, "output": "", "testtype": "stdin"}])
+    with pytest.raises(ValueError, match=r"more than 1000 bytes"):
+        livecodebench.decode_tests(bomb)
+
+
+def test_a_function_name_is_a_name() -> None:
+    row = {**PAIRS, "metadata": '{"func_name": "pairs(1); import os"}'}
+    with pytest.raises(UserError, match=r"needs func_name and JSON tests"):
+        livecodebench.program(row, "")
+
+
+def test_codeforces_programs(tmp_path: Path) -> None:
+    write_rows(tmp_path / "codeforces" / "test.jsonl", [SPLIT, EQUAL])
+    tasks = load_tasks(SUITES["codeforces"], tmp_path)
+    other = "n = int(input())\nprint(1, n - 1)"
+    expected = "n = int(input())\nprint(n // 2, n - n // 2)"
+    found = score(
+        tasks,
+        ("1/A", other),
+        ("1/A", expected),
+        ("1/A", "print(2, 3)"),
+        ("2/B", other),
+        ("2/B", expected),
+        ("2/B", "1 /"),
+    )
+    assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0], [s.detail for s in found]
+    assert found[2].detail.startswith("wrong") and found[5].detail.startswith("crashed")
+
+
+def test_what_cannot_be_graded_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        SPLIT,
+        {**SPLIT, "id": "a", "official_tests_complete": False},
+        {**SPLIT, "id": "b", "official_tests": []},
+        {**SPLIT, "id": "c", "interaction_format": "ask"},
+        {**SPLIT, "id": "d", "input_mode": "file"},
+    ]
+    write_rows(tmp_path / "codeforces" / "test.jsonl", rows)
+    tasks = load_tasks(SUITES["codeforces"], tmp_path)
+    assert tasks.ids == ["1/A"] and sorted(tasks.left_out) == [
+        "interactive",
+        "no official tests",
+        "official tests incomplete",
+        "reads a file",
+    ]
+    with pytest.raises(UserError, match=r"no task can be graded"):
+        codeforces.choose(rows[1:])
+
+
+def test_limits_are_the_tasks_own() -> None:
+    limits = codeforces.limits(SPLIT)
+    assert limits.cpu_seconds == 4.0 and limits.seconds > 2 * 4.0
+    assert codeforces.limits({**SPLIT, "memory_limit": 1024.0}).memory_mib == 1280
+    more = livecodebench.limits({**ADD, "private_test_cases": ADD["public_test_cases"]})
+    assert more == livecodebench.limits(ADD)
+    assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
+
+
+def test_a_row_without_tests_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^codeforces, 1/A: official_tests need input and output"):
+        codeforces.program({**SPLIT, "official_tests": [{"input": "1"}]}, "")
+    assert replace(Sample("x", completion="y"), number=1).row() == {"task_id": "x", "completion": "y", "number": 1}
