@@ -278,6 +278,7 @@ def _sandbox(result: "SandboxResult") -> str:
         f"{result.workers} at once",
         "",
         "Every side starts a process for each program. The first runs program and tests in it, and believes its exit.",
+        "CPU: of all processes that were awaited, so without the program's own on the second side.",
         "",
         "| side | programs/s | ms a program and worker | CPU ms a program | of the first |",
         "|---|---|---|---|---|",

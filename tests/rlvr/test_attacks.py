@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,7 @@ def test_the_number_of_processes(sandbox: Sandbox) -> None:
 def test_memory_of_one_process(sandbox: Sandbox) -> None:
     """More than memory_mib in one process is a MemoryError, and that is the verdict."""
     outcome = sandbox.grade_one(functions("def add(a, b):\n    return len(bytearray(600 << 20))", RIGHT))
-    assert outcome.verdict is Verdict.MEMORY
+    assert outcome.verdict is Verdict.MEMORY and "MemoryError" in outcome.detail
 
 
 def test_memory_in_children(sandbox: Sandbox) -> None:
@@ -216,7 +215,7 @@ def test_an_output_flood(hasty: Sandbox, descriptor: int) -> None:
     flood = f"import os\nwhile True:\n    os.write({descriptor}, b'x' * 65536)"
     for program in (functions(flood, RIGHT), script(flood, ("", "x"))):
         outcome = hasty.grade_one(program)
-        assert outcome.verdict is Verdict.FLOOD and outcome.seconds < 2
+        assert outcome.verdict is Verdict.FLOOD
 
 
 def test_full_disks(sandbox: Sandbox) -> None:
@@ -452,7 +451,7 @@ def test_an_end_before_the_tests(sandbox: Sandbox, code: str) -> None:
     assert sandbox.grade_one(functions(inside, RIGHT)).verdict is Verdict.CRASHED
 
 
-def test_killing_and_stopping_the_runner(hasty: Sandbox) -> None:
+def test_killing_and_stopping_the_runner(sandbox: Sandbox) -> None:
     """No signal of the program reaches the runner; a right program is still right afterwards."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
     code = """
@@ -466,8 +465,8 @@ def test_killing_and_stopping_the_runner(hasty: Sandbox) -> None:
         return a + b
     """
     try:
-        assert hasty.grade_one(functions(code, RIGHT)).verdict is Verdict.PASSED
-        assert hasty.grade_one(functions(code, "assert add(1, 2) == 4")).verdict is Verdict.WRONG
+        assert sandbox.grade_one(functions(code, RIGHT)).verdict is Verdict.PASSED
+        assert sandbox.grade_one(functions(code, "assert add(1, 2) == 4")).verdict is Verdict.WRONG
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -812,12 +811,11 @@ print(search(rb"to[-]be[-]expected"), search(rb"some[-]input") > 0, opened)
     assert outcome.verdict is Verdict.PASSED, outcome
 
 
-def test_the_infrastructure_is_not_to_be_blamed(sandbox: Sandbox) -> None:
+def test_the_infrastructure_is_not_to_be_blamed(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """A program that prints what bwrap prints when it fails is graded like any other, at once."""
     code = "import os\nos.write(2, b'bwrap: No such file\\n')\nos._exit(1)"
-    begin = time.monotonic()
     outcome = sandbox.grade_one(functions(code, RIGHT))
-    assert outcome.verdict is Verdict.CRASHED and time.monotonic() - begin < 5
+    assert outcome.verdict is Verdict.CRASHED and not caplog.records
 
 
 # Programs that break things

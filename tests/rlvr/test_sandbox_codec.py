@@ -115,6 +115,13 @@ def test_damaged_bytes_are_a_value_or_malformed(value: Any, data: st.DataObject)
         Decoder(bytes(message), no_handle, [], keep=False).decode()
 
 
+@given(VALUES, st.data())
+def test_what_is_cut_off_is_malformed(value: Any, data: st.DataObject) -> None:
+    message = Encoder(no_handle, [], keep=False).encode(value)
+    with pytest.raises(Malformed):
+        Decoder(message[: data.draw(st.integers(0, len(message) - 1))], no_handle, [], keep=False).decode()
+
+
 def test_depth_and_size_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     deep: list[Any] = []
     for _ in range(codec.MAX_DEPTH + 1):

@@ -106,4 +106,4 @@ def test_a_case_that_hangs(hasty: Sandbox) -> None:
     outcome = hasty.grade_one(script("if input() == 'x':\n    input()\nwhile True: pass", ("x", ""), ("y", "")))
     assert outcome.verdict is not Verdict.PASSED
     outcome = hasty.grade_one(script("import time\ntime.sleep(0.8)\nprint(3)", *[("", "3")] * 4))
-    assert outcome.verdict is Verdict.TIMEOUT and outcome.passed in (1, 2)
+    assert outcome.verdict is Verdict.TIMEOUT and outcome.passed <= 2
