@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ra3_megatron.text.segment import written_comment_rows
+from ra3_megatron.text.segment import WHITESPACE, written_comment_rows
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
 
+SPACE = WHITESPACE.encode()
 Thoughts = Literal["comment", "tokens", "none"]
 
 
@@ -60,7 +61,8 @@ class Cutter:
         return Cut(rest[:length].decode("utf-8", "replace"), bool(found), last, thoughts)
 
     def _kept_rows(self, prompt: str, raw: bytes) -> list[tuple[int, int]]:
-        """Byte ranges of the lines that are no thoughts; neighbours are joined."""
+        """Byte ranges of the lines that are no thoughts. A comment line that begins with a whole stop sequence, such as
+        "### Question", is none."""
         if self.thoughts != "comment":
             return [(0, len(raw))]
         before = prompt if self.code_prompt else ""
@@ -69,8 +71,9 @@ class Cutter:
         dropped = {r for r in written_comment_rows(before + raw.decode("utf-8", "replace")) if r >= first_whole}
         kept: list[tuple[int, int]] = []
         start = 0
+        ends = tuple(stop.encode() for stop in self.stops)
         for number, row in enumerate(_rows(raw), start=above):
-            if number not in dropped:
+            if number not in dropped or row.lstrip(SPACE).startswith(ends):
                 kept.append((start, start + len(row)))
             start += len(row)
         return kept

@@ -22,6 +22,7 @@ from ra3_megatron.evaluate import compare as comparing
 from ra3_megatron.evaluate import results as writing
 from ra3_megatron.evaluate import sample_files
 from ra3_megatron.evaluate.data import Tasks, load_tasks
+from ra3_megatron.evaluate.harness_call import require_harness
 from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.evaluate.scorers import scorer_for
 from ra3_megatron.evaluate.scoring import Scorer
@@ -72,6 +73,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     loaded = [load_tasks(SUITES[name], request.data, request.limit, request.window) for name in request.suites]
     weights = _weights(request)
     plans = [(tasks, _modes(request, tasks.suite, weights)) for tasks in loaded]
+    for tasks in loaded:
+        require_harness(tasks.suite.kind, tasks.suite.version)
     given = None
     if request.samples_from is not None:
         given = sample_files.read_theirs(request.samples_from, loaded[0])

@@ -13,6 +13,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.report.run_folder import read_json
 
 if TYPE_CHECKING:
     from ra3_megatron.rollout.protocol import RolloutEngine
@@ -132,7 +133,7 @@ def end_ids(weights: Weights) -> frozenset[int]:
     ends = {weights.tokenizer.eos}
     file = None if weights.hf is None else weights.hf / "generation_config.json"
     if file is not None and file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        named = read_json(file).get("eos_token_id")
         ends |= {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
     return frozenset(ends)
 

