@@ -451,6 +451,13 @@ def test_an_end_before_the_tests(sandbox: Sandbox, code: str) -> None:
     assert sandbox.grade_one(functions(inside, RIGHT)).verdict is Verdict.CRASHED
 
 
+def test_an_end_that_a_test_would_forgive(sandbox: Sandbox) -> None:
+    """A test that catches everything does not pass when the process has ended under it."""
+    test = "try:\n    end()\nexcept BaseException:\n    pass"
+    outcome = sandbox.grade_one(functions("import os\ndef end():\n    os._exit(0)", test))
+    assert outcome.verdict is Verdict.CRASHED and outcome.passed == 0
+
+
 def test_killing_and_stopping_the_runner(sandbox: Sandbox) -> None:
     """No signal of the program reaches the runner; a right program is still right afterwards."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth

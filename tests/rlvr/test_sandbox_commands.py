@@ -201,18 +201,23 @@ def test_a_killed_runner_is_no_verdict(bubblewrap: Isolation, monkeypatch: pytes
         assert sandbox.grade_one(slow).verdict is Verdict.PASSED and killed
 
 
-def test_a_killed_host_leaves_nothing(bubblewrap: Isolation) -> None:
-    """`kill -9` of the process that grades ends what it grades."""
+def test_a_killed_host_leaves_no_process(bubblewrap: Isolation, tmp_path: Path) -> None:
+    """`kill -9` of the process that grades ends what it grades (its folder of compiled programs stays)."""
     mark = "of-a-killed-host"
-    code = f"""
+    code = '''
 from ra3_megatron.rlvr.sandbox import *
-program = "import os, sys; os.execv(sys.executable, [sys.executable, '-S', '-c', 'while True: pass  # {mark}'])"
+mark = "of-a-" + "killed-host"
+program = f"""
+import os, sys, time
+if os.fork() == 0:
+    os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(100)  # {mark}"])
+time.sleep(100)
+"""
 with Sandbox(Isolation.BUBBLEWRAP, Limits(seconds=120), 1) as sandbox:
     sandbox.grade([Program(program, FunctionTests("", ("assert True",)))])
-"""
-    with subprocess.Popen([sys.executable, "-c", code]) as host:
-        # The host's own command line holds the mark too.
-        began = soon(lambda: len(processes_with(mark)) == 2, 60)
+'''
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}) as host:
+        began = soon(lambda: len(processes_with(mark)) == 1, 60)
         host.kill()
     assert began and soon(lambda: not processes_with(mark))
 
