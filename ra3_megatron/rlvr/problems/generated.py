@@ -17,6 +17,6 @@ def generated_problems(config: CorpusConfig, limit: int | None, held_out: int) -
         if most is not None and len(found) >= most:
             continue
         given = problem(tasks.numbered(number), tasks.family)
-        tests = FunctionTests(setup="", tests=given.tests)
+        tests = FunctionTests(setup="", tests=given.tests, entry_points=(given.entry_point,))
         found.append(Problem(given.name, given.prompt, tests, solution=given.solution))
     return train, valid

@@ -5,6 +5,7 @@ MBPP (Austin et al. 2021, CC-BY-4.0) has tasks 1 to 974: 11 to 510 are its test 
 from the validation split. Without those, 266 problems are left to train on and 51 to hold out.
 """
 
+import ast
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -48,6 +49,13 @@ def mbpp_problems(folder: str, limit: int | None, held_out: int) -> tuple[list[P
     return kept[0][:limit], kept[1][:held_out]
 
 
+def _entry_points(code: str, tests: tuple[str, ...]) -> tuple[str, ...]:
+    """What the reference program defines and the tests use: one of them is called `sum`."""
+    defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    return tuple(sorted(defined & used))
+
+
 def problem_of(row: dict[str, Any]) -> Problem:
     """The problem of a row: the text and the tests as a docstring, behind which the program is written."""
     tests = tuple(row["test_list"])
@@ -58,7 +66,7 @@ def problem_of(row: dict[str, Any]) -> Problem:
     return Problem(
         name=f"mbpp/{row['task_id']}",
         prompt=f'"""\n{row["text"].strip()}\n{lines}\n"""\n',
-        tests=FunctionTests(setup=setup, tests=tests),
+        tests=FunctionTests(setup=setup, tests=tests, entry_points=_entry_points(code, tests)),
         stop=STOP,
         solution=code if code.endswith("\n") else code + "\n",
     )
