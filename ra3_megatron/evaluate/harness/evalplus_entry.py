@@ -3,8 +3,8 @@
 The data file comes by HUMANEVAL_OVERRIDE_PATH or MBPP_OVERRIDE_PATH, which evalplus reads when it is imported, and the
 ground truth from a folder where the action `truth`, which runs no samples, has written one file a task: evalplus's own
 file of MBPP+ has 756 MB, and several GB in memory. `check_correctness` starts a process for each sample, so threads
-wait for them, and nothing is copied between processes. The command `evalplus.evaluate` is not used: it refuses a part of
-the tasks, and takes an old results file beside the samples for the answer.
+wait for them, and nothing is copied between processes. The command `evalplus.evaluate` is not used: it refuses a part
+of the tasks, and takes an old results file beside the samples for the answer.
 """
 
 import json
