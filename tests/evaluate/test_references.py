@@ -78,6 +78,17 @@ def _shadow(text: str) -> str:
     return "".join(f"def {name}(*_):\n    return None\n" for name in names)
 
 
+@pytest.mark.extended
+@pytest.mark.slow
+def test_the_largest_results_fit(data: Path, harness: Harness) -> None:
+    harness("mbpp+")
+    tasks = load_tasks(SUITES["mbpp+"], data)
+    tasks = replace(tasks, rows=[row for row in tasks.rows if row["task_id"] == "Mbpp/255"])
+    with scorer_for(tasks, Isolation.BUBBLEWRAP, 1) as scorer:
+        (score,) = scorer.score(scorer.references(), False, lambda _: None)
+    assert score.scores == {"plus": 1.0, "base": 1.0}, score.detail
+
+
 @pytest.mark.parametrize("name", ["humaneval", "humaneval+", "mbpp-500-3shot", "mbpp+", "gsm8k"])
 def test_a_slice_and_its_broken_twin(name: str, data: Path, harness: Harness) -> None:
     """One call of the harness for both, as samples of one model."""
