@@ -8,7 +8,7 @@ from ra3_megatron.config.base import Section
 from ra3_megatron.config.training import OptimizerConfig
 
 Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
-ProblemSource = Literal["tasks", "mbpp", "jsonl", "deepcoder", "areal"]
+ProblemSource = Literal["tasks", "mbpp", "jsonl", "deepcoder", "areal", "livecodebench", "codeforces"]
 Sandboxing = Literal["bubblewrap", "subprocess-unsafe"]
 
 
@@ -17,7 +17,8 @@ class ProblemsConfig(Section):
 
     source: ProblemSource = "tasks"
     """`tasks`: the generated tasks of `corpus.tasks`; `mbpp`: the MBPP problems that no MBPP+ task is made of; `jsonl`:
-    a file of yours (docs/rlvr.md has its schema); `deepcoder`, `areal`: a jsonl file of rows of these data sets."""
+    a file of yours (docs/rlvr.md has its schema); `deepcoder`, `areal`, `livecodebench`, `codeforces`: a jsonl file of
+    rows of these data sets."""
 
     path: str | None = None
     """Folder with `mbpp.jsonl`, or the jsonl file; not with `source=tasks`."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.evaluate import codeforces, livecodebench
 from ra3_megatron.evaluate.suites import Suite
+from ra3_megatron.rlvr.problems import codeforces, livecodebench
 
 Row = dict[str, Any]
 

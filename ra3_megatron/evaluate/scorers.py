@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.evaluate import codeforces, livecodebench
 from ra3_megatron.evaluate.data import Tasks
 from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.evaluate.scoring import Done, HarnessScorer, Scorer
+from ra3_megatron.rlvr.problems import codeforces, livecodebench
 from ra3_megatron.rlvr.sandbox import Isolation, Limits, Program, Sandbox, Verdict
 
 

@@ -13,11 +13,11 @@ import pytest
 from made import ADD, EQUAL, PAIRS, SPLIT, packed, write_rows
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.evaluate import codeforces, livecodebench
 from ra3_megatron.evaluate.data import Tasks, load_tasks
 from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.evaluate.scorers import scorer_for
 from ra3_megatron.evaluate.suites import SUITES
+from ra3_megatron.rlvr.problems import codeforces, livecodebench
 from ra3_megatron.rlvr.sandbox import Isolation
 
 PAIRS_RIGHT = (

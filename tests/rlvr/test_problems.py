@@ -20,6 +20,7 @@ from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, Sandbox, StdinTests, Verdict
+from tests.evaluate.made import ADD, EQUAL, PAIRS, SPLIT, write_rows
 
 SHARED = Path(os.environ.get("RA3_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 needs_mbpp = pytest.mark.skipif(
@@ -134,6 +135,25 @@ def test_areal_rows(tmp_path: Path, sandbox: Sandbox) -> None:
     (first,), (second,) = competition_problems(str(file), "areal", None, 1)
     answers = ["print(sum(map(int, input().split())))", "def neg(x): return -x"]
     assert verdicts(sandbox, [first, second], answers) == [Verdict.PASSED] * 2
+
+
+def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> None:
+    """The rows that evaluation is tested with, as problems to train on: a function, a checker, names imported before."""
+    contests, rounds = write_rows(tmp_path / "a.jsonl", [ADD, PAIRS]), write_rows(tmp_path / "b.jsonl", [SPLIT, EQUAL])
+    (add, pairs), _ = competition_problems(str(contests), "livecodebench", None, 0)
+    (split, equal), _ = competition_problems(str(rounds), "codeforces", None, 0)
+    assert [p.name for p in (add, pairs, split, equal)] == [
+        "livecodebench/made_a",
+        "livecodebench/made_b",
+        "codeforces/1/A",
+        "codeforces/2/B",
+    ]
+    of_pairs = "class Solution:\n    def pairs(self, row: List[int], twice): return list(zip(row, row[1:]))"
+    halves = "n = int(input())\nprint({}, n - {})"
+    right = ["print(sum(map(int, input().split())))", of_pairs, halves.format(1, 1), halves.format("n // 2", "n // 2")]
+    wrong = ["print(3)", of_pairs.replace("zip", "min"), halves.format(1, 2), halves.format(1, 1)]
+    assert verdicts(sandbox, [add, pairs, split, equal], right) == [Verdict.PASSED] * 4
+    assert Verdict.PASSED not in verdicts(sandbox, [add, pairs, split, equal], wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Programming contests as problems: the rows of DeepCoder's and AReaL's data sets.
+"""Programming contests as problems: rows of DeepCoder's, AReaL's, LiveCodeBench's and Codeforces' data sets.
 
     DeepCoder (agentica-org/DeepCoder-Preview-Dataset, all configurations): problem; tests, JSON, either
         {"inputs": […], "outputs": […], "fn_name"?: …}                                              (taco)
@@ -6,6 +6,8 @@
           "fn_name"? or "metadata"?: {"func_name": …}}, …]                       (primeintellect, lcbv5, codeforces)
         with starter_code? and metadata?: {"func_name": …} beside it
     AReaL (inclusionAI's code data): prompt (or question); input_output, JSON {"inputs", "outputs", "fn_name"?}
+    LiveCodeBench, Codeforces: as `ra3 eval` reads them (`livecodebench.py`, `codeforces.py`). What is trained on
+        measures nothing any more: take contests before those that you evaluate on.
 
 Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are. Functions:
 arguments are JSON values (a list, or one value a line of a text), results are equal when they are the same JSON.
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.problems import codeforces, livecodebench
 from ra3_megatron.rlvr.problems.checks import require_parsed
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
@@ -43,12 +46,13 @@ _FUNCTION_KINDS = frozenset({"function_call", "functional"})
 def competition_problems(
     path: str, schema: str, limit: int | None, held_out: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems of a jsonl file in the schema `deepcoder` or `areal`; the last ones are held out.
+    """Training and held-out problems of a jsonl file in one of the schemas; the last ones are held out.
 
     Raises UserError with the line of the first row that is wrong.
     """
     file = Path(path)
     found: list[Problem] = []
+    number = 0
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -63,7 +67,18 @@ def competition_problems(
     return found[: len(found) - kept][:limit], found[len(found) - kept :]
 
 
-def _problem(row: Mapping[str, Any], name: str, schema: str) -> Problem:
+def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
+    if schema == "livecodebench":
+        asked = livecodebench.program(row, "")
+        return Problem(
+            f"{schema}/{row['question_id']}",
+            livecodebench.prompt(row),
+            asked.tests,
+            "program",
+            prelude=livecodebench.PRELUDE,
+        )
+    if schema == "codeforces":
+        return Problem(f"{schema}/{row['id']}", codeforces.prompt(row), codeforces.program(row, "").tests, "program")
     if schema == "areal":
         text = row["prompt"] if "prompt" in row else row["question"]
         tests = _loaded(row["input_output"])

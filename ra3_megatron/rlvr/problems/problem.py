@@ -25,12 +25,14 @@ class Problem:
     """The response ends before the first of these texts."""
     solution: str | None = None
     """A response that passes, where one is known."""
+    prelude: str = ""
+    """Code before the program, such as imports that everybody may take for granted."""
 
     def program(self, response: str) -> Program:
         """What is executed for this response, from which thoughts have been dropped."""
         ends = [place for text in self.stop if (place := response.find(text)) >= 0]
         text = response[: min(ends)] if ends else response
         if self.answer == "continues":
-            return Program(self.prompt + text, self.tests)
+            return Program(self.prelude + self.prompt + text, self.tests)
         blocks = _FENCE.findall(text)
-        return Program(blocks[-1] if blocks else text, self.tests)
+        return Program(self.prelude + (blocks[-1] if blocks else text), self.tests)
