@@ -138,7 +138,7 @@ def test_areal_rows(tmp_path: Path, sandbox: Sandbox) -> None:
 
 
 def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> None:
-    """The rows that evaluation is tested with, as problems to train on: a function, a checker, names imported before."""
+    """The rows that evaluation is tested with, to train on: a function, a checker, names imported before."""
     contests, rounds = write_rows(tmp_path / "a.jsonl", [ADD, PAIRS]), write_rows(tmp_path / "b.jsonl", [SPLIT, EQUAL])
     (add, pairs), _ = competition_problems(str(contests), "livecodebench", None, 0)
     (split, equal), _ = competition_problems(str(rounds), "codeforces", None, 0)
