@@ -40,7 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out(config, items, "full_matrix", "--full-matrix")
     leave_out(config, items, "extended", "--extended")
-    deal_out(config, items)
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        rank = {folder: place for place, folder in enumerate(FIRST)}
+        items.sort(key=lambda item: rank.get(folder_of(item.nodeid), len(rank)))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -65,22 +67,25 @@ FIRST = ("slurm", "run", "cluster", "parallel", "rollout", "rlvr", "evaluate")
 """Folders with the longest tests: with several processes they begin first, so that no process ends with them."""
 
 
-def deal_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes (`-n`): the tests of a file, or of a folder in TOGETHER, run in one of them, in order."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder = folder_of(item)
-        name = folder if folder in TOGETHER else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        rank = {folder: place for place, folder in enumerate(FIRST)}
-        items.sort(key=lambda item: rank.get(folder_of(item), len(rank)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n`): the tests of a file, or of a folder in TOGETHER, run in one of them, in order.
+
+    (`--dist loadgroup` would do, but that of pytest-xdist 3.8 has no effect with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = folder_of(nodeid)
+            return folder if folder in TOGETHER else nodeid.split("::")[0]
+
+    return ByFile(config, log)
 
 
-def folder_of(item: pytest.Item) -> str:
+def folder_of(nodeid: str) -> str:
     """The folder in `tests/` that a test stands in."""
-    parts = item.nodeid.split("/")
+    parts = nodeid.split("::")[0].split("/")
     return parts[1] if len(parts) > 2 else ""
 
 
@@ -95,6 +100,7 @@ LEFT_OUT = {"full_matrix": 0, "extended": 0}
 """Tests left out, by marker."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
     """With several processes: all collect the same tests, so what one left out is what all did."""
     LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
