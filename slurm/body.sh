@@ -190,7 +190,11 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   return "$code"
 }
 
-requeue() { # give the nodes back and go on later
+requeue() { # give the nodes back and go on later, unless somebody has cancelled the job
+  if scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | grep -q ' JobState=CANCELLED'; then
+    say "cancelled: saved and not requeued; to go on, submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
+    exit 1
+  fi
   say "requeueing: $1"
   scontrol requeue "$SLURM_JOB_ID" || say "this job may not be requeued: submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
   exit 0

@@ -166,6 +166,9 @@ def test_a_job_near_its_time_limit_saves_and_goes_on(site: Site) -> None:
     site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     until(lambda: metrics(run)[-1]["step"] > int(saved), site, "limited")
     site.cluster.run("scancel", job)
+    assert site.cluster.wait(job)["JobState"] == "CANCELLED", "it does not requeue itself then"
+    until(lambda: not processes_of(run), site, "limited")
+    assert site.cluster.job(job)["Restarts"] == "1" and site.output("limited").count("requeueing") == 1
     assert "SIGUSR1: asking the run to save and stop" in site.output("limited")
     steps = [line["step"] for line in metrics(run)]  # the job may not have ended yet
     assert steps == list(range(1, len(steps) + 1)), "no step twice, none left out"
