@@ -157,7 +157,7 @@ def resolve(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, RunConfig]:
     problems: dict[str, list[str]] = {}
     for cell in cells:
         try:
-            if cell.arm == BASE:
+            if cell.arm == BASE and study.base is not None:
                 configs[cell.name] = _base_config(study, cell, common)
             elif BASE not in cell.folders or cell.folders[BASE] in configs:
                 configs[cell.name] = _config(study, cell, common, configs)

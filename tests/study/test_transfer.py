@@ -105,6 +105,9 @@ def test_starts_are_named_and_paired_by_seed(tmp_path: Path) -> None:
     from ra3_megatron.study.plan import resolve
 
     configs = resolve(of, cells_of(of))
+    assert {name: config.rlvr.checkpoint for name, config in configs.items() if name.startswith("base")} == {
+        f"base,seed={seed}": f"{tmp_path}/starts/base-{seed}" for seed in (1, 2)
+    }
     assert configs["ra3,seed=2"].rlvr.checkpoint == f"{tmp_path}/starts/ra3-2" and configs["ra3,seed=2"].seed == 2
 
 

@@ -7,11 +7,11 @@ process ends with its owner and with whoever started it.
 """
 
 import contextlib
+import multiprocessing.connection
 import os
 import pickle
 import re
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -123,7 +123,7 @@ class EngineProcess:
         """Wait until the engine listens; its address. Raises EngineError when it dies or takes longer than `timeout`
         seconds, after which it is gone."""
         with self._ready as pipe:
-            if not select.select([pipe], [], [], timeout)[0]:
+            if not multiprocessing.connection.wait([pipe], timeout):  # select() knows 1,024 files
                 self.kill()
                 raise EngineError(f"the vLLM engine was not ready after {timeout:g} s; {self._log_says()}")
             message = pipe.read()
