@@ -7,7 +7,6 @@ process ends with its owner and with whoever started it.
 """
 
 import contextlib
-import multiprocessing.connection
 import os
 import pickle
 import re
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,7 +122,7 @@ class EngineProcess:
         """Wait until the engine listens; its address. Raises EngineError when it dies or takes longer than `timeout`
         seconds, after which it is gone."""
         with self._ready as pipe:
-            if not multiprocessing.connection.wait([pipe], timeout):  # select() knows 1,024 files
+            if not wait([pipe.fileno()], timeout):  # select() knows 1,024 files
                 self.kill()
                 raise EngineError(f"the vLLM engine was not ready after {timeout:g} s; {self._log_says()}")
             message = pipe.read()
