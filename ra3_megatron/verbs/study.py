@@ -163,7 +163,7 @@ def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
     held = lock(study.path / CELLS, PATIENCE)
     try:
         if study.verb == "rlvr":
-            write_transfer_results(study, cells)
+            write_transfer_results(study.path, cells)
         else:
             write_results(study.path, finished(study.path, cells))
     finally:
@@ -187,7 +187,7 @@ def print_results(study: StudyConfig, console: Console) -> None:
     """The table of results of the cells that are done."""
     cells = cells_of(study)
     if study.verb == "rlvr":
-        for found in tables_of(study, cells)[:1]:
+        for found in tables_of(study.path, study, cells)[:1]:
             _print_table(found.title, found, console)
         return
     rows = results_table(arms_only(finished(study.path, cells)), SHORT, first_reference(study, cells))

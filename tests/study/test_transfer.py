@@ -126,8 +126,11 @@ def test_starts_that_are_none(tmp_path: Path, starts: list[str], reference: str 
 
 
 def test_the_report_is_built_from_the_folder(tmp_path: Path) -> None:
+    """Also when the study was moved: its own path in study.yaml is not asked."""
     of = study(tmp_path)
     write_cells(of)
+    of.path.rename(tmp_path / "moved")
+    of = of.model_copy(update={"folder": str(tmp_path / "moved")})
     page = build_transfer_report(of.path).read_text()
     assert page.count("data:image/png") == 2 and "Differences, paired by seed" in page and "9 of 9 done" in page
     lines = [json.loads(line) for line in (of.path / "results.jsonl").read_text().splitlines()]

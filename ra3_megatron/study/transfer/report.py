@@ -21,16 +21,16 @@ from ra3_megatron.study.transfer.figures import draw
 from ra3_megatron.study.transfer.measures import differences_table, transfer_table
 
 
-def tables_of(study: StudyConfig, cells: Sequence[Cell]) -> list[Table]:
-    """The tables of what is done."""
-    runs = finished_runs(study.path, cells)
+def tables_of(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[Table]:
+    """The tables of what is done below `folder`, where the study stands."""
+    runs = finished_runs(folder, cells)
     return [table for table in (transfer_table(runs), differences_table(runs, study.reference)) if table.rows]
 
 
-def write_results(study: StudyConfig, cells: Sequence[Cell]) -> Path:
+def write_results(folder: Path, cells: Sequence[Cell]) -> Path:
     """`results.jsonl`: the curve of each run that is done; its path."""
-    path = study.path / RESULTS
-    write_text(path, "".join(_line(run) for run in finished_runs(study.path, cells)))
+    path = folder / RESULTS
+    write_text(path, "".join(_line(run) for run in finished_runs(folder, cells)))
     return path
 
 
@@ -39,8 +39,8 @@ def build_transfer_report(folder: Path) -> Path:
     study = load_study(folder / STUDY_FILE)
     cells = cells_of(study)
     runs = finished_runs(folder, cells)
-    write_results(study, cells)
-    tables = tables_of(study, cells)
+    write_results(folder, cells)
+    tables = tables_of(folder, study, cells)
     write_text(folder / TABLES, f"## Study {study.name}\n\n" + (markdown(tables) or "No cell is done yet.\n"))
     page = render_page(
         "study.html",
