@@ -35,14 +35,15 @@
 
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
 CONFIG=${RA3_CONFIG:-$CONFIG}
+VERB=${VERB:-train}
 
 if [ -n "${MODEL:-}" ]; then
   RA3_MODEL=${RA3_MODEL:-${RA3_MODELS:+$RA3_MODELS/$MODEL}}
   [ -n "$RA3_MODEL" ] || mistake "RA3_MODEL is not set: the folder of the Hugging Face model $MODEL (or RA3_MODELS, the folder that holds it)"
   SETTINGS=("model.hf=$RA3_MODEL" "${SETTINGS[@]}")
 fi
-VERB=${VERB:-train}
 if [ "$VERB" = rlvr ]; then
+  SETTINGS+=(method=rlvr)
   if [ -n "${RA3_CHECKPOINT:-}" ]; then
     SETTINGS+=("rlvr.checkpoint=$RA3_CHECKPOINT")
   elif [ -n "${RA3_MODEL:-}" ]; then
@@ -57,7 +58,7 @@ setting() { # setting KEY DEFAULT: its value among the overrides
   done
   printf %s "$value"
 }
-if [ -n "${RA3_DATA:-}" ]; then
+if [ -n "${RA3_DATA:-}" ] && [ "$VERB" = train ]; then
   SETTINGS+=("corpus.path=$RA3_DATA")
 elif [ -n "${MODEL:-}" ] && [ -z "${RA3_CONFIG:-}$(setting corpus.path "")$(setting corpus.source "")" ]; then
   mistake "RA3_DATA is not set: files with the code to train on, such as /shared/python/*.parquet"
@@ -86,7 +87,7 @@ LOGS=$RA3_RUN_DIR.logs
 TRAIN=(ra3 "$VERB" "$CONFIG" --resume --run-dir "$RA3_RUN_DIR" "${SETTINGS[@]}" "${ARGUMENTS[@]}")
 
 if [ -n "${RA3_RENDER:-}" ]; then
-  printf '%s\0' "home=$RA3_HOME" "config=$CONFIG" "run_dir=$RA3_RUN_DIR" "logs=$LOGS" "trainers=$TRAINERS" \
+  printf '%s\0' "home=$RA3_HOME" "verb=$VERB" "config=$CONFIG" "run_dir=$RA3_RUN_DIR" "logs=$LOGS" "trainers=$TRAINERS" \
     "train_nodes=$TRAIN_NODES" "rollout_nodes=$ROLLOUT_NODES" "srun=${SRUN[*]}"
   printf 'setting=%s\0' "${SETTINGS[@]}" "${ARGUMENTS[@]}"
   exit 0

@@ -51,7 +51,7 @@ def rlvr(
     path, settings = split(config, overrides)
     if run_dir is not None:
         settings.append(f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}")
-    resolved = load(path, settings)
+    resolved = load(path, [*settings, "method=rlvr"])
     from ra3_megatron.verbs.rlvr import rlvr as run_rlvr
 
     raise typer.Exit(run_rlvr(resolved, resume=resume))

@@ -26,6 +26,8 @@ class Job:
     script: Path
     options: dict[str, str]
     """Options of sbatch, without dashes: those of the script, then those given."""
+    verb: str
+    """What of ra3 it runs: train or rlvr."""
     config: Path
     settings: list[str]
     """Overrides of the configuration, the script's and the user's."""
@@ -47,7 +49,7 @@ class Job:
 
     def command(self) -> str:
         """What every attempt starts."""
-        words = shlex.join(["ra3", "train", str(self.config), "--resume", "--run-dir", self.run_dir, *self.settings])
+        words = shlex.join(["ra3", self.verb, str(self.config), "--resume", "--run-dir", self.run_dir, *self.settings])
         return f"{self.srun} --nodes={self.train_nodes} --ntasks={self.trainers} {words}"
 
 
@@ -57,7 +59,7 @@ def find_script(name: str) -> Path:
     for path in tried:
         if path.is_file():
             return path.resolve()
-    known = sorted(path.stem for path in _FOLDER.glob("ra3_*.sh"))
+    known = sorted(path.stem for pattern in ("ra3_*.sh", "rlvr_*.sh") for path in _FOLDER.glob(pattern))
     raise UserError(f"{name}: no such job script; {'there are ' + ', '.join(known) if known else 'give its path'}")
 
 
@@ -91,12 +93,13 @@ def read_job(script: Path, options: Mapping[str, str], arguments: Sequence[str])
             settings.append(value)
         else:
             values[key] = value
-    missing = {"config", "run_dir", "trainers", "train_nodes", "rollout_nodes", "srun", "home"} - values.keys()
+    missing = {"verb", "config", "run_dir", "trainers", "train_nodes", "rollout_nodes", "srun", "home"} - values.keys()
     if missing:
         raise UserError(f"{script}: is no job script of this project: it does not source slurm/body.sh")
     return Job(
         script=script,
         options=asked,
+        verb=values["verb"],
         config=Path(values["home"]) / values["config"],
         settings=settings,
         run_dir=values["run_dir"],

@@ -19,7 +19,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def inherit(values: dict[str, Any], given: dict[str, Any]) -> None:
     """Put the sections of that run into `values`, but for the keys that the user has `given`."""
-    section = values.get("rlvr")
+    section = values.get("rlvr") if values.get("method") == "rlvr" else None
     checkpoint = section.get("checkpoint") if isinstance(section, dict) else None
     run = run_of(Path(checkpoint)) if isinstance(checkpoint, str) else None
     if run is None:

@@ -26,8 +26,9 @@ from ra3_megatron.config.training import (
 class RunConfig(Section):
     """Everything that decides what a run computes and where it writes."""
 
-    method: Literal["ra3", "ntp"] = "ra3"
-    """`ra3`: EM with latent thoughts; `ntp`: plain next-token prediction with the same loop and data order."""
+    method: Literal["ra3", "ntp", "rlvr"] = "ra3"
+    """`ra3`: EM with latent thoughts; `ntp`: plain next-token prediction with the same loop and data order; `rlvr`:
+    reinforcement learning with verifiable rewards (`ra3 rlvr` sets it)."""
 
     run_dir: str = Field(default="runs/ra3", min_length=1)
     """Folder of the run: configuration, manifest, metrics, checkpoints, report."""
@@ -84,23 +85,7 @@ class RunConfig(Section):
 
     def _problems(self) -> Iterator[str]:
         """One line for each combination of sections that cannot run."""
-        if self.text.latent_format == "comment" and self.corpus.human_comments == "keep":
-            yield (
-                "corpus.human_comments=keep does not go with text.latent_format=comment "
-                "(a human comment cannot be told from a thought): use strip or as_thoughts"
-            )
-        if math.isinf(self.estep.latent_price) and self.corpus.human_comments == "as_thoughts":
-            yield (
-                "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
-                "use strip or keep, or a finite price"
-            )
-        if self.rlvr == RlvrConfig():  # else it may be for `ra3 rlvr` alone, and `ra3 train` asks
-            yield from self.staleness_problems("estep")
-        if self.model.hf is not None and self.warm_start.checkpoint is not None:
-            yield (
-                f"warm_start.checkpoint={self.warm_start.checkpoint} does not go with model.hf={self.model.hf}: "
-                "give one of them to start from"
-            )
+        yield from self._rlvr_problems() if self.method == "rlvr" else self._em_problems()
         if self.model.vocab_size is not None and self.tokenizer.kind != "hf":
             yield (
                 f"model.vocab_size={self.model.vocab_size} goes with tokenizer.kind=hf only: leave it out, the model "
@@ -122,7 +107,7 @@ class RunConfig(Section):
             yield from lines[:-1]
             yield f"{lines[-1]}; {advice}" if advice else lines[-1]
         yield from batch_problems(self.parallel, self._batches())
-        for name in ("warm_start", "estep", "mstep"):
+        for name in self._sections():
             budget = getattr(self, name).micro_batch_tokens
             if budget is not None and budget < self.model.context_length:
                 yield (
@@ -135,21 +120,58 @@ class RunConfig(Section):
                 f"model.context_length={self.model.context_length}: at most a quarter of it"
             )
 
-    def staleness_problems(self, name: Literal["estep", "rlvr"]) -> list[str]:
-        """A line when the phase of section `name` would train on what older weights sampled, and not correct for it."""
-        section = self.estep if name == "estep" else self.rlvr
-        if not self.rollout.max_staleness or section.importance_cap is not None or section.clip_ratio is not None:
-            return []
-        what = "transcripts" if name == "estep" else "responses"
-        return [
-            f"rollout.max_staleness={self.rollout.max_staleness} trains on {what} of older weights: set "
-            f"{name}.importance_cap (2, say) or {name}.clip_ratio"
-        ]
+    def _em_problems(self) -> Iterator[str]:
+        """What mid-training cannot do."""
+        if self.text.latent_format == "comment" and self.corpus.human_comments == "keep":
+            yield (
+                "corpus.human_comments=keep does not go with text.latent_format=comment "
+                "(a human comment cannot be told from a thought): use strip or as_thoughts"
+            )
+        if math.isinf(self.estep.latent_price) and self.corpus.human_comments == "as_thoughts":
+            yield (
+                "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
+                "use strip or keep, or a finite price"
+            )
+        yield from self._staleness_problems("estep", self.estep)
+        if self.model.hf is not None and self.warm_start.checkpoint is not None:
+            yield (
+                f"warm_start.checkpoint={self.warm_start.checkpoint} does not go with model.hf={self.model.hf}: "
+                "give one of them to start from"
+            )
+
+    def _rlvr_problems(self) -> Iterator[str]:
+        """What RLVR cannot do."""
+        if self.rlvr.checkpoint is None and self.model.hf is None:
+            yield "rlvr.checkpoint is missing: name the checkpoint folder to start from (or model.hf)"
+        if self.rlvr.checkpoint is not None and self.model.hf is not None:
+            yield (
+                f"rlvr.checkpoint={self.rlvr.checkpoint} does not go with model.hf={self.model.hf}: give one of them"
+            )
+        if not self.text.keep_latents:
+            yield (
+                "text.keep_latents=false does not go with method=rlvr: responses are sampled with all thoughts in the "
+                "context"
+            )
+        yield from self._staleness_problems("rlvr", self.rlvr)
+
+    def _staleness_problems(self, name: str, section: EStepConfig | RlvrConfig) -> Iterator[str]:
+        """A line when `section` would train on what older weights sampled, and not correct for it."""
+        if self.rollout.max_staleness and section.importance_cap is None and section.clip_ratio is None:
+            yield (
+                f"rollout.max_staleness={self.rollout.max_staleness} trains on samples of older weights: set "
+                f"{name}.importance_cap (2, say) or {name}.clip_ratio"
+            )
 
     def layout_advice(self, world_size: int) -> str:
         """The nearest layouts of `world_size` processes that would fit, as the end of an error line; "" for none."""
         return layout_advice(self.model, world_size, self.parallel, self._batches())
 
+    def _sections(self) -> tuple[str, ...]:
+        """Those that deal out tokens to micro-batches."""
+        return ("rlvr",) if self.method == "rlvr" else ("warm_start", "estep", "mstep")
+
     def _batches(self) -> Batches:
+        if self.method == "rlvr":  # rows are filled up to what the layout needs
+            return {}
         batches: Batches = {"warm_start": self.warm_start, "mstep": self.mstep}
         return {name: batch for name, batch in batches.items() if batch.steps}

@@ -56,6 +56,7 @@ def summarize(run: EMContext) -> schema.Summary:
     last = max((i.iteration for i in iterations if i.arm == run.config.method), default=0)
     shown = _evaluation(run, run.config.method, last) if last else base_figures
     assert shown is not None
+    assert run.config.method != "rlvr"  # that has no EM loop
     return schema.Summary(
         method=run.config.method,
         base=_arm(base_figures, warm, warm.seconds),

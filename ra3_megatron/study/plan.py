@@ -187,7 +187,9 @@ def _load(study: StudyConfig, cell: Cell, settings: Mapping[str, Any]) -> RunCon
     file = None if study.config is None else Path(study.config)
     folders = {arm: str(study.path / CELLS / name) for arm, name in cell.folders.items()} | {SEED: str(cell.seed)}
     values = {key: _replace(value, folders) for key, value in settings.items()}
-    own = {"seed": cell.seed, "run_dir": str(cell.folder(study.path))}
+    own: dict[str, Any] = {"seed": cell.seed, "run_dir": str(cell.folder(study.path))}
+    if study.verb == "rlvr":
+        own["method"] = "rlvr"
     return load_config(file, overrides({**values, **own}))
 
 

@@ -71,7 +71,8 @@ def launch(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 180
-    expected = expectation(config, gpu_named(gpu)) if job.gpus_per_node else None
+    planned = job.gpus_per_node and job.verb == "train"
+    expected = expectation(config, gpu_named(gpu)) if planned else None
     if dry_run:
         console.print(
             Syntax(render(job), "bash", background_color="default") if console.is_terminal else Text(render(job))
@@ -137,6 +138,8 @@ def _print(job: Job, config: RunConfig, expected: Expected | None, gpu: str, con
         "layout": describe(config.parallel, config.mstep.micro_batch_size) if expected else _sizes(config),
         "run folder": job.run_dir,
     }
+    if job.verb != "train":
+        rows["plan"] = "none: the planner knows mid-training alone; memory is about that of an M-step and the engine"
     if expected is not None:
         parts = expected.memory.as_dict()
         total = parts.pop("total")

@@ -27,37 +27,12 @@ if TYPE_CHECKING:
 
 def rlvr(config: RunConfig, resume: bool) -> int:
     """Run, or resume, the RLVR that `config` describes; returns the exit code."""
-    check(config)
+    require_bubblewrap(Isolation(config.sandbox))
     if runs_here(config):
         _rlvr_here(config, resume)
         return 0
     check_folder(config, resume)  # a mistake is reported before any process starts
     return start_processes(config, __name__, *(["--resume"] if resume else []))
-
-
-def check(config: RunConfig) -> None:
-    """UserError for what cannot run, before anything is loaded."""
-    problems = []
-    if config.rlvr.checkpoint is None and config.model.hf is None:
-        problems.append("rlvr.checkpoint is missing: name the checkpoint folder to start from (or model.hf)")
-    if config.rlvr.checkpoint is not None and config.model.hf is not None:
-        problems.append(
-            f"rlvr.checkpoint={config.rlvr.checkpoint} does not go with model.hf={config.model.hf}: give one of them"
-        )
-    if not config.text.keep_latents:
-        problems.append(
-            "text.keep_latents=false does not go with ra3 rlvr: responses are sampled with all thoughts in the context"
-        )
-    problems += config.staleness_problems("rlvr")
-    budget = config.rlvr.micro_batch_tokens
-    if budget is not None and budget < config.model.context_length:
-        problems.append(
-            f"rlvr.micro_batch_tokens={budget} is less than the longest response with its problem, "
-            f"model.context_length={config.model.context_length}"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-    require_bubblewrap(Isolation(config.sandbox))
 
 
 def _rlvr_here(config: RunConfig, resume: bool) -> None:
@@ -104,7 +79,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                 check_fit(Path(config.rlvr.checkpoint), "rlvr.checkpoint", config, tokenizer)
             on_main(runtime, lambda: tokenizer.save(folder.path / TOKENIZER))  # the run folder needs nothing else
             base = base_checkpoint(config, folder, runtime, progress, config.rlvr.checkpoint)
-            assert base is not None  # `check`
+            assert base is not None  # the configuration names one
             on_main(runtime, lambda: write_json(folder.problems, _manifest(problems)))
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))

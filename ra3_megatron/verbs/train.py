@@ -15,8 +15,8 @@ from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
 
 def train(config: RunConfig, resume: bool) -> int:
     """Run, or resume, what `config` describes; returns the exit code."""
-    if problems := config.staleness_problems("estep"):
-        raise UserError(problems[0])
+    if config.method == "rlvr":
+        raise UserError("method=rlvr: is what `ra3 rlvr` runs; ra3 train runs ra3 and ntp")
     if runs_here(config):
         _train_here(config, resume)
         return 0

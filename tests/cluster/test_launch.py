@@ -117,6 +117,30 @@ def test_every_script_fits_its_nodes(name: str, models: Path) -> None:
     assert f"--run-dir /shared/runs/{name}-JOB" in output and f"#SBATCH --nodes={nodes}\n" in output
 
 
+def test_rlvr_is_checked_with_the_start_that_it_names(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batches need not go with those of mid-training, and the start's run says the architecture."""
+    start = tmp_path / "run" / "checkpoints" / "mstep-2" / "final"
+    start.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(
+        "model: {num_layers: 4, hidden_size: 256, num_attention_heads: 8, num_query_groups: 4}\n"
+    )
+    monkeypatch.setenv("RA3_CHECKPOINT", str(start))
+    monkeypatch.setenv("RA3_PROBLEMS", "/shared/problems.jsonl")
+    job = read_job(find_script("rlvr_8b"), {}, [])
+    config = load_config(job.config, job.settings)
+    assert (job.verb, config.method, config.parallel.world_size, config.parallel.data) == ("rlvr", "rlvr", 32, 16)
+    assert (config.model.num_layers, config.model.hidden_size) == (4, 256) and config.model.context_length == 4096
+    assert config.rlvr.problems.path == "/shared/problems.jsonl" and config.rlvr.checkpoint == str(start)
+    output = launch("rlvr_8b", "--dry-run")
+    assert "ra3 rlvr " in output and "the planner knows mid-training alone" in output and "tensor 2, data 16" in output
+    monkeypatch.delenv("RA3_CHECKPOINT")
+    assert "rlvr.checkpoint is missing" in launch("rlvr_8b", "--dry-run", code=2)
+    monkeypatch.setenv("RA3_MODEL", str(models / "Llama-3.1-8B"))
+    assert "model.hf=" in launch("rlvr_8b", "--dry-run")
+
+
 def test_what_is_asked_for_otherwise_is_what_is_shown() -> None:
     words = ("8b", "--dry-run", "--nodes", "8", "--sbatch", "partition=batch", "--sbatch", "--time=02:00:00")
     output = launch(*words, "parallel.tensor=4", "estep.steps=7")

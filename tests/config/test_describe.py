@@ -18,7 +18,7 @@ def test_every_key_and_section_is_documented() -> None:
 
 def test_types_bounds_and_defaults_are_shown() -> None:
     rows = {row.key: row for row in describe()}
-    assert rows["method"][1:3] == ("ra3 | ntp", "ra3")
+    assert rows["method"][1:3] == ("ra3 | ntp | rlvr", "ra3")
     assert rows["estep.group_size"][1:3] == ("int >= 2", "8")
     assert rows["estep.latent_price"][1:3] == ("float >= 0", "0.05")
     assert rows["corpus.valid_fraction"].type == "float > 0, < 1"

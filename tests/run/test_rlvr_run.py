@@ -161,7 +161,7 @@ def test_without_thoughts_no_comment_is_written(ra3: Ra3, arguments: tuple[str, 
 
 REFUSED = [
     (("rlvr.checkpoint=null",), "rlvr.checkpoint is missing"),
-    (("text.keep_latents=false",), "text.keep_latents=false does not go with ra3 rlvr"),
+    (("text.keep_latents=false",), "text.keep_latents=false does not go with method=rlvr"),
     (("rlvr.problems={source: jsonl, path: nowhere.jsonl}",), "rlvr.problems.path=nowhere.jsonl: cannot be read"),
     (("rlvr.problems={source: tasks, path: null}",), "rlvr.problems.source=tasks needs corpus.source=tasks"),
     (("rlvr.max_response_tokens=500",), "model.context_length=160: problem number-"),
