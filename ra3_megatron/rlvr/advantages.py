@@ -74,7 +74,8 @@ def informative(rewards: Tensor) -> Tensor:
 
 
 def token_weight(loss: Loss, tokens: int, max_tokens: int) -> float:
-    """Weight of each token of a response of `tokens` tokens, in a sum that `counts_each` normalises."""
+    """Weight of each token of a response of `tokens` tokens, in a sum that is divided by the number of tokens (`token`)
+    or of responses (the others) of the batch."""
     if loss == "token":
         return 1.0
     return 1.0 / (tokens if loss == "sequence" else max_tokens)

@@ -30,7 +30,7 @@ from ra3_megatron.evaluate.suites import SUITES, Suite
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_json, write_text
 from ra3_megatron.report.versions import collect_versions
-from ra3_megatron.rlvr.sandbox import Isolation, require_bubblewrap
+from ra3_megatron.rlvr.sandbox import Isolation, SandboxError, require_bubblewrap
 
 if TYPE_CHECKING:
     from ra3_megatron.rollout.protocol import RolloutEngine
@@ -251,7 +251,12 @@ class _SuiteRun:
     def _score(self, what: str, samples: Sequence[Sample], ours: bool) -> list[Score]:
         name = f"{self.suite.name}, {what}: scoring"
         with self.progress.task(name, total=len(samples), unit="samples") as task:
-            scores = self.scorer.score(samples, ours, lambda count: task.advance(count))
+            try:
+                scores = self.scorer.score(samples, ours, lambda count: task.advance(count))
+            except SandboxError as error:
+                raise UserError(
+                    f"--sandbox={self.request.sandbox}: {error}: nothing was scored; samples are kept, try again"
+                ) from error
         file = self.request.out / "scores" / f"{self.suite.name}-{what}.jsonl"
         rows = (
             json.dumps({"task_id": sample.task_id, **score.scores, "detail": score.detail})
