@@ -44,7 +44,7 @@ def test_a_sandbox_that_fails_gives_no_reward(sandbox: Sandbox, runtime: Runtime
     toy = Toy(runtime, "comment", TABLE, 4)
     broken = Broken(Isolation.BUBBLEWRAP, sandbox.limits, 1)
     grader = Grader(broken, [PROBLEM], toy.tokenizer, toy.latents, runtime)
-    with pytest.raises(Unavailable, match="^sandbox=bubblewrap: the sandbox failed 4 times: no room$"):
+    with pytest.raises(Unavailable, match=r"^sandbox=bubblewrap: the sandbox failed 4 times: no room$"):
         grader.grade([response(toy, "1\n")])
 
 

@@ -13,8 +13,12 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 STATES_OF_THE_END = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
@@ -100,6 +104,25 @@ class Cluster:
                 return job
             assert time.monotonic() < end, job
             time.sleep(0.5)
+
+    def lose(self, node: str) -> None:
+        """Kill a node's daemon and what it runs, and tell the controller that the node is down."""
+        daemon = psutil.Process(int((self.folder / f"slurmd.{node}.pid").read_text()))
+        for process in [daemon, *filter(partial(_is_task, node), psutil.process_iter())]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """Start the node's daemon again; it tells the controller, which takes the node back (ReturnToService)."""
+        _call("slurmd", "-N", node, "-f", self.folder / "slurm.conf", environment=self.environment)
+
+
+def _is_task(node: str, process: psutil.Process) -> bool:
+    """Whether a process is one that Slurm has started on this node."""
+    with suppress(psutil.Error):
+        return process.environ().get("SLURMD_NODENAME") == node
+    return False
 
 
 def start(folder: Path) -> Cluster:

@@ -65,6 +65,21 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
     assert metrics(run) == calm
 
 
+def test_a_job_survives_a_lost_node(site: Site, calm: list[dict[str, object]]) -> None:
+    """A node's daemon and all processes of the job there are killed, and Slurm is told what it finds out by itself
+    `SlurmdTimeout` later: the node is down. It requeues the job, which goes on when there are two nodes again."""
+    run = site.folder / "lost"
+    job = site.submit("lost", *SETTINGS)
+    until(lambda: list((run / "checkpoints" / "estep-1").glob("step_??????/checkpoint.json")), site, "lost")
+    site.cluster.lose("n2")
+    until(lambda: site.cluster.job(job)["JobState"] == "PENDING", site, "lost")  # it needs the node
+    assert site.cluster.job(job)["Restarts"] == "1"
+    site.cluster.bring_back("n2")
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("lost")
+    assert "no attempts are left" not in site.output("lost") and site.output("lost").count("finished: ") == 1
+    assert metrics(run) == calm
+
+
 def test_scancel_with_a_signal_saves_and_requeues(site: Site) -> None:
     """First to the processes, not to the batch shell; then the other way round, as some preemptions do it."""
     run = site.folder / "signalled"
