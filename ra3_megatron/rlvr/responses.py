@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ra3_megatron.rollout.protocol import Completion, Finish
-from ra3_megatron.text.latents import LatentFormat, drop_latents
+from ra3_megatron.text.latents import LatentFormat, drop_latents, marked_text
 from ra3_megatron.text.tokenizer import Tokenizer
 
 
@@ -53,10 +53,7 @@ class Response:
 
     def text(self, tokenizer: Tokenizer) -> str:
         """What was written, thoughts included; latent markers by their names."""
-        names = {index: name.encode() for name, index in tokenizer.special.items()}
-        table = tokenizer.token_bytes
-        ids = self.ids[self.prompt_tokens :].tolist()
-        return b"".join(names.get(index, table[index]) for index in ids).decode("utf-8", "replace")
+        return marked_text(self.ids[self.prompt_tokens :].tolist(), tokenizer)
 
     def code(self, tokenizer: Tokenizer, latents: LatentFormat) -> str:
         """What was written, without thoughts: what is executed."""

@@ -13,6 +13,7 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.rewards import Graded, Grader
 from ra3_megatron.rlvr.sampling import ResponseQueue
+from ra3_megatron.text.vocabulary import THINK
 from ra3_megatron.training.agreement import require_agreement
 from ra3_megatron.training.context import RunContext
 
@@ -127,5 +128,5 @@ def thoughts(response: Response, run: RunContext) -> int:
     """Thoughts in a response: comment lines, or think blocks."""
     text = response.text(run.tokenizer)
     if run.latents.name != "comment":
-        return text.count("<think>")
+        return text.count(THINK)
     return len(text.splitlines()) - len(response.code(run.tokenizer, run.latents).splitlines())

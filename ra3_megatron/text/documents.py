@@ -149,9 +149,14 @@ def code_text(transcript: Transcript, tokenizer: Tokenizer) -> str:
 
 def full_text(transcript: Transcript, tokenizer: Tokenizer) -> str:
     """Text of all tokens, thoughts included; the markers of the `tokens` format by their names."""
+    return marked_text(transcript.ids.tolist(), tokenizer)
+
+
+def marked_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Text of these tokens; the markers of the `tokens` format by their names."""
     names = {index: name.encode() for name, index in tokenizer.special.items()}
     table = tokenizer.token_bytes
-    return b"".join(names.get(index, table[index]) for index in transcript.ids.tolist()).decode("utf-8", "replace")
+    return b"".join(names.get(index, table[index]) for index in ids).decode("utf-8", "replace")
 
 
 def drop_latents(text: str, format: LatentFormat) -> str:

@@ -8,6 +8,7 @@ from ra3_megatron.text.documents import (
     drop_latents,
     encode_document,
     full_text,
+    marked_text,
     raw,
 )
 from ra3_megatron.text.formats import CommentFormat, LatentFormat, Line, TokensFormat, build_format
@@ -25,5 +26,6 @@ __all__ = [
     "drop_latents",
     "encode_document",
     "full_text",
+    "marked_text",
     "raw",
 ]
