@@ -18,7 +18,7 @@ from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
-from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.processes import in_process, on_main, process_group, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import disk_full
 
 SOURCE = "source.json"
@@ -56,17 +56,14 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.em.order import Stream
     from ra3_megatron.em.policy import latent_policy
     from ra3_megatron.mcore import checkpoint as checkpoints
-    from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
-    from ra3_megatron.mcore.watchdog import group_minutes, watching
+    from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.text.latents import code_text, full_text
     from ra3_megatron.training.identity import check_fit
     from ra3_megatron.verbs.engines import rollout_engines, thinks
 
     console = Console()
-    minutes = group_minutes(config.watchdog.timeout_minutes)
-    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
-    try:
+    with process_group(config) as runtime:
         with disk_full(str(out)), Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _corpus(checkpoint, out, config, runtime, progress)
             tokenizer = corpus.tokenizer
@@ -104,8 +101,6 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
                 f"{stats['thoughts'] / stats['lines']:.1%} of lines with a thought: {out / 'infused.jsonl'}",
                 soft_wrap=True,
             )
-    finally:
-        startup.shutdown()
 
 
 def run_of(checkpoint: Path) -> RunFolder | None:

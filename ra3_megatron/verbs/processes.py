@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -21,6 +21,9 @@ from ra3_megatron.config.errors import HUNG, STOPPED, UNAVAILABLE, StoppedBySign
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import write_text
+
+if TYPE_CHECKING:
+    from ra3_megatron.mcore.startup import Runtime
 
 SAID: dict[str, tuple[type[Exception], int]] = {
     "stopped": (StoppedBySignal, STOPPED),
@@ -83,6 +86,22 @@ def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
         write_text(Path(errors) / f"{name}.{int(os.environ['RANK']):06d}", str(said))
         return code
     return 0
+
+
+@contextmanager
+def process_group(config: RunConfig) -> "Iterator[Runtime]":
+    """This process as one of those of the layout, until it leaves them."""
+    # imported here: they load torch and Megatron-Core
+    import ra3_megatron.mcore  # noqa: F401
+    from ra3_megatron.mcore import startup
+    from ra3_megatron.mcore.watchdog import group_minutes
+
+    minutes = group_minutes(config.watchdog.timeout_minutes)
+    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
+    try:
+        yield runtime
+    finally:
+        startup.shutdown()
 
 
 @contextmanager

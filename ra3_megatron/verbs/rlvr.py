@@ -17,7 +17,7 @@ from ra3_megatron.report.run_folder import RunFolder, write_json
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.problems.sources import Problems, encode_prompts, load_problems
 from ra3_megatron.rlvr.sandbox import Isolation, Sandbox, require_bubblewrap
-from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.processes import in_process, on_main, process_group, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
 
 if TYPE_CHECKING:
@@ -36,18 +36,8 @@ def rlvr(config: RunConfig, resume: bool) -> int:
 
 
 def _rlvr_here(config: RunConfig, resume: bool) -> None:
-    # imported here: they load torch and Megatron-Core
-    import ra3_megatron.mcore  # noqa: F401
-    from ra3_megatron.mcore import startup
-    from ra3_megatron.mcore.watchdog import group_minutes
-
-    minutes = group_minutes(config.watchdog.timeout_minutes)
-    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
-    try:
-        with disk_full(config.run_dir):
-            _run(config, resume, runtime)
-    finally:
-        startup.shutdown()
+    with process_group(config) as runtime, disk_full(config.run_dir):
+        _run(config, resume, runtime)
 
 
 def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:

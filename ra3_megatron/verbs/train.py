@@ -9,7 +9,7 @@ from rich.console import Console
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, write_text
-from ra3_megatron.verbs.processes import in_process, on_main, runs_here, start_processes
+from ra3_megatron.verbs.processes import in_process, on_main, process_group, runs_here, start_processes
 from ra3_megatron.verbs.run_dir import check_folder, disk_full, run_folder
 
 
@@ -25,18 +25,8 @@ def train(config: RunConfig, resume: bool) -> int:
 
 
 def _train_here(config: RunConfig, resume: bool) -> None:
-    # imported here: they load torch and Megatron-Core
-    import ra3_megatron.mcore  # noqa: F401
-    from ra3_megatron.mcore import startup
-    from ra3_megatron.mcore.watchdog import group_minutes
-
-    minutes = group_minutes(config.watchdog.timeout_minutes)
-    runtime = startup.initialize(config.parallel, config.seed, minutes, advice=config.layout_advice)
-    try:
-        with disk_full(config.run_dir):
-            _run(config, resume, runtime)
-    finally:
-        startup.shutdown()
+    with process_group(config) as runtime, disk_full(config.run_dir):
+        _run(config, resume, runtime)
 
 
 def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
