@@ -191,10 +191,27 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   return "$code"
 }
 
+field() { # field NAME: what Slurm says of this job
+  scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
+ended_by() { # why Slurm ends this job: "***" when somebody has cancelled it, else "DUE TO …"; it writes that to our stderr
+  [ -f "/proc/$$/fd/2" ] && sed -n "s/.*\*\*\* JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]* //p" "/proc/$$/fd/2" | tail -n 1
+}
 requeue() { # give the nodes back and go on later, unless somebody has cancelled the job
-  if scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | grep -q ' JobState=CANCELLED'; then
-    say "cancelled: saved and not requeued; to go on, submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
-    exit 1
+  local state restarts
+  state=$(field JobState) restarts=$(field Restarts)
+  if [ "$state" = COMPLETING ] || [ "$state" = CANCELLED ]; then # Slurm is about to end it; it does not say as what
+    if [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+      say "Slurm requeues the job: $1"
+      exit 0
+    fi
+    case $(ended_by) in
+      DUE*) ;; # its time is over, or a site that preempts by cancelling
+      *)
+        say "cancelled: saved and not requeued; to go on, submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
+        exit 1
+        ;;
+    esac
   fi
   say "requeueing: $1"
   scontrol requeue "$SLURM_JOB_ID" || say "this job may not be requeued: submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"

@@ -59,6 +59,7 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
     output = site.output("stormy")
     assert "SIGUSR1: asking the run to save and stop" in output and "requeueing: stopped by SIGUSR1" in output
     assert "attempt 3 failed with exit code" in output and output.count("finished: ") == 1
+    assert "Slurm requeues the job: stopped by SIGTERM" in output and "may not be requeued" not in output
     assert (site.logs("stormy") / "latest").readlink().name == "attempt-004"
     first = (site.logs("stormy") / "attempt-001" / "rank-0.txt").read_text()
     assert "ra3: stopped by SIGUSR1: saved behind step" in first
@@ -76,7 +77,9 @@ def test_a_job_survives_a_lost_node(site: Site, calm: list[dict[str, object]]) -
     assert site.cluster.job(job)["Restarts"] == "1"
     site.cluster.bring_back("n2")
     assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("lost")
-    assert "no attempts are left" not in site.output("lost") and site.output("lost").count("finished: ") == 1
+    output = site.output("lost")
+    assert "no attempts are left" not in output and output.count("finished: ") == 1
+    assert "Slurm requeues the job: stopped by SIGTERM" in output
     assert metrics(run) == calm
 
 
@@ -185,7 +188,9 @@ def test_a_job_near_its_time_limit_saves_and_goes_on(site: Site) -> None:
     assert site.cluster.wait(job)["JobState"] == "CANCELLED", "it does not requeue itself then"
     until(lambda: not processes_of(run), site, "limited")
     assert site.cluster.job(job)["Restarts"] == restarts
-    assert site.output("limited").count("requeueing") == int(restarts)
+    assert site.output("limited").count("requeueing: ") == int(restarts) and "cancelled: saved" in site.output(
+        "limited"
+    )
     assert "SIGUSR1: asking the run to save and stop" in site.output("limited")
     steps = [line["step"] for line in metrics(run)]  # the job may not have ended yet
     assert steps == list(range(1, len(steps) + 1)), "no step twice, none left out"
