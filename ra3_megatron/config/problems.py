@@ -43,8 +43,9 @@ def _lines(details: ErrorDetails) -> list[str]:
     if kind == "value_error":
         return [_with_section(line, location) for line in str(details["ctx"]["error"]).splitlines()]
     if kind == "literal_error":
-        field = field_of(tuple(str(part) for part in location))
-        expected = "one of " + ", ".join(choices(field.annotation) if field else ())
+        field = field_of(tuple(part for part in location if isinstance(part, str)))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # its own, or that of a list's items
+        expected = "one of " + ", ".join(next(filter(None, map(choices, kinds)), ()))
     elif kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         bound = details["ctx"][name]

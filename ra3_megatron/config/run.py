@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
+from ra3_megatron.config.benchmarks import BenchmarksConfig
 from ra3_megatron.config.data import CorpusConfig, TextConfig, TokenizerConfig
 from ra3_megatron.config.layouts import Batches, batch_problems, layout_advice, layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
@@ -58,6 +59,8 @@ class RunConfig(Section):
     """Sampling."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out measurement."""
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
+    """Suites of tasks, every so many updates."""
     monitors: MonitorConfig = MonitorConfig()
     """Signs of failure."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -19,6 +19,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.mcore.step_clock import StepClock
+from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.text.transcript import Transcript
 
 _ARRAYS = ("ids", "roles", "lines", "offered", "log_probs")
@@ -43,6 +44,19 @@ class RolloutQueue:
         self._ahead = config.rollout.max_staleness
         self._published: int | None = None
         self._pending: Callable[[], list[Transcript]] | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """What samples."""
+        return self._policy.sampling
+
+    def settle(self, version: int) -> None:
+        """Wait for what is being sampled, and sample with the model's present weights from now on, so that others may
+        use the sampling in between."""
+        if self._pending is not None:
+            transcripts = self._pending()
+            self._pending = lambda: transcripts
+        self._publish(version)
 
     def next(self, step: int) -> tuple[list[Transcript], dict[str, float]]:
         """Transcripts for update `step`, G of each document, and metrics of how they came about.

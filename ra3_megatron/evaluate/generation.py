@@ -8,14 +8,17 @@ engine knows: a sample is continued in pieces of `PIECE` tokens, and ends when i
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import numpy as np
 
-from ra3_megatron.evaluate.cutting import Cut, Cutter
+from ra3_megatron.evaluate.cutting import Cut, Cutter, Thoughts
+from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample
 from ra3_megatron.evaluate.suites import Suite
-from ra3_megatron.rollout.protocol import Finish, GenerateRequest, RolloutEngine, Uniforms
+from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, Uniforms
 from ra3_megatron.rollout.randomness import generator
+from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 
 PIECE = 64
@@ -50,20 +53,30 @@ class _Open:
     ids: list[int] = field(default_factory=list)
 
 
+class Generates(Protocol):
+    """A rollout engine, or what spreads requests over several."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """A continuation of each prompt."""
+        ...
+
+
 class Writer:
-    """Samples of one suite in one mode. allowed: row of the engine's token sets to sample from."""
+    """Samples of one suite in one mode."""
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Generates,
         tokenizer: Tokenizer,
+        latents: LatentFormat,
         suite: Suite,
-        cutter: Cutter,
-        allowed: int,
+        mode: Mode,
         settings: Settings,
     ) -> None:
-        self.engine, self.tokenizer, self.suite, self.cutter = engine, tokenizer, suite, cutter
-        self.allowed, self.settings = allowed, settings
+        self.engine, self.tokenizer, self.suite, self.settings = engine, tokenizer, suite, settings
+        thoughts = latents.name if mode is Mode.THINK else "none"
+        self.cutter = Cutter(tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt)
+        self.allowed = latents.no_thought_set if mode is Mode.NO_THINK else latents.ALL
 
     def too_long(self, prompts: Sequence[str]) -> list[int]:
         """Indices of prompts behind which the context has no place for a token."""

@@ -9,7 +9,6 @@ from enum import StrEnum
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate.suites import Suite
-from ra3_megatron.text.latents import LatentFormat
 
 
 class Mode(StrEnum):
@@ -28,13 +27,13 @@ NOTES = {
 }
 
 
-def modes_of(suite: Suite, asked: str, latents: LatentFormat) -> list[Mode]:
-    """The modes to run for `--mode=asked`. Raises UserError when the suite has none of that name."""
-    if suite.answers_are_code or not latents.implicit_decision:
+def modes_of(suite: Suite, asked: str, latent_format: str, option: str = "--mode") -> list[Mode]:
+    """The modes to run for `asked`, the value of `option`. Raises UserError when the suite has no such mode."""
+    if suite.answers_are_code or latent_format != "comment":
         return [Mode.THINK, Mode.NO_THINK] if asked == "both" else [Mode(asked)]
     if asked == "no-think":
         raise UserError(
-            f"--mode=no-think: {suite.name} has answers with lines that start with '#', which are thoughts in "
-            "text.latent_format=comment: use --mode think, which leaves them alone there"
+            f"{option}=no-think: {suite.name} has answers with lines that start with '#', which are thoughts in "
+            f"text.latent_format=comment: use {option} think, which leaves them alone there"
         )
     return [Mode.PLAIN]

@@ -1,5 +1,6 @@
 """Who scores a suite: a harness's own code, or our sandbox for the two suites whose harness is on no package index."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,11 @@ _GRADED = {
     "livecodebench": (livecodebench.prompt, livecodebench.program, livecodebench.limits),
     "codeforces": (codeforces.prompt, codeforces.program, codeforces.limits),
 }
+
+
+def default_workers() -> int:
+    """Samples at once: below the number of cores, so that time limits hold."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore.launch import adopt_slurm
 
+T = TypeVar("T")
 _waits = itertools.count()
 """Numbers the waits for rank 0, alike on every process."""
 
@@ -173,6 +174,21 @@ class Runtime:
         while not store.check([key]):
             time.sleep(pause)
             pause = min(1.0, 2 * pause)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action`, which may take hours, returns on rank 0; its UserError is raised on every process."""
+        found: T | None = None
+        message = ""
+        if self.is_main:
+            try:
+                found = action()
+            except UserError as error:
+                message = str(error)
+        self.wait_for_main()
+        message, found = self.broadcast((message, found))
+        if message:
+            raise UserError(message)
+        return cast(T, found)
 
     def barrier(self) -> None:
         """Wait for every process."""

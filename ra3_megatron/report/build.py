@@ -16,6 +16,7 @@ from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 from pygments.lexers import PythonLexer, YamlLexer  # type: ignore[import-untyped]
 from pygments.token import STANDARD_TYPES  # type: ignore[import-untyped]
 
+from ra3_megatron.report.benchmarks import benchmark_section
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import count, duration, number, percent
 from ra3_megatron.report.pages import render_page, write_picture
@@ -84,6 +85,7 @@ def _render(
         pictures=pictures,
         missing=[CAPTIONS[name] for name in CAPTIONS if name not in drawn],
         monitors=_monitors(records, summary),
+        benchmarks=benchmark_section(records, folder.figures),
         times=time_table(records),
         snippets=[] if summary is None else [highlight_python(text) for text in summary.snippets],
         config=highlight_yaml(folder.config.read_text(encoding="utf-8")),

@@ -61,6 +61,16 @@ class Series:
         return [part for part in parts if part[0]]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One curve of a panel with several."""
+
+    label: str
+    values: Series
+    phase: str
+    """Which gives it its colour."""
+
+
 def series(records: Sequence[Record], phase: str, name: str) -> Series:
     """The curve of one metric in one phase; steps at which it was not logged, or not finite, are left out."""
     result = Series([], [], [])
@@ -181,11 +191,30 @@ def one_panel_each(
         return None
     figure, panels = _panels(len(curves))
     for axes, (phase, name, title) in zip(panels, curves, strict=True):
-        _draw(axes, series(records, phase, name), COLOURS.get({"mstep": "ra3"}.get(phase, phase), COLOURS["plain"]))
+        _draw(axes, series(records, phase, name), _colour(phase))
         _finish(axes, title, "step", unit)
         if from_zero:
             axes.set_ylim(bottom=0)
     return figure
+
+
+def curve_panels(panels: Mapping[str, Sequence[Curve]], unit: str) -> Figure | None:
+    """One panel for each title, with the curves that have values; None without any."""
+    kept = {title: [curve for curve in curves if curve.values.steps] for title, curves in panels.items()}
+    kept = {title: curves for title, curves in kept.items() if curves}
+    if not kept:
+        return None
+    figure, places = _panels(len(kept))
+    for axes, (title, curves) in zip(places, kept.items(), strict=True):
+        for curve in curves:
+            _draw(axes, curve.values, _colour(curve.phase), curve.label)
+        _finish(axes, title, "step", unit, legend=True)
+        axes.set_ylim(-0.03, 1.03)
+    return figure
+
+
+def _colour(phase: str) -> str:
+    return COLOURS.get({"mstep": "ra3"}.get(phase, phase), COLOURS["plain"])
 
 
 def _draw(axes: Axes, curve: Series, colour: str, label: str | None = None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ra3_megatron.report.benchmarks import benchmark_section
 from ra3_megatron.report.build import code_style, highlight_python, highlight_yaml, rows_of
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import number, percent
@@ -88,6 +89,7 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         evaluations=evaluation_table(records),
         monitors=[record for record in records if "monitor" in record],
         pictures=pictures,
+        benchmarks=benchmark_section(records, folder.figures),
         times=time_table(records),
         samples=_samples(folder),
         problems=rows_of(read_json(folder.problems)),

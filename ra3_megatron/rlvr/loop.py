@@ -17,7 +17,6 @@ from ra3_megatron.rlvr.rewards import Grader
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
 from ra3_megatron.rlvr.steps import RlvrSteps, thoughts
-from ra3_megatron.rollout.sampling import LiveSampling, Sampling
 from ra3_megatron.training.context import RunContext
 from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
 
@@ -56,7 +55,7 @@ class Rlvr:
         assert start is not None
 
         def steps(trainer: Trainer) -> RlvrSteps:
-            sampling = self._sampling(trainer.model)
+            sampling = run.sampling(trainer.model)
             order = np.random.SeedSequence([run.config.seed, Stream.ORDER]).generate_state(1, np.uint64)[0]
             queue = ResponseQueue(
                 Responder(sampling, self.prompts, run.config, run.tokenizer.eos, self.allowed),
@@ -96,7 +95,7 @@ class Rlvr:
             return
         model = run.new_model(drawn=False)
         checkpoint.load(final_of(run, PHASE), model, run.runtime, verify=run.config.checkpoint.verify)
-        sampling = self._sampling(model)
+        sampling = run.sampling(model)
         sampling.publish(steps)
         self._evaluate(Responder(sampling, self.held_out_prompts, run.config, run.tokenizer.eos, self.allowed), steps)
 
@@ -141,13 +140,6 @@ class Rlvr:
                 for response, reward, outcome in zip(responses, graded.rewards, graded.outcomes, strict=True)
             ]
             write_responses(run.folder.path, f"held-out-{step:06d}", records[:SHOWN])
-
-    def _sampling(self, model: torch.nn.Module) -> Sampling:
-        run, config = self.run, self.run.config
-        if run.engines is not None:
-            return run.engines.sampling(model)
-        length, keep = config.model.context_length, config.text.keep_latents
-        return LiveSampling(model, run.runtime, run.latents, run.tokenizer, config.rollout, length, keep)
 
     def _reference(self, start: Path) -> torch.nn.Module | None:
         """The frozen model of the KL term; None without one."""

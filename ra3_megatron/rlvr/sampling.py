@@ -91,6 +91,11 @@ class ResponseQueue:
         self._batch = 0
         self._pending: Wait | None = None
 
+    @property
+    def sampling(self) -> Sampling:
+        """What samples."""
+        return self._responder.sampling
+
     def next(self, version: int, more: bool) -> tuple[list[Response], dict[str, float]]:
         """A batch, G responses to each of `problems_per_step` problems, and metrics of how it came about.
 

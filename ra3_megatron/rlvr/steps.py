@@ -13,6 +13,7 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.rewards import Graded, Grader
 from ra3_megatron.rlvr.sampling import ResponseQueue
+from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.text.vocabulary import THINK
 from ra3_megatron.training.agreement import require_agreement
 from ra3_megatron.training.context import RunContext
@@ -113,6 +114,10 @@ class RlvrSteps:
             "thoughts_per_response": float(np.mean([thoughts(r, self.run) for r in responses])),
             "sampled_tokens": float(sum(r.response_tokens for r in responses)),
         }
+
+    def sampling(self, step: int) -> Sampling:
+        self.queue.settle(step)
+        return self.queue.sampling
 
     def state_dict(self) -> dict[str, Any]:
         return self.queue.state_dict()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -16,9 +16,22 @@ from ra3_megatron.report.metrics import MetricsWriter, read_metrics
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, write_json
 from ra3_megatron.rollout.engine_pool import EnginePool
+from ra3_megatron.rollout.sampling import LiveSampling, Sampling
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.training.alarms import Alarm
+
+
+class Benchmarks(Protocol):
+    """Suites of tasks that a model is evaluated on while it trains. All calls are collective."""
+
+    def due(self, phase: str, step: int, steps: int) -> bool:
+        """Whether to evaluate behind `step` of the `steps` updates of a phase."""
+        ...
+
+    def evaluate(self, sampling: Sampling, name: str, references: bool) -> dict[str, float]:
+        """Metrics of the weights that `sampling` has; files are called `name`. references: of right solutions, too."""
+        ...
 
 
 @dataclass
@@ -39,6 +52,8 @@ class RunContext:
     """Checkpoint to start from; None: from initial weights."""
     engines: EnginePool | None = None
     """vLLM processes that sample; None: the model itself is sampled from."""
+    benchmarks: Benchmarks | None = None
+    """What evaluates the model while it trains; None: nothing."""
     stop: StopRequest = field(default_factory=StopRequest)
     """Whether a signal asks to save and stop."""
 
@@ -52,6 +67,16 @@ class RunContext:
             self.latents.sets,
             self.config.seed if drawn else None,
         )
+
+    def sampling(self, model: torch.nn.Module) -> Sampling:
+        """What samples from `model`, with the weights that are published. Collective.
+
+        Engines serve one model at a time, the one that was asked for last.
+        """
+        if self.engines is not None:
+            return self.engines.sampling(model)
+        length, keep = self.config.model.context_length, self.config.text.keep_latents
+        return LiveSampling(model, self.runtime, self.latents, self.tokenizer, self.config.rollout, length, keep)
 
     def log(self, phase: str, iteration: int, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics."""
@@ -69,11 +94,11 @@ class RunContext:
         if self.metrics is not None:
             self.metrics.rewind(keep)
 
-    def has_logged(self, phase: str, iteration: int, step: int | None = None) -> bool:
-        """Whether this phase has left a line of metrics (at this step). Collective."""
+    def has_logged(self, phase: str, iteration: int, **same: Any) -> bool:
+        """Whether this phase has left a line of metrics (with the values `same`). Collective."""
+        wanted = {"phase": phase, "iteration": iteration, **same}.items()
         records = read_metrics(self.folder.path) if self.runtime.is_main else []
-        found = any(r["phase"] == phase and r["iteration"] == iteration and step in (None, r["step"]) for r in records)
-        return bool(self.runtime.broadcast(found))
+        return bool(self.runtime.broadcast(any(wanted <= record.items() for record in records)))
 
     def alarm(self, phase: str, iteration: int, step: int, alarms: Iterable[Alarm]) -> None:
         """Report signs of failure: on the display and in the metrics."""

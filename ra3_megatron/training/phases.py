@@ -26,6 +26,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import RefusedStep, Trainer
+from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.alarms import Alarm
 from ra3_megatron.training.context import RunContext
 from ra3_megatron.training.profiling import Profiler
@@ -33,6 +34,8 @@ from ra3_megatron.training.spikes import Spikes, skipped_step
 from ra3_megatron.training.step_times import StepTimes
 
 FINAL = "final"
+BENCHMARKS = "benchmarks"
+"""Phase of the lines of metrics about evaluations on suites of tasks."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Steps(Protocol):
 
     def step(self, step: int) -> dict[str, float]:
         """Take step number `step` (from 0); metrics of it, with the key `tokens`."""
+
+    def sampling(self, step: int) -> Sampling | None:
+        """What samples in this phase, with the model's present weights, which `step` updates lead to, and idle; None:
+        nothing does."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable position in the data."""
@@ -116,6 +123,8 @@ def train_phase(
         if "spikes" in record:  # an older checkpoint has none
             spikes.load_state_dict(record["spikes"])
     run.rewind(phase.name, phase.iteration, first)
+    benchmarks = _Benchmarks(run, phase, trainer, work, steps)
+    benchmarks.rewind(first)
     task = run.progress.task(phase.key, total=steps, unit="tokens", done=first)
     clock = time.perf_counter()
 
@@ -137,6 +146,7 @@ def train_phase(
     profiler = Profiler(run.config.profile, run.folder.profile, phase.name, phase.key, run.runtime)
     try:
         for step in range(first, steps):
+            benchmarks.behind(step)
             try:
                 with profiler.step(step + 1, trainer.clock), times.step():
                     metrics = work.step(step)
@@ -168,6 +178,7 @@ def train_phase(
                 saves.wait()
                 run.stopped(signal, f"saved behind step {step + 1} of {phase.key}")
         task.close()
+        benchmarks.behind(steps)
         with times.saving():
             saves.wait()
             saves.finish(final, record_at(steps))
@@ -177,6 +188,36 @@ def train_phase(
         saves.abandon()
         watchdog.rest()
     return final
+
+
+class _Benchmarks:
+    """The evaluations of one phase on suites of tasks: each is made, and logged, once. All calls are collective."""
+
+    def __init__(self, run: RunContext, phase: Phase, trainer: Trainer, work: Steps, steps: int) -> None:
+        self._run, self._phase, self._trainer, self._work, self._steps = run, phase, trainer, work, steps
+        self._own: Sampling | None = None
+        """Where the phase samples nothing itself."""
+
+    def rewind(self, step: int) -> None:
+        """Forget what was found behind later steps."""
+        self._run.rewind(BENCHMARKS, self._phase.iteration, step, of=self._phase.name)
+
+    def behind(self, step: int) -> None:
+        """Evaluate behind so many steps, if that is due."""
+        run, phase = self._run, self._phase
+        if run.benchmarks is None or not run.benchmarks.due(phase.name, step, self._steps):
+            return
+        if run.has_logged(BENCHMARKS, phase.iteration, of=phase.name, step=step):
+            return
+        watchdog.touch()
+        begin = time.perf_counter()
+        self._trainer.synchronize()  # what samples reads the weights of the last update
+        sampling = self._work.sampling(step)
+        if sampling is None:
+            self._own = sampling = self._own or run.sampling(self._trainer.model)
+            sampling.publish(step)
+        found = run.benchmarks.evaluate(sampling, f"{phase.key}-{step:06d}", references=step == 0)
+        run.log(BENCHMARKS, phase.iteration, step, {"of": phase.name, **found, "seconds": time.perf_counter() - begin})
 
 
 class _Saves:

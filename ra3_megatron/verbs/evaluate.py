@@ -7,7 +7,6 @@ call for the same model, data and settings) and `scores/SUITE-MODE.jsonl` (what 
 import datetime
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from ra3_megatron.evaluate import sample_files
 from ra3_megatron.evaluate.data import Tasks, load_tasks
 from ra3_megatron.evaluate.harness_call import require_harness
 from ra3_megatron.evaluate.samples import Sample, Score
-from ra3_megatron.evaluate.scorers import scorer_for
+from ra3_megatron.evaluate.scorers import default_workers, scorer_for
 from ra3_megatron.evaluate.scoring import Scorer
 from ra3_megatron.evaluate.suites import SUITES, Suite
 from ra3_megatron.report.progress import Progress
@@ -92,7 +91,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         engine: Callable[[], RolloutEngine] = _opened_once(stack, weights, request.out)
         runs = []
         for tasks, modes in plans:
-            scorer = stack.enter_context(scorer_for(tasks, request.sandbox, _workers(request)))
+            scorer = stack.enter_context(scorer_for(tasks, request.sandbox, request.workers or default_workers()))
             runs.append(_SuiteRun(request, tasks, scorer, progress, weights, modes, given))  # refuses what does not fit
         for run in runs:
             results["suites"][run.suite.name] = run.all(engine)
@@ -201,7 +200,6 @@ class _SuiteRun:
 
     def _write(self, mode: str, engine: "RolloutEngine") -> tuple[list[Sample], dict[str, float], dict[str, Any]]:
         """Samples of the model in one mode: those of an earlier call, and the others."""
-        from ra3_megatron.evaluate.cutting import Cutter
         from ra3_megatron.evaluate.generation import Settings, Writer
         from ra3_megatron.evaluate.modes import NOTES, Mode
         from ra3_megatron.verbs.sampled_model import end_ids
@@ -215,13 +213,10 @@ class _SuiteRun:
             max_new_tokens=request.max_new_tokens or suite.max_new_tokens,
             seed=request.seed,
             batch_size=config.rollout.batch_size,
-            stop_ids=end_ids(weights),
+            stop_ids=end_ids(weights.tokenizer, weights.hf),
             context_length=config.model.context_length,
         )
-        thoughts = config.text.latent_format if mode == Mode.THINK else "none"
-        cutter = Cutter(weights.tokenizer, suite.stops, thoughts, suite.code_prompt)
-        allowed = weights.latents.no_thought_set if mode == Mode.NO_THINK else weights.latents.ALL
-        writer = Writer(engine, weights.tokenizer, suite, cutter, allowed, settings)
+        writer = Writer(engine, weights.tokenizer, weights.latents, suite, Mode(mode), settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         sample_files.begin(file, self._header(mode), kept)
         samples = list(kept)
@@ -324,7 +319,7 @@ def _modes(request: Request, suite: Suite, weights: "Weights | None") -> list[st
         return [SAMPLES_FILE]
     from ra3_megatron.evaluate.modes import modes_of
 
-    return [str(mode) for mode in modes_of(suite, request.mode, weights.latents)]
+    return [str(mode) for mode in modes_of(suite, request.mode, weights.config.text.latent_format)]
 
 
 def _opened_once(stack: ExitStack, weights: "Weights | None", out: Path) -> "Callable[[], RolloutEngine]":
@@ -349,8 +344,3 @@ def _model(request: Request, weights: "Weights | None") -> dict[str, Any]:
         digest = hashlib.sha256(request.samples_from.read_bytes()).hexdigest()
         return {"name": str(request.samples_from), "identity": digest}
     return {"name": weights.name, "identity": weights.identity, "engine": request.engine}
-
-
-def _workers(request: Request) -> int:
-    """Below the number of cores, so that time limits hold."""
-    return request.workers or max(1, len(os.sched_getaffinity(0)) - 1)

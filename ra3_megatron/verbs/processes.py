@@ -129,15 +129,10 @@ def _signals_passed_on() -> Iterator[None]:
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
 
 
-def on_main(runtime: Any, action: Any) -> None:
+def on_main(runtime: "Runtime", action: Callable[[], object]) -> None:
     """Run `action`, which may take hours, on the main process; its UserError is raised on every process."""
-    message = ""
-    if runtime.is_main:
-        try:
-            action()
-        except UserError as error:
-            message = str(error)
-    runtime.wait_for_main()
-    message = runtime.broadcast(message)
-    if message:
-        raise UserError(message)
+
+    def alone() -> None:  # what it returns stays there
+        action()
+
+    runtime.on_main(alone)

@@ -41,6 +41,7 @@ def _rlvr_here(config: RunConfig, resume: bool) -> None:
 
 
 def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
+    from ra3_megatron.evaluate.during import load_suites, training_suites
     from ra3_megatron.mcore.fp8 import require_fp8
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.metrics import MetricsWriter
@@ -53,11 +54,13 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     from ra3_megatron.training.profiling import check_profile
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
     from ra3_megatron.verbs.engines import rollout_engines
+    from ra3_megatron.verbs.sampled_model import end_ids
 
     console = Console()
     folder = RunFolder(Path(config.run_dir))
     require_fp8(config.model, runtime.device)
     check_profile(config.profile, runtime)
+    suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             problems = load_problems(config)
@@ -72,8 +75,12 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
             assert base is not None  # the configuration names one
             on_main(runtime, lambda: write_json(folder.problems, _manifest(problems)))
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
-            engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, hf_source(folder))
-            with engines as pool, _sandbox(config, runtime) as sandbox:
+            source = hf_source(folder)
+            engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, source)
+            benchmarks = training_suites(
+                config, suites, runtime, tokenizer, latents, end_ids(tokenizer, source), progress
+            )
+            with engines as pool, _sandbox(config, runtime) as sandbox, benchmarks as evaluates:
                 run = RunContext(
                     config,
                     folder,
@@ -85,6 +92,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                     identity_of(tokenizer),
                     base,
                     pool,
+                    evaluates,
                 )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):

@@ -128,10 +128,11 @@ def open_engine(weights: Weights, out: Path) -> Iterator["RolloutEngine"]:
         startup.shutdown()
 
 
-def end_ids(weights: Weights) -> frozenset[int]:
-    """Tokens that end a completion: the tokenizer's, and those that `generation_config.json` of its folder names."""
-    ends = {weights.tokenizer.eos}
-    file = None if weights.hf is None else weights.hf / "generation_config.json"
+def end_ids(tokenizer: "Tokenizer", hf: Path | None) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's, and those that `generation_config.json` of the Hugging Face folder
+    names."""
+    ends = {tokenizer.eos}
+    file = None if hf is None else hf / "generation_config.json"
     if file is not None and file.is_file():
         named = read_json(file).get("eos_token_id")
         ends |= {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}

@@ -34,6 +34,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.em.latent_stats import blank_tokens
     from ra3_megatron.em.loop import EM
     from ra3_megatron.em.outcome import summarize
+    from ra3_megatron.evaluate.during import load_suites, training_suites
     from ra3_megatron.mcore.fp8 import require_fp8
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.build import build_report
@@ -46,31 +47,37 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
     from ra3_megatron.verbs.engines import rollout_engines, thinks
     from ra3_megatron.verbs.export import check_export, export_models
+    from ra3_megatron.verbs.sampled_model import end_ids
 
     console = Console()
     folder = RunFolder(Path(config.run_dir))
     check_export(config)
     require_fp8(config.model, runtime.device)
     check_profile(config.profile, runtime)
+    suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _open_corpus(config, folder, runtime, progress)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             base = base_checkpoint(config, folder, runtime, progress, config.warm_start.checkpoint)
-            with rollout_engines(
-                config, runtime, corpus.format, corpus.tokenizer, folder.path, hf_source(folder), thinks(config)
-            ) as engines:
+            source, tokenizer, latents = hf_source(folder), corpus.tokenizer, corpus.format
+            engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, source, thinks(config))
+            benchmarks = training_suites(
+                config, suites, runtime, tokenizer, latents, end_ids(tokenizer, source), progress
+            )
+            with engines as pool, benchmarks as evaluates:
                 run = EMContext(
                     config,
                     folder,
                     runtime,
-                    corpus.tokenizer,
-                    corpus.format,
+                    tokenizer,
+                    latents,
                     progress,
                     writer,
-                    identity_of(corpus.tokenizer),
+                    identity_of(tokenizer),
                     base,
-                    engines,
+                    pool,
+                    evaluates,
                     corpus=corpus,
                     blank=blank_tokens(corpus.tokenizer),
                 )

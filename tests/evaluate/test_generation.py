@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from toy import LARGE, SMALL, Toy
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.evaluate import generation
-from ra3_megatron.evaluate.cutting import Cutter
 from ra3_megatron.evaluate.generation import Settings, Writer
 from ra3_megatron.evaluate.modes import Mode, modes_of
 from ra3_megatron.evaluate.samples import Sample
@@ -37,16 +37,7 @@ def writer(
     engine = MegatronEngine(toy.model(3, lean), toy.runtime, latents, toy.tokenizer.vocab_size, temperature or 1.0)
     values = {"samples": 3, "temperature": 1.0, "max_new_tokens": 24, "seed": 5, "batch_size": 4, **changes}
     settings = Settings(**values, stop_ids=frozenset({toy.tokenizer.eos}), context_length=64)  # type: ignore[arg-type]
-    thoughts = toy.text.latent_format if mode is Mode.THINK else "none"
-    cutter = Cutter(toy.tokenizer, stops, thoughts, True)
-    return Writer(
-        engine,
-        toy.tokenizer,
-        SUITES["humaneval"],
-        cutter,
-        latents.no_thought_set if mode is Mode.NO_THINK else 0,
-        settings,
-    )
+    return Writer(engine, toy.tokenizer, latents, replace(SUITES["humaneval"], stops=stops), mode, settings)
 
 
 def write(what: Writer, done: Sequence[Sample] = ()) -> list[Sample]:
@@ -132,8 +123,8 @@ def test_the_mask_holds_every_token_that_can_start_a_comment_line(table: list[by
     assert np.flatnonzero(~allowed).tolist() == [marked.tokenizer.special["<think>"]]
 
 
-def test_modes_of_suites(runtime: Runtime) -> None:
-    comment, tokens = (Toy(runtime, name, LARGE, 4).latents for name in ("comment", "tokens"))
+def test_modes_of_suites() -> None:
+    comment, tokens = "comment", "tokens"
     code, numbers = SUITES["humaneval"], SUITES["gsm8k"]
     assert modes_of(code, "both", comment) == modes_of(numbers, "both", tokens) == [Mode.THINK, Mode.NO_THINK]
     assert modes_of(numbers, "both", comment) == modes_of(numbers, "think", comment) == [Mode.PLAIN]

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from small_run import Ra3, curves, metrics, weights
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluate"))
+
+from made import ADD, write_rows
 
 STEPS = "ra3_megatron.rlvr.steps"
 LOOP = "ra3_megatron.rlvr.loop"
@@ -59,9 +64,12 @@ def start(finished: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(start: Path, problems: Path) -> tuple[str, ...]:
+def arguments(start: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     source = f"rlvr.problems={{source: jsonl, path: {problems}, held_out: 3}}"
-    return ("rlvr", source, f"rlvr.checkpoint={start}", *SETTINGS)
+    data = tmp_path_factory.mktemp("benchmarks")
+    write_rows(data / "livecodebench" / "made.jsonl", [ADD])
+    suites = f"benchmarks={{suites: [livecodebench], data: {data}, interval: 2, max_new_tokens: 8}}"
+    return ("rlvr", source, f"rlvr.checkpoint={start}", suites, *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,9 @@ def test_what_it_leaves(whole: Path) -> None:
     records = metrics(whole)
     held = [record["step"] for record in records if record["phase"] == "held_out"]
     steps = [record for record in records if record["phase"] == "rlvr"]
+    suites = [record for record in records if record["phase"] == "benchmarks"]
+    assert [(record["of"], record["step"]) for record in suites] == [("rlvr", 0), ("rlvr", 2), ("rlvr", 4)]
+    assert all(0 < record["livecodebench/think/tokens"] <= 8 for record in suites)
     assert held == [0, 2, 4] and [record["step"] for record in steps] == [1, 2, 3, 4]
     assert any(0 < record["reward"] < 1 for record in steps) and any(record["grad_norm"] > 0 for record in steps)
     for record in steps:
