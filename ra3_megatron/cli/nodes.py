@@ -69,7 +69,9 @@ def preflight(
     from ra3_megatron.cluster.results import Limits
     from ra3_megatron.verbs.preflight import preflight as check_nodes
 
-    limits = Limits(gpus_per_node, mib, min_bus_gbs, min_free_gib, min_tmp_gib, max_skew, timeout)
+    executes = resolved.method == "rlvr" or bool(resolved.benchmarks.suites)
+    sandbox = executes and resolved.sandbox == "bubblewrap"
+    limits = Limits(gpus_per_node, mib, min_bus_gbs, min_free_gib, min_tmp_gib, max_skew, timeout, sandbox)
     raise typer.Exit(check_nodes(folder, limits, out))
 
 

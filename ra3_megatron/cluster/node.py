@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.cluster import devices, disk, software
+from ra3_megatron.cluster import devices, disk, sandbox, software
 from ra3_megatron.cluster.results import Limits, Result, could_not
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,15 @@ def look(node: str, processes: int, run_dir: Path, limits: Limits) -> dict[str, 
     def look_at_software() -> None:
         seen["software"] = software.collect(seen.get("driver"))
 
+    def look_at_sandbox() -> None:
+        if limits.sandbox:
+            results.append(sandbox.check(node))
+
     steps: tuple[tuple[str, Callable[[], None]], ...] = (
         (devices.CHECK, look_at_devices),
         (disk.CHECK, look_at_disks),
         (software.CHECK, look_at_software),
+        (sandbox.CHECK, look_at_sandbox),
     )
     for check, step in steps:
         try:

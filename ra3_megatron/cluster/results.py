@@ -45,6 +45,8 @@ class Limits:
     """Seconds that the clock of a node may differ from that of the first process's node."""
     timeout: float = 60.0
     """Seconds for everything; processes must have met after three quarters of them."""
+    sandbox: bool = False
+    """Programs that a model writes are going to be executed behind bubblewrap."""
 
 
 def could_not(node: str, check: str, error: Exception) -> Result:

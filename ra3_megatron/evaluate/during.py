@@ -105,7 +105,8 @@ class TrainingSuites:
     def _mode(self, each: _Open, mode: Mode, sampling: Sampling, name: str) -> dict[str, float]:
         title = f"{each.suite.name}, {mode}"
         samples: list[Sample] = []
-        writer = Writer(_Spread(sampling), self.tokenizer, self.latents, each.suite, mode, self._settings(each.suite))
+        settings = self._settings(each.suite)
+        writer = Writer(_Spread(sampling), self.tokenizer, self.latents, self.config.text, each.suite, mode, settings)
         total = len(each.ids) * self.config.benchmarks.samples
         with self.progress.task(f"{title}: writing", total=total, unit="tokens") as task:
 

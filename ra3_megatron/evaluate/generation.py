@@ -7,18 +7,19 @@ engine knows: a sample is continued in pieces of `PIECE` tokens, and ends when i
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import numpy as np
 
+from ra3_megatron.config.data import TextConfig
 from ra3_megatron.evaluate.cutting import Cut, Cutter, Thoughts
 from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample
 from ra3_megatron.evaluate.suites import Suite
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, Uniforms
 from ra3_megatron.rollout.randomness import generator
-from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.latents import LatentFormat, encode_document, raw
 from ra3_megatron.text.tokenizer import Tokenizer
 
 PIECE = 64
@@ -53,6 +54,15 @@ class _Open:
     ids: list[int] = field(default_factory=list)
 
 
+def prompt_ids(prompt: str, suite: Suite, tokenizer: Tokenizer, latents: LatentFormat, text: TextConfig) -> list[int]:
+    """Ids of a prompt. Where each line of code has a marker of its own (format `tokens`), so have the lines of a prompt
+    that is code: that is how the model has read code."""
+    if latents.implicit_decision or not suite.code_prompt:
+        return [tokenizer.bos, *tokenizer.encode(prompt)]
+    document = encode_document(prompt, suite.name, tokenizer, latents, text, human_comments="keep")
+    return raw(replace(document, complete=False), latents, tokenizer).ids.tolist()
+
+
 class Generates(Protocol):
     """A rollout engine, or what spreads requests over several."""
 
@@ -69,11 +79,13 @@ class Writer:
         engine: Generates,
         tokenizer: Tokenizer,
         latents: LatentFormat,
+        text: TextConfig,
         suite: Suite,
         mode: Mode,
         settings: Settings,
     ) -> None:
         self.engine, self.tokenizer, self.suite, self.settings = engine, tokenizer, suite, settings
+        self.latents, self.text = latents, text
         thoughts = latents.name if mode is Mode.THINK else "none"
         self.cutter = Cutter(tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt)
         self.allowed = latents.no_thought_set if mode is Mode.NO_THINK else latents.ALL
@@ -143,7 +155,7 @@ class Writer:
         return _Open(task_id, number, prompt, ids, generator(key).random(length).astype(np.float64))
 
     def _ids(self, prompt: str) -> list[int]:
-        return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+        return prompt_ids(prompt, self.suite, self.tokenizer, self.latents, self.text)
 
     def _room(self, ids: Sequence[int]) -> int:
         return self.settings.context_length - len(ids)

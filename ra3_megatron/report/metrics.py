@@ -11,6 +11,8 @@ Names that the report draws (any other name is stored all the same):
     training   loss, code_ce, thought_ce, grad_norm, learning_rate, tokens_per_second, seconds
     E-step     reward, think_rate, mean_thought_tokens, decision_entropy, advantage_std, log_prob_mismatch,
                largest_log_prob_difference, refit_seconds
+    benchmarks evaluations on suites of tasks, made in the phase `of`: SUITE/MODE/METRIC (a share of 1),
+               SUITE/MODE/tokens (a sample), SUITE/MODE/thought_share, SUITE/reference/METRIC
     monitors   a line with the strings `monitor`, `message` and `advice` says that a sign of failure was seen
 Also stored of every training step: tokens, and fill_rate, the share of the positions of its micro-batches that hold one
 (the only value, times aside, that depends on the layout and on the size of micro-batches). Of E-steps:

@@ -216,7 +216,7 @@ class _SuiteRun:
             stop_ids=end_ids(weights.tokenizer, weights.hf),
             context_length=config.model.context_length,
         )
-        writer = Writer(engine, weights.tokenizer, weights.latents, suite, Mode(mode), settings)
+        writer = Writer(engine, weights.tokenizer, weights.latents, config.text, suite, Mode(mode), settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         sample_files.begin(file, self._header(mode), kept)
         samples = list(kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -244,3 +245,21 @@ def test_one_process_needs_no_launcher(tmp_path: Path, monkeypatch: pytest.Monke
     assert preflight(tmp_path / "run", limits) == 0
     assert preflight(tmp_path / "run", Limits(timeout=40, min_free_gib=1e9)) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_cannot_execute_programs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ra3_megatron.cluster import node
+    from ra3_megatron.rlvr.sandboxing import command
+
+    def found(limits: Limits) -> dict[str, tuple[str, str]]:
+        monkeypatch.setattr(command, "_problem", command._problem.__wrapped__)  # look again
+        seen = node.look("n1", 1, Path("runs"), limits)["results"]
+        return {each["check"]: (each["state"], each["text"]) for each in seen}
+
+    needed = Limits(gpus_per_node=0, sandbox=True)
+    if shutil.which("bwrap") is None:
+        pytest.skip("bwrap is missing: make install-sandbox")
+    assert found(needed)["sandbox"][0] == "ok" and "sandbox" not in found(Limits(gpus_per_node=0))
+    monkeypatch.setenv("PATH", "/nowhere")
+    state, text = found(needed)["sandbox"]
+    assert state == "bad" and text.startswith("sandbox=bubblewrap: bwrap is missing")

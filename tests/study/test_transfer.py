@@ -17,6 +17,7 @@ from ra3_megatron.study.spec import StudyConfig, dump_study
 from ra3_megatron.study.transfer.curves import Curve, Run, curve_of
 from ra3_megatron.study.transfer.measures import differences_table, transfer_table
 from ra3_megatron.study.transfer.report import build_transfer_report
+from ra3_megatron.study.transfer.verdicts import verdicts, verdicts_table
 
 CONFIG = "rlvr: {steps: 20, problems: {source: tasks}}\ncorpus: {source: tasks}\n"
 
@@ -97,6 +98,33 @@ def test_tables(tmp_path: Path) -> None:
     assert asymptote.startswith("+53.3% [") and differences["base - ntp"][column["steps to 90%"]].startswith("+0")
 
 
+def test_verdicts(tmp_path: Path) -> None:
+    """RA3 has a signal, is sooner and ends higher than NTP; against the base its end is no higher in every seed."""
+    ends = {"base": 0.97, "ntp": 0.1, "ra3": 0.95}
+    signals = {"base": 0.5, "ntp": 0.01, "ra3": 0.4}
+
+    def of(arm: str, seed: int) -> Curve:
+        middle = {"base": 0.1, "ntp": 0.02, "ra3": 0.8}[arm] + 0.01 * seed
+        return curve_of(records({0: 0.0, 10: middle, 20: ends[arm] + 0.01 * (seed - 2)}, signals[arm]))
+
+    cells = cells_of(study(tmp_path))
+    runs = [Run(cell, of(cell.arm, cell.seed)) for cell in cells]
+    words = {verdict.name: verdict.word for verdict in verdicts(runs)}
+    assert words == {
+        "P5 signal": "confirmed",
+        "P5 speed, base": "confirmed",
+        "P5 end, base": "refuted",
+        "P5 speed, ntp": "confirmed",
+        "P5 end, ntp": "confirmed",
+    }
+    two = [run for run in runs if run.cell.seed < 3]
+    assert {verdict.word for verdict in verdicts(two)} == {"undecided"}
+    without = [run for run in runs if run.cell.arm != "ntp"]
+    assert verdicts(without)[0].word == "not run" and not verdicts_table([r for r in runs if r.cell.arm != "ra3"]).rows
+    changed = [Run(run.cell, of("ra3" if run.cell.arm == "ntp" else "ntp", run.cell.seed)) for run in runs]
+    assert {v.word for v in verdicts(changed) if v.name.endswith(("signal", "ntp"))} == {"refuted"}
+
+
 def test_starts_are_named_and_paired_by_seed(tmp_path: Path) -> None:
     of = study(tmp_path, seeds=2)
     assert (
@@ -135,7 +163,7 @@ def test_the_report_is_built_from_the_folder(tmp_path: Path) -> None:
     assert page.count("data:image/png") == 2 and "Differences, paired by seed" in page and "9 of 9 done" in page
     lines = [json.loads(line) for line in (of.path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 9 and {line["start"] for line in lines} == {"base", "ntp", "ra3"}
-    assert "| ra3" in (of.path / "table.md").read_text()
+    assert "| ra3" in (of.path / "table.md").read_text() and "P5 speed, ntp" in page
     result = CliRunner().invoke(app, ["study", "report", str(of.path)])
     assert result.exit_code == 0 and result.output.strip() == str(of.path / "report.html")
 

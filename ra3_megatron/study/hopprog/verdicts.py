@@ -55,7 +55,12 @@ def verdicts(groups: Mapping[str, Group]) -> list[Verdict]:
         _prices(groups),
         _meaning(ra3, groups.get("transplant")),
         _persistence(ra3),
-        Verdict("P5 RLVR", "from RA3's start, problems of 3 items give RL a signal", "not run", "make rlvr-transfer"),
+        Verdict(
+            "P5 RLVR",
+            "from RA3's start, problems of 3 items give RL a signal",
+            "not run",
+            "make rlvr-transfer gives the verdict",
+        ),
         _granularity(groups),
         _null(groups),
         _depth(groups),

@@ -19,12 +19,14 @@ from ra3_megatron.study.tables import Table, markdown
 from ra3_megatron.study.transfer.curves import Run, finished_runs
 from ra3_megatron.study.transfer.figures import draw
 from ra3_megatron.study.transfer.measures import differences_table, transfer_table
+from ra3_megatron.study.transfer.verdicts import verdicts_table
 
 
 def tables_of(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[Table]:
     """The tables of what is done below `folder`, where the study stands."""
     runs = finished_runs(folder, cells)
-    return [table for table in (transfer_table(runs), differences_table(runs, study.reference)) if table.rows]
+    tables = (transfer_table(runs), differences_table(runs, study.reference), verdicts_table(runs))
+    return [table for table in tables if table.rows]
 
 
 def write_results(folder: Path, cells: Sequence[Cell]) -> Path:

@@ -1,0 +1,81 @@
+"""What mid-training by RA3 is said to do for RL, each claim with the rule of its verdict (P5 of HopProg).
+
+Starts are known by name: ra3 against ntp and base. Figures are paired by seed; a level that was never reached counts as
+all the updates that were spent. The rules are younger than the first five seeds of docs/evidence.md.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from ra3_megatron.study.predictions import Estimate, Verdict, above, below, both, estimate
+from ra3_megatron.study.tables import Table
+from ra3_megatron.study.transfer.curves import Curve, Run, by_start
+
+THINKS, PLAIN = "ra3", "ntp"
+NO_SIGNAL, SIGNAL = 0.05, 0.10
+"""Shares of the first updates' groups that have a gradient: at most, without a signal; at least, with one."""
+FIRST = 5
+"""Updates that say whether there was a signal: later ones have it from what RL has learnt."""
+SOON = 0.5
+"""pass@1 whose first crossing is compared."""
+
+BySeed = Mapping[int, Curve]
+
+
+def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+    """Every claim; "not run" without the starts that it names."""
+    starts = {name: {run.cell.seed: run.curve for run in found} for name, found in by_start(runs).items()}
+    thinks = starts.get(THINKS, {})
+    found = [_signal(thinks, starts.get(PLAIN, {}))]
+    for name in starts:
+        if name != THINKS:
+            found += [_sooner(thinks, starts[name], name), _higher(thinks, starts[name], name)]
+    return found
+
+
+def verdicts_table(runs: Sequence[Run]) -> Table:
+    """The claims as a table; no rows when the study has no start called ra3."""
+    found = verdicts(runs) if any(run.cell.group == THINKS for run in runs) else []
+    return Table(
+        "Predictions and their verdicts",
+        ["", "predicted", "verdict", "seen"],
+        [[verdict.name, verdict.claim, verdict.word, verdict.seen] for verdict in found],
+        "Confirmed: the whole 95% interval over seeds (Student's t, three seeds at least) is on the predicted side; "
+        "refuted: on the other; undecided otherwise.",
+    )
+
+
+def _signal(thinks: BySeed, plain: BySeed) -> Verdict:
+    claim = (
+        f"in the first {FIRST} updates, groups with a gradient are at most {NO_SIGNAL:.0%} from {PLAIN}, at least "
+        f"{SIGNAL:.0%} from {THINKS}"
+    )
+    some, none = (estimate([_first(curve) for curve in curves.values()]) for curves in (thinks, plain))
+    seen = f"{PLAIN} {_text(none)}, {THINKS} {_text(some)}"
+    return Verdict("P5 signal", claim, both(below(none, NO_SIGNAL), above(some, SIGNAL)), seen)
+
+
+def _sooner(thinks: BySeed, other: BySeed, name: str) -> Verdict:
+    claim = f"{SOON:.0%} after fewer updates from {THINKS} than from {name}"
+    saved = estimate([_updates(other[seed]) - _updates(thinks[seed]) for seed in sorted(thinks.keys() & other.keys())])
+    return Verdict(f"P5 speed, {name}", claim, above(saved, 0.0), f"{_text(saved, '{:.1f}')} updates fewer")
+
+
+def _higher(thinks: BySeed, other: BySeed, name: str) -> Verdict:
+    claim = f"a higher rate in the last quarter from {THINKS} than from {name}"
+    shared = sorted(thinks.keys() & other.keys())
+    gain = estimate([thinks[seed].asymptote - other[seed].asymptote for seed in shared])
+    return Verdict(f"P5 end, {name}", claim, above(gain, 0.0), f"{_text(gain)} more")
+
+
+def _first(curve: Curve) -> float:
+    first = curve.signal[:FIRST]
+    return sum(first) / len(first) if first else 0.0
+
+
+def _updates(curve: Curve) -> float:
+    reached = curve.reached(SOON, "steps")
+    return float(curve.steps[-1]) if reached is None else reached
+
+
+def _text(found: Estimate | None, form: str = "{:.1%}") -> str:
+    return found.text(form) if found else "-"
