@@ -43,7 +43,7 @@ def benchmark_figure(records: Sequence[dict[str, Any]]) -> Figure | None:
         for phase in phases:
             curve = series([record for record in found if record["of"] == phase], PHASE, name)
             label = f"{PHASE_TITLES.get(phase, phase)}, {mode}"
-            panels.setdefault(f"{suite}: {metric}", []).append(Curve(label, curve, phase))
+            panels.setdefault(f"{suite}: {metric}", []).append(Curve(label, curve, phase, mode == "no-think"))
     return curve_panels(panels, "share of tasks")
 
 

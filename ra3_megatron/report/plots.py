@@ -69,6 +69,7 @@ class Curve:
     values: Series
     phase: str
     """Which gives it its colour."""
+    dashed: bool = False
 
 
 def series(records: Sequence[Record], phase: str, name: str) -> Series:
@@ -207,7 +208,7 @@ def curve_panels(panels: Mapping[str, Sequence[Curve]], unit: str) -> Figure | N
     figure, places = _panels(len(kept))
     for axes, (title, curves) in zip(places, kept.items(), strict=True):
         for curve in curves:
-            _draw(axes, curve.values, _colour(curve.phase), curve.label)
+            _draw(axes, curve.values, _colour(curve.phase), curve.label, "--" if curve.dashed else "-")
         _finish(axes, title, "step", unit, legend=True)
         axes.set_ylim(-0.03, 1.03)
     return figure
@@ -217,10 +218,10 @@ def _colour(phase: str) -> str:
     return COLOURS.get({"mstep": "ra3"}.get(phase, phase), COLOURS["plain"])
 
 
-def _draw(axes: Axes, curve: Series, colour: str, label: str | None = None) -> None:
+def _draw(axes: Axes, curve: Series, colour: str, label: str | None = None, line: str = "-") -> None:
     marker = "o" if len(curve.steps) < 25 else ""
     for steps, values in curve.pieces():
-        axes.plot(steps, values, color=colour, linewidth=1.3, label=label, marker=marker, markersize=3)
+        axes.plot(steps, values, line, color=colour, linewidth=1.3, label=label, marker=marker, markersize=3)
         label = None
     for boundary in curve.boundaries:
         axes.axvline(boundary + 0.5, color="#999999", linestyle=":", linewidth=1)
