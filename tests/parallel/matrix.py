@@ -1,8 +1,9 @@
 """What every topology of the table runs, and everything it computes on the way, in a form that knows no layout.
 
-Four parts, from one seed:
+Five parts, from one seed:
 - `streams`: train steps on made-up documents whose every second token carries both losses, with clipped ratios;
 - `scores`: rollouts of untrained weights; log-probabilities and entropies of every token; whole distributions;
+- `grpo`: responses to prompts, made-up rewards, and policy gradient with a KL term, from the warm start's weights;
 - `warm_start`, `estep`, `mstep`: next-token prediction on raw documents; then rollouts, rewards from the frozen warm
   start, advantages and policy gradient; then next-token prediction on documents infused by the E-step's policy. Each
   goes on from the weights of the one before.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import EStepConfig, MStepConfig, OptimizerConfig, WarmStartConfig
 from ra3_megatron.em.estep import EStep, Rollouts
@@ -35,6 +37,8 @@ from ra3_megatron.mcore.loss import PolicyLoss, Stat
 from ra3_megatron.mcore.model import build_model, chunks_of
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.mcore.trainer import NonFiniteLoss, StepResult, Trainer, forward
+from ra3_megatron.rlvr.grpo import GRPO
+from ra3_megatron.rlvr.sampling import Responder
 from ra3_megatron.scaling.counts import stages
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
@@ -240,6 +244,22 @@ class Method:
                 importance_cap=1.01,
                 optimizer=optimizer,
             ),
+            rlvr=RlvrConfig(
+                steps=STEPS // 2,
+                updates_per_rollout=2,
+                problems_per_step=6,
+                group_size=4,
+                max_response_tokens=7,
+                micro_batch_size=2,
+                micro_batch_tokens=topology.micro_batch_tokens,
+                overlong="keep",
+                clip_ratio=0.02,
+                clip_ratio_high=0.03,
+                importance_cap=1.01,
+                kl_coefficient=0.05,
+                entropy_coefficient=0.05,
+                optimizer=optimizer,
+            ),
         )
         generator = random.Random(1)
         codes = ["em\n" + "".join(generator.choices(LINES, k=generator.randint(1, 6))) for _ in range(40)]
@@ -366,6 +386,36 @@ class Method:
             "metrics": metrics_of(metrics),
         }
 
+    def grpo(self, model: torch.nn.Module, reference: torch.nn.Module) -> Numbers:
+        """Rewards are a hash of what was written: no two responses of a group need agree."""
+        trainer = self.trainer(model)
+        record = Record(trainer, self.runtime)
+        config, toy = self.config, self.toy
+        sampling = self.policy(trainer.model).sampling
+        count = config.rlvr.problems_per_step * config.rlvr.steps
+        prompts = [document.ids[:4].tolist() for document in self.documents[:count]]
+        responder = Responder(sampling, prompts, config, toy.tokenizer.eos, toy.latents.ALL)
+        step = GRPO(config, trainer, reference, toy.latents.ALL)
+        metrics, responses = [], []
+        for number in range(config.rlvr.steps):
+            trainer.synchronize()
+            sampling.publish(number)
+            chosen = range(number * config.rlvr.problems_per_step, (number + 1) * config.rlvr.problems_per_step)
+            found = responder.begin(list(chosen), (SEED, 4, number), config.rlvr.group_size)()
+            rewards = [int(each.ids.sum()) % 5 / 4 for each in found]
+            metrics.append(step.update(found, rewards))
+            responses += found
+        return {
+            **record.numbers(),
+            "transcripts": {
+                "tokens of each": torch.tensor([each.num_tokens for each in responses]),
+                "ids": torch.from_numpy(np.concatenate([each.ids for each in responses])),
+                "versions": torch.tensor([each.weight_version for each in responses]),
+            },
+            "behaviour": {"log policy": torch.from_numpy(np.concatenate([each.log_probs for each in responses]))},
+            "metrics": metrics_of(metrics),
+        }
+
 
 def rollout_numbers(transcripts: Sequence[Transcript]) -> Numbers:
     def joined(values: list[Any]) -> Tensor:
@@ -410,6 +460,7 @@ def run(topology: Topology) -> Outcome:
     pi = method.model()
     outcome["warm_start"] = method.warm_start(pi)
     q = method.copy(pi)
+    outcome["grpo"] = method.grpo(method.copy(pi), reference=method.model().requires_grad_(False))
     outcome["estep"] = method.estep(q, scorer=method.copy(pi).requires_grad_(False))
     infused = method.sample(method.copy(q), len(method.documents), group=1, key=3)
     outcome["mstep"] = {**method.mstep(method.copy(pi), infused), **rollout_numbers(infused)}

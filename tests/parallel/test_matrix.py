@@ -24,7 +24,7 @@ from tests.processes import ProcessesFailed, run_processes
 
 SECONDS_EACH = 120.0
 """Time limit of one topology."""
-PARTS = ("streams", "scores", "warm_start", "estep", "mstep")
+PARTS = ("streams", "scores", "warm_start", "grpo", "estep", "mstep")
 
 
 def in_processes(names: list[str]) -> dict[str, Outcome]:
@@ -146,7 +146,7 @@ def test_how_a_batch_is_dealt_out_does_not_matter(matrix: Matrix, name: str, spl
 def test_what_is_compared_with_exercises_everything(matrix: Matrix, model: str) -> None:
     """Gradients are no rounding errors and are clipped, weights move, thoughts are sampled, ratios are clipped."""
     outcome = matrix.reference(model)
-    for part in ("streams", "warm_start", "estep", "mstep"):
+    for part in ("streams", "warm_start", "grpo", "estep", "mstep"):
         numbers = outcome[part]
         clip = 0.5 if part == "streams" else 0.3
         assert bool((numbers["grad_norm"][""][[0, -1]] > clip).all()), part
@@ -155,7 +155,8 @@ def test_what_is_compared_with_exercises_everything(matrix: Matrix, model: str) 
         assert len(set(numbers["learning_rate"][""].tolist())) == STEPS
     initial = initial_weights(model)
     chain = [initial, *(outcome[part]["weights"] for part in ("warm_start", "mstep"))]
-    for before, after in [*pairwise(chain), (chain[1], outcome["estep"]["weights"])]:
+    later = [(chain[1], outcome[part]["weights"]) for part in ("estep", "grpo")]
+    for before, after in [*pairwise(chain), *later]:
         for name, value in after.items():
             assert all(float(layer.abs().max()) > 1e-4 for layer in layers_of(name, value - before[name])), name
 
@@ -165,6 +166,10 @@ def test_what_is_compared_with_exercises_everything(matrix: Matrix, model: str) 
     estep = outcome["estep"]
     assert bool((estep["counts"]["CLIPPED"][1::2] > 20).all()), "ratios of the second update of each batch"
     assert bool((estep["stats"]["MISMATCH"][0::2] < 1e-3).all()), "the first update is on-policy"
+    grpo = outcome["grpo"]
+    assert bool((grpo["counts"]["CLIPPED"][1::2] > 20).all()) and bool((grpo["stats"]["MISMATCH"][0::2] < 1e-3).all())
+    assert bool((grpo["metrics"]["kl"] > 0.01).all()) and bool((grpo["metrics"]["advantage_std"] > 0.5).all())
+    assert grpo["transcripts"]["versions"].unique().tolist() == [0, 1]
     assert 0.5 < float(estep["advantages"][""].std()) < 2
     assert float(estep["rewards"]["reward"].std()) > 0.1
 
