@@ -236,8 +236,7 @@ def initialize(
             world_size=world_size,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _leave_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -273,10 +272,20 @@ def seed_everything(seed: int) -> None:
 
 def shutdown() -> None:
     """Leave the process groups."""
+    _leave_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_model_parallel() -> None:
+    """Leave Megatron's groups. It only forgets them itself: each of gloo's would keep threads that wake 100 times a
+    second."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
 
 def available_cores() -> int:

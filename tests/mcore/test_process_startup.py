@@ -8,8 +8,10 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
@@ -157,3 +159,13 @@ def _mistaken() -> None:
 def test_what_the_main_process_does_alone_may_take_longer_than_any_timeout() -> None:
     for taken, said in run_processes(2, _main_is_slow):
         assert taken >= 4 and said == "a mistake"
+
+
+def test_starting_again_leaves_no_groups_behind() -> None:
+    """Those of gloo keep threads, which slow everything down."""
+    initialize(ParallelConfig(threads=1), seed=1)
+    groups, threads = len(dist.distributed_c10d._world.pg_map), psutil.Process().num_threads()
+    for _ in range(3):
+        initialize(ParallelConfig(threads=1), seed=1)
+    assert len(dist.distributed_c10d._world.pg_map) == groups
+    assert psutil.Process().num_threads() <= threads + 3
