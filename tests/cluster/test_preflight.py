@@ -251,8 +251,9 @@ def test_a_node_that_cannot_execute_programs_is_named(monkeypatch: pytest.Monkey
     from ra3_megatron.cluster import node
     from ra3_megatron.rlvr.sandboxing import command
 
+    monkeypatch.setattr(command, "_problem", command._problem.__wrapped__)  # without its memory
+
     def found(limits: Limits) -> dict[str, tuple[str, str]]:
-        monkeypatch.setattr(command, "_problem", command._problem.__wrapped__)  # look again
         seen = node.look("n1", 1, Path("runs"), limits)["results"]
         return {each["check"]: (each["state"], each["text"]) for each in seen}
 
