@@ -328,7 +328,7 @@ def test_shards_that_are_copies_are_refused(
 
 
 def leftovers() -> set[str]:
-    """Names of unix sockets and shared memory of refits (other tests, which may run beside this one, have their own)."""
+    """Names of unix sockets and shared memory of refits; tests that run beside this one have others."""
     sockets = {word for word in Path("/proc/net/unix").read_text().split() if "ra3-refit" in word}
     return sockets | {entry.name for entry in Path("/dev/shm").iterdir() if "ra3" in entry.name}
 
