@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--extended", action="store_true", help="run what is marked `extended` as well")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.sentinel import Sentinel
+
+    config.pluginmanager.register(Sentinel(), "sentinel")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out(config, items, "full_matrix", "--full-matrix")
     leave_out(config, items, "extended", "--extended")

@@ -2,7 +2,8 @@
 
 Invariants: every process ends with the same outcome. A check that raises on a node is a bad result of that node; a
 process that answers nothing is named after its node, and ends the checks. One process of each node, the leader, looks
-at what the processes of a node share. Only the reduction, which comes last, is collective.
+at what the processes of a node share; its processors and GPUs are dealt out. Only the reduction, which comes last, is
+collective.
 """
 
 import logging
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ra3_megatron.cluster import clock, collective, node, shared_folder
+from ra3_megatron.cluster import arithmetic, clock, collective, node, shared_folder
 from ra3_megatron.cluster.meeting import Ended, Failed, Lost, Meeting, Silent, connect
 from ra3_megatron.cluster.place import Place, absent, job_nodes
 from ra3_megatron.cluster.results import Limits, Result, could_not, first_line
@@ -106,6 +107,7 @@ class Preflight:
     def _all(self, meeting: Meeting) -> None:
         self._join(meeting)
         device = self._nodes(meeting)
+        self._arithmetic(meeting, device)
         self._clocks(meeting)
         self._shared_folder(meeting)
         if device is not None:
@@ -151,8 +153,29 @@ class Preflight:
         kind = meeting.ask("node", mine, list(self.leaders), judge)
         if kind == "none":
             return None
-        local = [rank for rank, name in enumerate(self.nodes) if name == place.node].index(place.rank)
-        return torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+        return torch.device("cuda", self._local) if kind == "cuda" else torch.device("cpu")
+
+    @property
+    def _local(self) -> int:
+        """Place of this process among those of its node."""
+        return [rank for rank, name in enumerate(self.nodes) if name == self.place.node].index(self.place.rank)
+
+    def _arithmetic(self, meeting: Meeting, device: torch.device | None) -> None:
+        """Every process looks at its share of the node's processors, and at its GPU."""
+        self.check = arithmetic.CHECK
+        mine = arithmetic.my_share(self._local, self.nodes.count(self.place.node))
+        found, checked = arithmetic.processors(mine), len(mine)
+        if device is not None and device.type == "cuda":
+            found, checked = found | arithmetic.gpu(device), checked + 1
+
+        def judge(answers: dict[int, list[Any]]) -> bool:
+            for name in self.leaders.values():
+                told = [answer for rank, answer in answers.items() if self.nodes[rank] == name]
+                wrong = {unit: text for each, _ in told for unit, text in each.items()}
+                self._add(*arithmetic.judge(name, wrong, sum(count for _, count in told)))
+            return True
+
+        meeting.ask("arithmetic", (found, checked), list(range(self.place.world_size)), judge)
 
     def _clocks(self, meeting: Meeting) -> None:
         self.check = clock.CHECK

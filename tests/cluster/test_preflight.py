@@ -5,6 +5,7 @@ Not covered: GPUs and NCCL, a hung file system.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 def one_case(name: str, folder: Path, limits: Limits) -> tuple[int, list[str], float]:
     """Exit code, what was printed, seconds; in this process something is amiss if it is the node of the case."""
-    from ra3_megatron.cluster import clock, collective
+    from ra3_megatron.cluster import arithmetic, clock, collective
     from ra3_megatron.report import versions
     from ra3_megatron.verbs.preflight import preflight
 
@@ -54,6 +54,8 @@ def one_case(name: str, folder: Path, limits: Limits) -> tuple[int, list[str], f
         amiss = patch.object(clock, "now", lambda: time.time() - 60)
     if rank == 1 and name == "defect":
         amiss = patch.object(clock, "answer", side_effect=LookupError("no clock"))
+    if rank == 1 and name == "wrong":
+        amiss = patch.object(arithmetic, "questions", lambda device: [miscounting()])
     if rank == 1 and name == "raises":
         amiss = patch("ra3_megatron.cluster.disk.room", side_effect=LookupError("no disk"))
     if rank == 1 and name == "one is slow":
@@ -68,15 +70,34 @@ def one_case(name: str, folder: Path, limits: Limits) -> tuple[int, list[str], f
     return code, printed.getvalue().splitlines(), time.monotonic() - start
 
 
+def miscounting() -> Any:
+    """A division that is wrong in one of eight elements, on the processors that this process may use: on the first."""
+    import torch
+
+    from ra3_megatron.cluster.arithmetic import questions
+
+    right = questions(torch.device("cpu"))[0]
+
+    def divide(a: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        given = a / by
+        if os.sched_getaffinity(0) == {0}:
+            given[5::8] = torch.nextafter(given[5::8], torch.tensor(1.0))
+        return given
+
+    return dataclasses.replace(right, compute=divide)
+
+
 def cases(folder: Path, limits: dict[str, dict[str, Any]]) -> dict[str, tuple[int, list[str], float]]:
     return {name: one_case(name, folder, Limits(**given)) for name, given in limits.items()}
 
 
-SMALL = asdict(Limits(mib=1, timeout=40, min_free_gib=0.01, min_tmp_gib=0.01))
+SMALL = dataclasses.asdict(Limits(mib=1, timeout=40, min_free_gib=0.01, min_tmp_gib=0.01))
 CASES = {
     "good": SMALL,
     "room": SMALL | {"min_free_gib": 1e9},
-    **dict.fromkeys(("other folder", "unwritable", "no folder", "versions", "clock", "defect", "raises"), SMALL),
+    **dict.fromkeys(
+        ("other folder", "unwritable", "no folder", "versions", "clock", "defect", "raises", "wrong"), SMALL
+    ),
     "all are slow": SMALL | {"min_bus_gbs": 1e6},
 }
 
@@ -98,7 +119,7 @@ def test_a_good_allocation(found: Any) -> None:
     content = json.loads((folder / "good.json").read_text())
     assert content["good"] is True and content["processes"] == {"n0": 1, "n1": 1}
     results = {(each["node"], each["check"]): each for each in content["results"]}
-    assert {check for _, check in results} >= {"GPUs", "versions", "clock", "shared folder", "run folder"}
+    assert {check for _, check in results} >= {"GPUs", "versions", "arithmetic", "clock", "shared folder", "run folder"}
     rates = {float(results[node, "all-reduce GB/s"]["figure"]) for node in ("n0", "n1")}
     assert len(rates) == 1 and rates.pop() > 0
     assert abs(float(results["n1", "clock"]["figure"])) < 1
@@ -116,6 +137,7 @@ def test_a_good_allocation(found: Any) -> None:
         ("clock", ["node n1: clock: -60.0* should be within 5 s *"]),
         ("defect", ["node n1: clock: could not be checked (LookupError: no clock)"]),
         ("raises", ["node n1: free room: could not be checked (LookupError: no disk)"]),
+        ("wrong", ["node n1: arithmetic: CPU 0: wrong results (division in *: defective, take the node out"]),
         ("all are slow", ["node n0: all-reduce GB/s: *; every pair of nodes is slow", "node n1: all-reduce GB/s: *"]),
     ],
 )
@@ -258,8 +280,7 @@ def test_a_node_that_cannot_execute_programs_is_named(monkeypatch: pytest.Monkey
         return {each["check"]: (each["state"], each["text"]) for each in seen}
 
     needed = Limits(gpus_per_node=0, sandbox=True)
-    if shutil.which("bwrap") is None:
-        pytest.skip("bwrap is missing: make install-sandbox")
+    assert shutil.which("bwrap") is not None, "make install-sandbox"
     assert found(needed)["sandbox"][0] == "ok" and "sandbox" not in found(Limits(gpus_per_node=0))
     monkeypatch.setenv("PATH", "/nowhere")
     state, text = found(needed)["sandbox"]
