@@ -3,16 +3,20 @@
     results = run_processes(2, train, config)      # [train(config) of rank 0, of rank 1]
 
 `function` must be at the top level of an importable module (a test module is one); arguments and results are pickled.
-Each process sees RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Starting takes seconds
-(torch and Megatron-Core are imported anew), so start processes once for a layout and check many things in them.
+Each process sees RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. They are forked from one
+that has imported torch and Megatron-Core, which takes seconds, and nothing else; a process that is given variables of
+its own is a new one, as imports may read them.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
+import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = ("ra3_megatron.mcore.trainer", "ra3_megatron.mcore.checkpoint", "ra3_megatron.em.estep")
 GRACE_SECONDS = 2.0
 """After the first failure, the others get this long to report theirs."""
 
@@ -61,19 +66,11 @@ def run_processes(
             "LOCAL_WORLD_SIZE": str(world_size),
             **(environment or {}),
         }
-        processes = []
+        processes: list[subprocess.Popen[bytes] | Forked] = []
         try:
             for rank in range(world_size):
-                with (folder / f"output.{rank}").open("wb") as output:
-                    process = subprocess.Popen(
-                        [sys.executable, __file__, name],
-                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )
-                processes.append(process)
+                mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(_fork(folder, mine) if environment is None else _start(folder, mine))
             in_time = _wait(processes, timeout)
             ended = [process.poll() for process in processes]
         finally:
@@ -88,7 +85,98 @@ def run_processes(
         return [pickle.loads((folder / f"result.{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> bool:
+def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with (folder / f"output.{environment['RANK']}").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+class Forked:
+    """A process that the server has forked; as much of Popen as is used here."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._handle, self._code = pid, os.pidfd_open(pid), None
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+        return self._end(0)
+
+    def wait(self) -> int | None:
+        """The same, when it has ended."""
+        return self._end(None)
+
+    def _end(self, seconds: float | None) -> int | None:
+        if self._code is None and select.select([self._handle], [], [], seconds)[0]:
+            self._code = _ask({"reap": self.pid})
+            os.close(self._handle)
+        return self._code
+
+
+_server: list[subprocess.Popen[bytes]] = []
+
+
+def _fork(folder: Path, environment: dict[str, str]) -> Forked:
+    return Forked(_ask({"folder": str(folder), "environment": environment, "umask": os.umask(os.umask(0o22))}))
+
+
+def _ask(request: dict[str, Any]) -> int:
+    """The answer of this process's server, started if there is none."""
+    if not _server:
+        command = [sys.executable, __file__]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        _server.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        atexit.register(_server[0].kill)
+    server = _server[0]
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(request).encode() + b"\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def _serve() -> None:
+    """Fork processes, and say how they have ended, until nobody is left to ask."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "reap" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["reap"], 0)[1])
+        else:
+            answer = os.fork()
+            with contextlib.suppress(PermissionError):  # a group of its own, whoever of both is first
+                os.setpgid(answer, answer)
+            if answer == 0:
+                answers.close()
+                _become(request)
+        answers.write(f"{answer}\n")
+        answers.flush()
+
+
+def _become(request: dict[str, Any]) -> None:
+    """In a forked process: what a new one would be."""
+    try:
+        folder = Path(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.umask(request["umask"])
+        output = os.open(folder / f"output.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        _main(folder)
+    finally:
+        os._exit(1)
+
+
+def _wait(processes: list[subprocess.Popen[bytes] | Forked], timeout: float) -> bool:
     """Wait until all have ended, or one has failed; False when the time ran out."""
     end = time.monotonic() + timeout
     failing = False
@@ -132,4 +220,4 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main(Path(sys.argv[1])) if len(sys.argv) > 1 else _serve()

@@ -2,8 +2,8 @@
 
 Results of many tests are compared bit for bit, some with those of other processes. A core that divides wrongly now and
 then fails such a test for no fault of ours. (Seen on a machine of the cloud: for up to 3 seconds every few minutes, one
-element of eight, in the last digit.) Such a test is run once more, with fixtures of its own, and the summary says so;
-on a machine that computes right every failure stands.
+element of eight, in the last digit.) Such a test is run again, with fixtures of its own, up to two times, and the
+summary says so; on a machine that computes right every failure stands.
 
 `python tests/sentinel.py FILE PARENT` is the watching process. Every wrong division that it finds is a line in FILE.
 """
@@ -25,6 +25,7 @@ VARIABLE = "RA3_TEST_SENTINEL"
 """Names FILE to the processes of the tests."""
 PAUSE = 0.1
 ROUNDS = 10
+TRIES = 3
 AGAIN = "run again"
 """A property of a report, whose value says why."""
 
@@ -92,8 +93,10 @@ class Sentinel:
             self._begun = (str(item.path), time.time())
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        wrong = wrong_divisions(self._begun[1])
-        if wrong and any(report.failed for report in reports):
+        for _ in range(TRIES - 1):
+            wrong = wrong_divisions(self._begun[1])
+            if not wrong or not any(report.failed for report in reports):
+                break
             item.session._setupstate.teardown_exact(None)  # what its fixtures hold may be wrong
             item._initrequest()  # type: ignore[attr-defined]
             reports = runtestprotocol(item, nextitem=nextitem, log=False)

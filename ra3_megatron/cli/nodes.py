@@ -49,6 +49,15 @@ def preflight(
         float, typer.Option("--min-tmp-gib", metavar="G", min=0, help="Free for temporary files.")
     ] = 1.0,
     max_skew: Annotated[float, typer.Option("--max-skew", metavar="S", min=0, help="Seconds between clocks.")] = 5.0,
+    arithmetic: Annotated[
+        float,
+        typer.Option(
+            "--arithmetic",
+            metavar="S",
+            min=0,
+            help="Seconds of questions to the processors, and to each GPU, whose answers are known; 0: none.",
+        ),
+    ] = 1.0,
     timeout: Annotated[
         float,
         typer.Option(
@@ -71,7 +80,7 @@ def preflight(
 
     executes = resolved.method == "rlvr" or bool(resolved.benchmarks.suites)
     sandbox = executes and resolved.sandbox == "bubblewrap"
-    limits = Limits(gpus_per_node, mib, min_bus_gbs, min_free_gib, min_tmp_gib, max_skew, timeout, sandbox)
+    limits = Limits(gpus_per_node, mib, min_bus_gbs, min_free_gib, min_tmp_gib, max_skew, timeout, arithmetic, sandbox)
     raise typer.Exit(check_nodes(folder, limits, out))
 
 

@@ -21,8 +21,6 @@ from ra3_megatron.cluster.results import Result
 CHECK = "arithmetic"
 COUNT = 4096
 """Divisions of one round."""
-SECONDS = 1.0
-"""That a process spends on its processors together, and then on its GPU."""
 _CLOSE = 2.0**-12
 """Largest distance from the middle of two numbers, in units of their distance."""
 _HIDDEN = 29
@@ -44,7 +42,7 @@ class Question:
         return 0 if torch.equal(given, self.answer) else int((given != self.answer).sum())
 
 
-def processors(mine: list[int], seconds: float = SECONDS) -> dict[str, str]:
+def processors(mine: list[int], seconds: float) -> dict[str, str]:
     """What is wrong with these processors of this node, by "CPU N"; the thread runs on each in turn."""
     found = {}
     for number in mine:
@@ -55,7 +53,7 @@ def processors(mine: list[int], seconds: float = SECONDS) -> dict[str, str]:
     return found
 
 
-def gpu(device: torch.device, seconds: float = SECONDS) -> dict[str, str]:
+def gpu(device: torch.device, seconds: float) -> dict[str, str]:
     """The same of a GPU, by "GPU N" (as this process counts them)."""
     said = trouble(questions(device), seconds)
     return {f"GPU {device.index or 0}": said} if said else {}

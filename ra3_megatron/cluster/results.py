@@ -45,6 +45,8 @@ class Limits:
     """Seconds that the clock of a node may differ from that of the first process's node."""
     timeout: float = 60.0
     """Seconds for everything; processes must have met after three quarters of them."""
+    arithmetic: float = 1.0
+    """Seconds for which a process asks its processors for known answers, and then its GPU; 0: not at all."""
     sandbox: bool = False
     """Programs that a model writes are going to be executed behind bubblewrap."""
 

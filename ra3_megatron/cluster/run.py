@@ -162,11 +162,13 @@ class Preflight:
 
     def _arithmetic(self, meeting: Meeting, device: torch.device | None) -> None:
         """Every process looks at its share of the node's processors, and at its GPU."""
+        if not self.limits.arithmetic:
+            return
         self.check = arithmetic.CHECK
         mine = arithmetic.my_share(self._local, self.nodes.count(self.place.node))
-        found, checked = arithmetic.processors(mine), len(mine)
+        found, checked = arithmetic.processors(mine, self.limits.arithmetic), len(mine)
         if device is not None and device.type == "cuda":
-            found, checked = found | arithmetic.gpu(device), checked + 1
+            found, checked = found | arithmetic.gpu(device, self.limits.arithmetic), checked + 1
 
         def judge(answers: dict[int, list[Any]]) -> bool:
             for name in self.leaders.values():

@@ -52,7 +52,7 @@ def test_a_thread_goes_to_each_processor_and_back(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(arithmetic, "trouble", trouble)
     numbers = sorted(before)
-    found = arithmetic.processors(numbers)
+    found = arithmetic.processors(numbers, 0.1)
     assert seen == [{number} for number in numbers] and os.sched_getaffinity(0) == before
     assert found == ({f"CPU {numbers[1]}": "wrong"} if len(numbers) > 1 else {})
 

@@ -89,7 +89,7 @@ OVERLAP = {
 TOPOLOGIES: dict[str, Topology] = {
     # one process, against another run of it
     "single": topology(splits=True, ci=True),
-    "single_micro_batch_tokens": topology(micro_batch_tokens=80, ci=True),
+    "single_micro_batch_tokens": topology(micro_batch_tokens=80),
     # tensor and sequence parallelism
     "tp2": topology(tensor=2),
     "tp2_tied": topology("tied", tensor=2),
@@ -105,7 +105,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "tp4_sp": topology("four_heads", tensor=4, sequence=True),
     # pipelines
     "pp2": topology(pipeline=2, splits=True),
-    "pp2_tied": topology("tied", pipeline=2, ci=True),
+    "pp2_tied": topology("tied", pipeline=2),
     "pp2_uneven_first": topology("deep", pipeline=2, first_stage_layers=1),
     "pp2_uneven_last": topology("deep_tied", pipeline=2, last_stage_layers=1, ci=True),
     "pp2_count_output_tied": topology("three_layers_tied", pipeline=2, count_output=True),
@@ -114,7 +114,7 @@ TOPOLOGIES: dict[str, Topology] = {
     ),
     "pp2_recompute_full": topology(pipeline=2, recompute="full"),
     "pp2_recompute_selective": topology(pipeline=2, recompute="selective"),
-    "pp2_vpp2": topology("deep", pipeline=2, virtual_pipeline=2, ci=True),
+    "pp2_vpp2": topology("deep", pipeline=2, virtual_pipeline=2),
     "pp2_vpp2_tied": topology("deep_tied", pipeline=2, virtual_pipeline=2),
     "pp2_micro_batch_tokens": topology(pipeline=2, micro_batch_tokens=80),
     "pp4_vpp2_without_overlap_p2p": topology("eight_layers", pipeline=4, virtual_pipeline=2, overlap_p2p=False),
@@ -146,7 +146,7 @@ TOPOLOGIES: dict[str, Topology] = {
         "deep_tied", data=2, pipeline=2, virtual_pipeline=2, **OVERLAP
     ),
     # mixtures of experts
-    "ep2": topology("experts", data=2, expert=2, ci=True),
+    "ep2": topology("experts", data=2, expert=2),
     "ep2_distributed_optimizer": topology("experts", data=2, expert=2, distributed_optimizer=True),
     "ep2_distributed_optimizer_overlap": topology("experts", data=2, expert=2, **OVERLAP),
     "ep2_cp2": topology("experts", context=2, expert=2),

@@ -133,7 +133,14 @@ def llama(started: Model) -> Model:
     return started
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("llama-tied", "qwen3-moe")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("qwen3-tied", "mixtral") else pytest.mark.extended)
+        for name in MODELS
+        if name not in ("llama-tied", "qwen3-moe")
+    ],
+)
 def test_a_family_is_what_hugging_face_computes(name: str) -> None:
     model = start(name)
     check_family(model)

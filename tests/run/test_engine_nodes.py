@@ -86,6 +86,7 @@ def engines_of(run: Path) -> list[int]:
     return found
 
 
+@pytest.mark.extended
 def test_engines_elsewhere_give_the_same_run_also_to_a_second_attempt(
     ra3: Ra3, config: Path, tmp_path: Path, host: Callable[..., Host]
 ) -> None:

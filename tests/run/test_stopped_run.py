@@ -83,7 +83,11 @@ def test_without_a_whole_checkpoint_the_run_says_so(ra3: Ra3, config: Path, tmp_
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to one process of the layout"])
+@pytest.mark.parametrize(
+    "to_all",
+    [False, pytest.param(True, marks=pytest.mark.extended)],
+    ids=["to the command", "to one process of the layout"],
+)
 def test_processes_of_a_layout_stop_together(to_all: bool, config: Path, tmp_path: Path) -> None:
     """The signal goes to the process that the user started, or to one that it started."""
     run = tmp_path / "run"

@@ -91,7 +91,9 @@ def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
         ("rollout.vllm.refit_bucket_mb=1",),
         pytest.param(("parallel.data=2", "estep.documents_per_step=3"), marks=pytest.mark.extended),
         pytest.param(("rollout.vllm.tensor=2", "rollout.vllm.threads=1"), marks=pytest.mark.extended),
-        ("rollout.placement=server", "rollout.replicas=2", "parallel.tensor=2"),
+        pytest.param(
+            ("rollout.placement=server", "rollout.replicas=2", "parallel.tensor=2"), marks=pytest.mark.extended
+        ),
     ],
     ids=[
         "colocated",
@@ -122,7 +124,7 @@ def test_a_run_ahead_says_how_old_its_transcripts_are(ahead: Path, live: Path) -
     assert steps[0]["reward"] == pytest.approx(first["reward"], rel=1e-4), "the first update is on-policy"
 
 
-@pytest.mark.parametrize("call", [2, 4])
+@pytest.mark.parametrize("call", [2, pytest.param(4, marks=pytest.mark.extended)])
 def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
     ra3: Ra3, config: Path, ahead: Path, tmp_path: Path, call: int
 ) -> None:
@@ -136,23 +138,30 @@ def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
     assert not engines_of(tmp_path / "run")
 
 
-def test_a_run_goes_on_behind_an_engine_that_hangs_and_one_that_dies(config: Path, ahead: Path, tmp_path: Path) -> None:
-    """Neither is the user's mistake: one line, and an exit code that a job script retries."""
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SIGKILL", "killed by SIGKILL; log "),
+        pytest.param("SIGSTOP", "within 15 s", marks=pytest.mark.extended),
+    ],
+)
+def test_a_run_goes_on_behind_an_engine_that_dies_or_hangs(
+    config: Path, ahead: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    """It is not the user's mistake: one line, and an exit code that a job script retries."""
     run = tmp_path / "run"
     command = [sys.executable, "-c", DISTURB, "train", str(config), *MODEL, *STALE, f"run_dir={run}"]
     command += ["checkpoint.interval=1", "--resume"]
-    said = []
-    for settings in (("SIGSTOP", 1, "rollout.vllm.call_timeout=15"), ("SIGKILL", 2), ("SIGKILL", 9)):
-        name, step, *more = settings
+    outcomes = []
+    for more, step in ((["rollout.vllm.call_timeout=15"], 2), ([], 9)):
         environment = {**os.environ, "DISTURB": f"{name} {step}"}
         done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
-        said.append((done.returncode, [line for line in done.stderr.splitlines() if line.startswith("ra3: ")]))
+        outcomes.append((done.returncode, [line for line in done.stderr.splitlines() if line.startswith("ra3: ")]))
         assert "Traceback" not in done.stderr and not engines_of(run), done.stderr
-    assert [code for code, _ in said] == [UNAVAILABLE, UNAVAILABLE, 0], said
-    for (_, lines), word in zip(said[:2], ("within 15 s", "killed by SIGKILL; log "), strict=True):
-        (line,) = lines
-        assert line.startswith("ra3: rollout.engine=vllm: ") and word in line
-        assert line.endswith("; the same command with --resume goes on")
+    assert [code for code, _ in outcomes] == [UNAVAILABLE, 0], outcomes
+    (line,) = outcomes[0][1]
+    assert line.startswith("ra3: rollout.engine=vllm: ") and said in line
+    assert line.endswith("; the same command with --resume goes on")
     assert metrics(run) == metrics(ahead)
 
 

@@ -38,7 +38,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-KillWait=10
+KillWait=60
 MessageTimeout=30
 GresTypes=gpu
 StateSaveLocation={folder}/state

@@ -32,6 +32,7 @@ class Site:
         """Submit a job with its output and its run folder called `name`; its number."""
         environment = {"RA3_CONFIG": str(self.config), "RA3_RUN_DIR": str(self.folder / name), "RA3_VENV": sys.prefix}
         environment["RA3_PREFLIGHT"] = "0"  # seconds of each attempt
+        environment["RA3_PREFLIGHT_OPTIONS"] = "--arithmetic 0"  # this machine may compute wrong now and then
         options = ("--output", str(self.folder / f"{name}.txt"), "--chdir", "/", *options)
         return self.cluster.submit(script, *settings, options=options, **(environment | changes))
 
@@ -52,7 +53,7 @@ def processes_of(run: Path) -> list[psutil.Process]:
     return found
 
 
-def until(what: Callable[[], object], site: Site, name: str, seconds: float = 180) -> None:
+def until(what: Callable[[], object], site: Site, name: str, seconds: float = 240) -> None:
     """Wait for `what`; fail with the job's output."""
     end = time.monotonic() + seconds
     while not what():
