@@ -7,7 +7,7 @@ engine knows: a sample is continued in pieces of `PIECE` tokens, and ends when i
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import numpy as np
@@ -19,7 +19,8 @@ from ra3_megatron.evaluate.samples import Sample
 from ra3_megatron.evaluate.suites import Suite
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, Uniforms
 from ra3_megatron.rollout.randomness import generator
-from ra3_megatron.text.latents import LatentFormat, encode_document, raw
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.prompts import prompt_ids
 from ra3_megatron.text.tokenizer import Tokenizer
 
 PIECE = 64
@@ -52,15 +53,6 @@ class _Open:
     prompt_ids: list[int]
     uniforms: Uniforms
     ids: list[int] = field(default_factory=list)
-
-
-def prompt_ids(prompt: str, suite: Suite, tokenizer: Tokenizer, latents: LatentFormat, text: TextConfig) -> list[int]:
-    """Ids of a prompt. Where each line of code has a marker of its own (format `tokens`), so have the lines of a prompt
-    that is code: that is how the model has read code."""
-    if latents.implicit_decision or not suite.code_prompt:
-        return [tokenizer.bos, *tokenizer.encode(prompt)]
-    document = encode_document(prompt, suite.name, tokenizer, latents, text, human_comments="keep")
-    return raw(replace(document, complete=False), latents, tokenizer).ids.tolist()
 
 
 class Generates(Protocol):
@@ -155,7 +147,7 @@ class Writer:
         return _Open(task_id, number, prompt, ids, generator(key).random(length).astype(np.float64))
 
     def _ids(self, prompt: str) -> list[int]:
-        return prompt_ids(prompt, self.suite, self.tokenizer, self.latents, self.text)
+        return prompt_ids(prompt, self.suite.name, self.suite.code_prompt, self.tokenizer, self.latents, self.text)
 
     def _room(self, ids: Sequence[int]) -> int:
         return self.settings.context_length - len(ids)

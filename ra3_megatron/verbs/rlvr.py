@@ -67,7 +67,9 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
             _say(problems, progress)
             tokenizer = _tokenizer(config, folder)
             latents = build_format(config.text, tokenizer)
-            prompts = [encode_prompts(asked, tokenizer, config) for asked in (problems.train, problems.held_out)]
+            prompts = [
+                encode_prompts(asked, tokenizer, latents, config) for asked in (problems.train, problems.held_out)
+            ]
             if config.rlvr.checkpoint is not None:
                 check_fit(Path(config.rlvr.checkpoint), "rlvr.checkpoint", config, tokenizer)
             on_main(runtime, lambda: tokenizer.save(folder.path / TOKENIZER))  # the run folder needs nothing else

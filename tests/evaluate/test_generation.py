@@ -12,13 +12,12 @@ from toy import LARGE, SMALL, Toy
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.evaluate import generation
-from ra3_megatron.evaluate.generation import Settings, Writer, prompt_ids
+from ra3_megatron.evaluate.generation import Settings, Writer
 from ra3_megatron.evaluate.modes import Mode, modes_of
 from ra3_megatron.evaluate.samples import Sample
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
-from ra3_megatron.text.latents import encode_document, raw
 
 IDS = ["t0", "t1", "t2"]
 PROMPTS = ["ab):\n", "b):\n  a\n", "a" * 70]
@@ -133,17 +132,3 @@ def test_modes_of_suites() -> None:
     assert modes_of(code, "no-think", comment) == [Mode.NO_THINK]
     with pytest.raises(UserError, match=r"^--mode=no-think: gsm8k has answers with lines that start with '#'"):
         modes_of(numbers, "no-think", comment)
-
-
-def test_a_prompt_is_read_as_code_was_read_in_training(toy: Toy) -> None:
-    """With markers, the ids of a prompt of whole lines begin the transcript of a document that begins with it."""
-    prompt, rest = "a = b\n  b = a\n", "a\n"
-    ids = prompt_ids(prompt, SUITES["humaneval"], toy.tokenizer, toy.latents, toy.text)
-    if toy.latents.name == "comment":
-        assert ids == [toy.tokenizer.bos, *toy.tokenizer.encode(prompt)]
-        return
-    document = encode_document(prompt + rest, "d", toy.tokenizer, toy.latents, toy.text)
-    assert ids == raw(document, toy.latents, toy.tokenizer).ids.tolist()[: len(ids)]
-    assert ids.count(toy.tokenizer.special["<act>"]) == 2
-    plain = prompt_ids(prompt, SUITES["gsm8k"], toy.tokenizer, toy.latents, toy.text)
-    assert plain == [toy.tokenizer.bos, *toy.tokenizer.encode(prompt)]

@@ -12,6 +12,7 @@ import pytest
 
 from ra3_megatron.config.data import CorpusConfig
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.rlvr.problems.competition import competition_problems
 from ra3_megatron.rlvr.problems.decontamination import TOKENS, decontaminate, tokens_of
@@ -19,7 +20,10 @@ from ra3_megatron.rlvr.problems.generated import generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
 from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.problems.sources import encode_prompts
 from ra3_megatron.rlvr.sandbox import FunctionTests, Sandbox, StdinTests, Verdict
+from ra3_megatron.text.latents import build_format
+from ra3_megatron.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from tests.evaluate.made import ADD, EQUAL, PAIRS, SPLIT, write_rows
 
 SHARED = Path(os.environ.get("RA3_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -54,6 +58,26 @@ def test_an_answer_ends_at_a_stop_and_comes_out_of_its_fence() -> None:
     assert (
         whole.program(said).code == "def f():\n    return 1\n" and whole.program("def f(): ...").code == "def f(): ..."
     )
+
+
+def test_prompts_that_are_code_have_the_markers_of_code(tmp_path: Path) -> None:
+    """In the format with markers; a task told in words has none, and so has a prompt without any text."""
+    texts = ["def f():\n    return 1\n", "Say one.\n"]
+    train_sentencepiece(texts * 50, 300, tmp_path / "tokenizer")
+    tokenizer = SentencePieceTokenizer.load(tmp_path / "tokenizer")
+    tests = FunctionTests(setup="", tests=("assert f() == 1",))
+    problems = [
+        Problem("code", "def f():\n", tests),
+        Problem("words", "Say one.\n", tests, answer="program"),
+        Problem("nothing", "", tests),
+    ]
+    plain = [[tokenizer.bos, *tokenizer.encode(each.prompt)] for each in problems]
+    for name in ("comment", "tokens"):
+        config = RunConfig.model_validate({"text": {"latent_format": name}, "rlvr": {"max_response_tokens": 8}})
+        found = encode_prompts(problems, tokenizer, build_format(config.text, tokenizer), config)
+        assert found[1:] == plain[1:]
+        marker = [tokenizer.special["<act>"]] if name == "tokens" else []
+        assert found[0] == [tokenizer.bos, *marker, *tokenizer.encode("def f():\n")]
 
 
 def test_jsonl_splits_and_kinds(tmp_path: Path, sandbox: Sandbox) -> None:

@@ -6,6 +6,7 @@ import pytest
 from ra3_megatron.config.data import TextConfig
 from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.text.latents import build_format, code_text, compose, cut, encode_document, full_text, raw
+from ra3_megatron.text.prompts import prompt_ids
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role
 
@@ -50,3 +51,18 @@ def test_the_prompt_takes_room_in_the_context(tokenizer: Tokenizer) -> None:
     assert shorter is not None and len(shorter.lines) < len(document.lines) and shorter.prompt == document.prompt
     assert cut(document, 1 + len(document.prompt), format) is None
     assert np.array_equal(raw(shorter, format, tokenizer).ids[1 : 1 + len(document.prompt)], document.prompt)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_prompt_is_read_as_code_was_read_in_training(config: TextConfig, tokenizer: Tokenizer) -> None:
+    """With markers, the ids of a prompt of whole lines begin the transcript of a document that begins with it."""
+    format = build_format(config, tokenizer)
+    prompt, rest = "def f(x):\n    y = x + 1\n", "    return y\n"
+    plain = [tokenizer.bos, *tokenizer.encode(prompt)]
+    assert prompt_ids(prompt, "p", False, tokenizer, format, config) == plain
+    ids = prompt_ids(prompt, "p", True, tokenizer, format, config)
+    if config.latent_format == "comment":
+        assert ids == plain
+        return
+    document = encode_document(prompt + rest, "d", tokenizer, format, config)
+    assert ids == raw(document, format, tokenizer).ids.tolist()[: len(ids)] and ids != plain

@@ -11,6 +11,8 @@ from ra3_megatron.rlvr.problems.generated import generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import mbpp_problems
 from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.prompts import prompt_ids
 from ra3_megatron.text.tokenizer import Tokenizer
 
 
@@ -51,10 +53,18 @@ def load_problems(config: RunConfig) -> Problems:
     return Problems(train, found[1], report)
 
 
-def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, config: RunConfig) -> list[list[int]]:
-    """Ids of each problem's prompt, [bos, prompt …]. UserError when one leaves no room for a response."""
+def encode_prompts(
+    problems: Sequence[Problem], tokenizer: Tokenizer, latents: LatentFormat, config: RunConfig
+) -> list[list[int]]:
+    """Ids of each problem's prompt, [bos, prompt …]. It is code where the response goes on with its program.
+
+    Raises UserError when one leaves no room for a response.
+    """
     max_response, context = config.rlvr.max_response_tokens, config.model.context_length
-    prompts = [[tokenizer.bos, *tokenizer.encode(problem.prompt)] for problem in problems]
+    prompts = [
+        prompt_ids(each.prompt, each.name, each.answer == "continues", tokenizer, latents, config.text)
+        for each in problems
+    ]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
     if longest is not None and len(prompts[longest]) + max_response > context:
         raise UserError(
