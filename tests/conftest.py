@@ -72,9 +72,9 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], marker: str, opti
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
-TOGETHER = ("slurm",)
-"""Folders whose tests share something that is expensive, or that a machine has once: they run in one process."""
-FIRST = ("slurm", "run", "cluster", "parallel", "rollout", "rlvr", "evaluate")
+TOGETHER = ("slurm", "rollout")
+"""Folders whose tests share what takes long to start (a cluster, vLLM engines): they run in one process each."""
+FIRST = ("slurm", "rollout", "run", "cluster", "parallel", "rlvr", "evaluate")
 """Folders with the longest tests: with several processes they begin first, so that no process ends with them."""
 
 

@@ -100,14 +100,14 @@ TOPOLOGIES: dict[str, Topology] = {
         tensor=2, sequence=True, recompute="selective", recompute_modules=["core_attn", "mlp", "layernorm"]
     ),
     "tp3": topology("three_groups", tensor=3),  # the vocabulary is padded to 384, not to 128
-    "tp2_biases_norms": topology("biases_norms", tensor=2, ci=True),
+    "tp2_biases_norms": topology("biases_norms", tensor=2),
     "tp2_sp_biases_norms": topology("biases_norms", tensor=2, sequence=True, distributed_optimizer=True),
     "tp4_sp": topology("four_heads", tensor=4, sequence=True),
     # pipelines
     "pp2": topology(pipeline=2, splits=True),
     "pp2_tied": topology("tied", pipeline=2),
     "pp2_uneven_first": topology("deep", pipeline=2, first_stage_layers=1),
-    "pp2_uneven_last": topology("deep_tied", pipeline=2, last_stage_layers=1, ci=True),
+    "pp2_uneven_last": topology("deep_tied", pipeline=2, last_stage_layers=1),
     "pp2_count_output_tied": topology("three_layers_tied", pipeline=2, count_output=True),
     "pp2_vpp2_count_ends": topology(
         "six_layers", pipeline=2, virtual_pipeline=2, count_embedding=True, count_output=True, ci=True

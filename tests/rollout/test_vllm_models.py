@@ -160,6 +160,7 @@ def check_family(model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.extended
 def test_two_tensor_parallel_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     trainers = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in trainers.items():  # which are none of the engine's business

@@ -37,8 +37,8 @@ def calm(site: Site) -> list[dict[str, object]]:
 
 
 def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list[dict[str, object]]) -> None:
-    """It is asked to stop in the warm start, requeued by the administrator in the E-step, and then a rank is killed.
-    Its metrics are those of the calm job."""
+    """Its processes are told to end in the warm start, it is requeued by the administrator in the E-step, and then a
+    rank is killed. Its metrics are those of the calm job."""
     run = site.folder / "stormy"
     job = site.submit("stormy", *SETTINGS)
 
@@ -50,7 +50,7 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
         )
 
     until(saved("warm_start", 5), site, "stormy")
-    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    site.cluster.run("scancel", "--signal=TERM", job)
     until(lambda: site.cluster.job(job)["Restarts"] == "1", site, "stormy")
     until(saved("estep-1", 1), site, "stormy")
     site.cluster.run("scontrol", "requeue", job)
@@ -62,12 +62,12 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
     until(lambda: (site.logs("stormy") / "attempt-004").is_dir(), site, "stormy")
     assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.output("stormy")
     output = site.output("stormy")
-    assert "SIGUSR1: asking the run to save and stop" in output and "requeueing: stopped by SIGUSR1" in output
+    assert "requeueing: the run was asked to stop" in output
     assert "attempt 3 failed with exit code" in output and output.count("finished: ") == 1
     assert "Slurm requeues the job: stopped by SIGTERM" in output and "may not be requeued" not in output
     assert (site.logs("stormy") / "latest").readlink().name == "attempt-004"
     first = (site.logs("stormy") / "attempt-001" / "rank-0.txt").read_text()
-    assert "ra3: stopped by SIGUSR1: saved behind step" in first
+    assert "ra3: stopped by SIGTERM: saved behind step" in first
     assert metrics(run) == calm
 
 
@@ -88,6 +88,7 @@ def test_a_job_survives_a_lost_node(site: Site, calm: list[dict[str, object]]) -
     assert metrics(run) == calm
 
 
+@pytest.mark.extended
 def test_scancel_with_a_signal_saves_and_requeues(site: Site) -> None:
     """First to the processes, not to the batch shell; then the other way round, as some preemptions do it."""
     run = site.folder / "signalled"
