@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ra3_megatron.cli.arguments import Config, Overrides, load, split
+from ra3_megatron.config.errors import UserError
 
 
 def preflight(
@@ -72,6 +73,8 @@ def preflight(
 
     Run it with srun or torchrun in the processes that the training will have: srun ra3 preflight run.yaml
     """
+    if arithmetic > timeout / 4:  # of the processors, then of the GPU, and then other checks come
+        raise UserError(f"--arithmetic {arithmetic:g}: at most a quarter of --timeout {timeout:g}")
     path, settings = split(config, overrides)
     resolved = load(path, settings)  # a mistake in it is one before training, too
     folder = run_dir if run_dir is not None else Path(resolved.run_dir)

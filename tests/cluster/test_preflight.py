@@ -280,6 +280,12 @@ def test_one_process_needs_no_launcher(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_questions_that_take_the_time_of_the_other_checks_are_refused() -> None:
+    command = [sys.executable, "-m", "ra3_megatron", "preflight", "--arithmetic", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (2, "ra3: --arithmetic 30: at most a quarter of --timeout 60\n")
+
+
 def test_a_node_that_cannot_execute_programs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from ra3_megatron.cluster import node
     from ra3_megatron.rlvr.sandboxing import command
