@@ -29,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("ra3_megatron.mcore.trainer", "ra3_megatron.mcore.checkpoint", "ra3_megatron.em.estep")
+"""Modules that the server has imported before it forks: with them torch and Megatron-Core."""
 GRACE_SECONDS = 2.0
 """After the first failure, the others get this long to report theirs."""
 

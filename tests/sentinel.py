@@ -61,6 +61,12 @@ def told(found: Counter[str]) -> str:
     return ", ".join(f"CPU {number} {count} times" for number, count in sorted(found.items()))
 
 
+def first_line(report: pytest.TestReport) -> str:
+    """Of the message with which a test failed."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return crash.message.split("\n")[0] if report.failed and crash is not None else ""
+
+
 class Sentinel:
     """The plugin."""
 
@@ -97,11 +103,12 @@ class Sentinel:
             wrong = wrong_divisions(self._begun[1])
             if not wrong or not any(report.failed for report in reports):
                 break
+            before = next(filter(None, map(first_line, reports)), "")
             item.session._setupstate.teardown_exact(None)  # what its fixtures hold may be wrong
             item._initrequest()  # type: ignore[attr-defined]
             reports = runtestprotocol(item, nextitem=nextitem, log=False)
             for report in reports:
-                report.user_properties.append((AGAIN, told(wrong)))
+                report.user_properties.append((AGAIN, f"{told(wrong)} while its file was tested; before: {before}"))
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -118,7 +125,7 @@ class Sentinel:
             for report in reports:
                 why = dict(getattr(report, "user_properties", ())).get(AGAIN)
                 if why is not None and getattr(report, "when", "") == "call":
-                    line = f"  run again, and {report.outcome} then: {report.nodeid} ({why} while its file was tested)"
+                    line = f"  run again, and {report.outcome} then: {report.nodeid} ({why})"
                     terminalreporter.write_line(line, yellow=True)
 
 

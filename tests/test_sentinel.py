@@ -66,7 +66,8 @@ def test_what_failed_beside_wrong_divisions_runs_again(tmp_path: Path, wrong: bo
     if wrong:
         assert "1 failed, 2 passed" in done.stdout
         assert "defective: it divided wrongly (CPU 1 1 times)" in done.stdout
-        assert "run again, and passed then: test_suite.py::test_differs (CPU 1 1 times" in done.stdout
+        why = "CPU 1 1 times while its file was tested; before: AssertionError: with fixtures of its own it has none"
+        assert f"run again, and passed then: test_suite.py::test_differs ({why}" in done.stdout
         assert "run again, and failed then: test_suite.py::test_always_fails" in done.stdout
     else:
         assert "2 failed, 1 passed" in done.stdout and "defective" not in done.stdout

@@ -45,11 +45,13 @@ class Question:
 def processors(mine: list[int], seconds: float) -> dict[str, str]:
     """What is wrong with these processors of this node, by "CPU N"; the thread runs on each in turn."""
     found = {}
-    for number in mine:
-        with _on(number):
-            said = trouble(questions(torch.device("cpu")), seconds / len(mine))
-        if said:
-            found[f"CPU {number}"] = said
+    asked = questions(torch.device("cpu"))
+    with _one_thread():
+        for number in mine:
+            with _on(number):
+                said = trouble(asked, seconds / len(mine))
+            if said:
+                found[f"CPU {number}"] = said
     return found
 
 
@@ -120,6 +122,17 @@ def _products(device: torch.device) -> Question:
     a, b, answer = (torch.from_numpy(each).to(device, dtype) for each in (one, other, one @ other))
     assert float(answer.abs().max()) <= 256
     return Question("matrix product", torch.matmul, (a, b), answer)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes in this thread alone: one that it starts meanwhile would stay on the processor of this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import islice
 
@@ -57,15 +59,30 @@ def test_a_thread_goes_to_each_processor_and_back(monkeypatch: pytest.MonkeyPatc
     assert found == ({f"CPU {numbers[1]}": "wrong"} if len(numbers) > 1 else {})
 
 
-def test_processes_of_a_node_share_its_processors() -> None:
-    everything = sorted(os.sched_getaffinity(0))
-    if len(everything) == 1:
-        pytest.skip("needs two cores")
-    if len(everything) == os.cpu_count():
-        assert sorted(my_share(0, 2) + my_share(1, 2)) == everything
-    os.sched_setaffinity(0, {everything[0]})
-    try:
-        bound = my_share(1, 2)
-    finally:
-        os.sched_setaffinity(0, everything)
-    assert bound == [everything[0]]
+def test_threads_started_later_are_on_every_processor() -> None:
+    """A thread inherits the processors of the one that starts it, and torch keeps its threads."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 3 and len(set(lines)) == 1, lines
+
+
+THREADS = """
+import os, torch
+torch.set_num_threads(3)
+from ra3_megatron.cluster.arithmetic import processors
+processors(sorted(os.sched_getaffinity(0))[:1], 0.05)
+a = torch.ones(1 << 22)
+a.div(3)
+assert torch.get_num_threads() == 3
+for thread in os.listdir("/proc/self/task"):
+    print(sorted(os.sched_getaffinity(int(thread))))
+"""
+
+
+def test_processes_of_a_node_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert [my_share(local, 3) for local in range(3)] == [[0, 3], [1], [2]]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2})
+    assert my_share(1, 2) == [2], "bound to it"

@@ -132,3 +132,15 @@ def test_modes_of_suites() -> None:
     assert modes_of(code, "no-think", comment) == [Mode.NO_THINK]
     with pytest.raises(UserError, match=r"^--mode=no-think: gsm8k has answers with lines that start with '#'"):
         modes_of(numbers, "no-think", comment)
+
+
+def test_prompts_of_code_have_the_markers_of_the_format(runtime: Runtime) -> None:
+    """A model of the `tokens` format has read code line by line, each behind a marker; a question is plain text."""
+    toy = Toy(runtime, "tokens", LARGE, 4)
+    what = writer(toy)
+    plain = [toy.tokenizer.bos, *toy.tokenizer.encode("a = b\n  b = a\n")]
+    for name, markers in (("humaneval", 2), ("gsm8k", 0)):
+        what.suite = SUITES[name]
+        ids = what._ids("a = b\n  b = a\n")
+        assert ids.count(toy.tokenizer.special["<act>"]) == markers
+        assert (ids == plain) == (markers == 0)
