@@ -51,6 +51,10 @@ def run(
     mode: Annotated[str, typer.Option("--mode", metavar="think|no-think|both", help="May the model think?")] = "think",
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="Samples a task.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="0: greedy.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", metavar="P", help="Sample the most probable tokens alone that have together P."),
+    ] = 1.0,
     k: Annotated[
         str | None,
         typer.Option("--k", metavar="1,10", help="k of pass@k; by default 1, 10, 100 as far as there are samples."),
@@ -111,6 +115,7 @@ def run(
             mode=mode,
             samples=samples,
             temperature=temperature,
+            top_p=top_p,
             ks=_numbers(k),
             limit=limit,
             max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ from ra3_megatron.evaluate.estimates import difference
 HEADINGS = ("suite", "mode", "metric", "k", "A", "B", "B - A", "95% over tasks", "only A / only B", "p (McNemar)")
 _MUST_AGREE = ("harness", "data_sha256", "prompts_sha256", "stops")
 """Of a suite."""
-_SETTINGS = ("temperature", "max_new_tokens")
+_SETTINGS = ("temperature", "top_p", "max_new_tokens")
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

@@ -159,6 +159,7 @@ class TrainingSuites:
         return Settings(
             samples=settings.samples,
             temperature=0.0 if settings.samples == 1 else rollout.temperature,
+            top_p=1.0,
             max_new_tokens=settings.max_new_tokens or suite.max_new_tokens,
             seed=self.config.seed,
             batch_size=rollout.batch_size * self.runtime.replica_size,
@@ -195,6 +196,8 @@ def training_suites(
 
 class _Spread:
     """Requests over all processes that sample."""
+
+    piece = 64  # the next one of a sample may be another process's
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling

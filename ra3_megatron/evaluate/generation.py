@@ -1,29 +1,28 @@
 """Prompts to samples with a rollout engine.
 
 Every sample has uniforms of its own, named by (seed, suite, task, number), so it does not depend on the batch, on other
-tasks or on what was done before an interruption; `think` and `no-think` share them. Stop sequences are text, which no
-engine knows: a sample is continued in pieces of `PIECE` tokens, and ends when its cut text has met a stop.
+tasks or on what was done before an interruption; `think` and `no-think` share them. A sample ends when its cut text has
+met a stop.
 """
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from ra3_megatron.config.data import TextConfig
-from ra3_megatron.evaluate.cutting import Cut, Cutter, Thoughts
 from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample
 from ra3_megatron.evaluate.suites import Suite
-from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, Uniforms
+from ra3_megatron.rollout.pieces import Generates, complete
+from ra3_megatron.rollout.protocol import GenerateRequest
 from ra3_megatron.rollout.randomness import generator
+from ra3_megatron.text.cutting import Cut, Cutter, Thoughts
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.prompts import prompt_ids
 from ra3_megatron.text.tokenizer import Tokenizer
-
-PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Settings:
     """A task."""
     temperature: float
     """0: greedy."""
+    top_p: float
+    """Sampled are the most probable tokens alone that together have at least this probability; 1: all."""
     max_new_tokens: int
     seed: int
     batch_size: int
@@ -41,26 +42,6 @@ class Settings:
     stop_ids: frozenset[int]
     """Tokens that end a completion."""
     context_length: int
-
-
-@dataclass
-class _Open:
-    """A sample that is being written."""
-
-    task_id: str
-    number: int
-    prompt: str
-    prompt_ids: list[int]
-    uniforms: Uniforms
-    ids: list[int] = field(default_factory=list)
-
-
-class Generates(Protocol):
-    """A rollout engine, or what spreads requests over several."""
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """A continuation of each prompt."""
-        ...
 
 
 class Writer:
@@ -95,56 +76,39 @@ class Writer:
     ) -> None:
         """Write what `done` lacks of the samples of the tasks `ids`, which have `prompts`. Reports each when done."""
         have = {(sample.task_id, sample.number) for sample in done}
-        waiting = [
+        wanted = [
             (task_id, number, prompt)
             for task_id, prompt in zip(ids, prompts, strict=True)
             for number in range(self.settings.samples)
             if (task_id, number) not in have
         ]
-        waiting.reverse()
-        active: list[_Open] = []
-        while waiting or active:
-            while waiting and len(active) < self.settings.batch_size:
-                active.append(self._open(*waiting.pop()))
-            finished, active = self._advance(active)
-            on_samples(finished)
 
-    def _advance(self, active: list[_Open]) -> tuple[list[Sample], list[_Open]]:
-        """One piece of every sample: those that are finished, and the others."""
-        requests = []
-        for sample in active:
-            piece = sample.uniforms[len(sample.ids) : len(sample.ids) + PIECE]
-            greedy = self.settings.temperature == 0
-            prompt = sample.prompt_ids + sample.ids
-            requests.append(GenerateRequest(prompt, piece, self.allowed, self.settings.stop_ids, greedy))
-        finished, others = [], []
-        for sample, completion in zip(active, self.engine.generate(requests), strict=True):
-            sample.ids += completion.ids
-            cut = self.cutter.cut(sample.prompt, sample.ids)
-            ended = completion.finish is Finish.END or len(sample.ids) >= len(sample.uniforms)
-            if cut.stopped or ended:
-                finished.append(self._sample(sample, cut))
-            else:
-                others.append(sample)
-        return finished, others
+        def ended(place: int, sampled: list[int]) -> int | None:
+            return self.cutter.ended(wanted[place][2], sampled)
 
-    def _sample(self, sample: _Open, cut: Cut) -> Sample:
+        requests = (self._request(*each) for each in wanted)
+        for place, completion in complete(self.engine, requests, self.settings.batch_size, ended):
+            on_samples([self._sample(*wanted[place], self.cutter.cut(wanted[place][2], completion.ids))])
+
+    def _sample(self, task_id: str, number: int, prompt: str, cut: Cut) -> Sample:
         text = cut.text.replace("\t", "    ") if self.suite.tabs_to_spaces else cut.text
         whole = self.suite.kind == "evalplus"  # whose own form joins prompt and completion before it is sanitised
         return Sample(
-            sample.task_id,
+            task_id,
             completion=None if whole else text,
-            solution=sample.prompt + text if whole else None,
-            number=sample.number,
+            solution=prompt + text if whole else None,
+            number=number,
             tokens=cut.tokens,
             thought_tokens=cut.thought_tokens,
         )
 
-    def _open(self, task_id: str, number: int, prompt: str) -> _Open:
-        ids = self._ids(prompt)
-        length = max(0, min(self.settings.max_new_tokens, self._room(ids)))
-        key = (self.settings.seed, zlib.crc32(self.suite.name.encode()), zlib.crc32(task_id.encode()), number)
-        return _Open(task_id, number, prompt, ids, generator(key).random(length).astype(np.float64))
+    def _request(self, task_id: str, number: int, prompt: str) -> GenerateRequest:
+        ids, settings = self._ids(prompt), self.settings
+        length = max(0, min(settings.max_new_tokens, self._room(ids)))
+        key = (settings.seed, zlib.crc32(self.suite.name.encode()), zlib.crc32(task_id.encode()), number)
+        uniforms = generator(key).random(length).astype(np.float64)
+        greedy = settings.temperature == 0
+        return GenerateRequest(ids, uniforms, self.allowed, settings.stop_ids, greedy, settings.top_p)
 
     def _ids(self, prompt: str) -> list[int]:
         return prompt_ids(prompt, self.suite.name, self.suite.code_prompt, self.tokenizer, self.latents, self.text)

@@ -192,8 +192,19 @@ def markdown_page(results: dict[str, Any]) -> str:
         for fault in suite["known_faults"]:
             lines.append(f"Known: {fault}.\n")
         for mode, facts in suite["modes"].items():
+            if "temperature" in facts:
+                lines.append(f"{mode}: {_sampling(facts)}.\n")
             if facts.get("note"):
                 lines.append(f"{mode}: {facts['note']}.\n")
             if facts.get("prompts_too_long"):
                 lines.append(f"{mode}: {len(facts['prompts_too_long'])} prompts did not fit and count as unsolved.\n")
     return "".join(lines)
+
+
+def _sampling(facts: dict[str, Any]) -> str:
+    """How a mode was sampled."""
+    most = f"at most {facts['max_new_tokens']} tokens"
+    if facts["temperature"] == 0:
+        return f"greedy, {most}"
+    law = f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}"
+    return f"{facts['samples_per_task']} samples a task, {law}, seed {facts['seed']}, {most}"

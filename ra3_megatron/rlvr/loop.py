@@ -11,12 +11,14 @@ from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.responses import ResponseRecord, write_responses
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.grpo import GRPO
 from ra3_megatron.rlvr.problems.sources import Problems
 from ra3_megatron.rlvr.rewards import Grader
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
 from ra3_megatron.rlvr.steps import RlvrSteps, thoughts
+from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.context import RunContext
 from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
 
@@ -46,6 +48,8 @@ class Rlvr:
         """prompts: token ids of each problem's."""
         self.run, self.sandbox, self.train, self.held_out = run, sandbox, problems.train, problems.held_out
         self.prompts, self.held_out_prompts = prompts, held_out_prompts
+        self.cuts = Cuts(self.train, run.tokenizer, run.latents)
+        self.held_out_cuts = Cuts(self.held_out, run.tokenizer, run.latents)
         self.allowed = run.latents.ALL if run.config.rlvr.think else run.latents.no_thought_set
 
     def optimize(self) -> Path:
@@ -58,15 +62,15 @@ class Rlvr:
             sampling = run.sampling(trainer.model)
             order = np.random.SeedSequence([run.config.seed, Stream.ORDER]).generate_state(1, np.uint64)[0]
             queue = ResponseQueue(
-                Responder(sampling, self.prompts, run.config, run.tokenizer.eos, self.allowed),
+                self._responder(sampling, self.prompts, self.cuts),
                 DocumentSampler(len(self.train), int(order >> np.uint64(1))),
                 (run.config.seed, Stream.RESPONSES),
                 run.config,
                 trainer.clock,
             )
             grpo = GRPO(run.config, trainer, self._reference(start), self.allowed)
-            grader = Grader(self.sandbox, self.train, run.tokenizer, run.latents, run.runtime)
-            responder = Responder(sampling, self.held_out_prompts, run.config, run.tokenizer.eos, self.allowed)
+            grader = Grader(self.sandbox, self.train, self.cuts, run.runtime)
+            responder = self._responder(sampling, self.held_out_prompts, self.held_out_cuts)
 
             def evaluate(step: int, waiting: ResponseQueue) -> None:
                 waiting.settle(step)
@@ -97,7 +101,10 @@ class Rlvr:
         checkpoint.load(final_of(run, PHASE), model, run.runtime, verify=run.config.checkpoint.verify)
         sampling = run.sampling(model)
         sampling.publish(steps)
-        self._evaluate(Responder(sampling, self.held_out_prompts, run.config, run.tokenizer.eos, self.allowed), steps)
+        self._evaluate(self._responder(sampling, self.held_out_prompts, self.held_out_cuts), steps)
+
+    def _responder(self, sampling: Sampling, prompts: Prompts, cuts: Cuts) -> Responder:
+        return Responder(sampling, prompts, cuts, self.run.config, self.run.tokenizer.eos, self.allowed)
 
     def _evaluate(self, responder: Responder, step: int) -> None:
         """Figures of the published weights on the held-out problems, logged once."""
@@ -107,7 +114,7 @@ class Rlvr:
         watchdog.touch()
         key = (run.config.seed, Stream.HELD_OUT)  # the same draws every time: differences are the weights'
         responses = responder.begin(range(len(self.held_out)), key, samples)()
-        grader = Grader(self.sandbox, self.held_out, run.tokenizer, run.latents, run.runtime)
+        grader = Grader(self.sandbox, self.held_out, self.held_out_cuts, run.runtime)
         graded = grader.grade(responses)
         rewards = np.array(graded.rewards).reshape(-1, samples)
         values = {

@@ -10,11 +10,10 @@ from ra3_megatron.config.errors import Unavailable
 from ra3_megatron.config.rlvr import RlvrLimits
 from ra3_megatron.mcore import watchdog
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, SandboxError, Verdict
-from ra3_megatron.text.latents import LatentFormat
-from ra3_megatron.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,16 @@ class Grader:
         self,
         sandbox: Sandbox,
         problems: Sequence[Problem],
-        tokenizer: Tokenizer,
-        latents: LatentFormat,
+        cuts: Cuts,
         runtime: Runtime,
     ) -> None:
-        self._sandbox, self._problems, self._tokenizer = sandbox, problems, tokenizer
-        self._latents, self._runtime = latents, runtime
+        self._sandbox, self._problems, self._cuts, self._runtime = sandbox, problems, cuts, runtime
 
     def grade(self, responses: Sequence[Response]) -> Graded:
         """What becomes of each response; the same on every process. Raises Unavailable on all of them when the sandbox
         itself fails on one: that is nobody's reward."""
-        programs = [self._problems[r.problem].program(r.code(self._tokenizer, self._latents)) for r in responses]
+        texts = [self._cuts.cut(r.problem, r.ids[r.prompt_tokens :].tolist()).text for r in responses]
+        programs = [self._problems[r.problem].program(text) for r, text in zip(responses, texts, strict=True)]
         numbers: dict[Program, int] = {}
         which = [numbers.setdefault(program, len(numbers)) for program in programs]
         mine = list(numbers)[self._runtime.rank :: self._runtime.world_size]

@@ -14,6 +14,7 @@ from typing import Any
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.mcore.step_clock import StepClock
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.responses import Response, pack, response_of, unpack
 from ra3_megatron.rollout.protocol import GenerateRequest
 from ra3_megatron.rollout.randomness import generator
@@ -26,10 +27,17 @@ class Responder:
     """Samples responses of one model to prompts. All calls are collective."""
 
     def __init__(
-        self, sampling: Sampling, prompts: Sequence[Sequence[int]], config: RunConfig, stop: int, allowed: int
+        self,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        cuts: Cuts,
+        config: RunConfig,
+        stop: int,
+        allowed: int,
     ) -> None:
-        """prompts: ids of each problem's; stop: the token that ends a response; allowed: row of the table of sets."""
-        self.sampling = sampling
+        """prompts: ids of each problem's; cuts: of the same problems; stop: the token that ends a response; allowed:
+        row of the table of sets."""
+        self.sampling, self._cuts = sampling, cuts
         self._prompts, self._stop, self._allowed = prompts, frozenset({stop}), allowed
         self._most = config.rlvr.max_response_tokens
 
@@ -58,7 +66,11 @@ class Responder:
                 )
                 for number in range(group)
             ]
-        wait = self.sampling.generate(requests, background)
+
+        def ended(place: int, ids: Sequence[int]) -> int | None:
+            return self._cuts.ended(problems[place], ids)
+
+        wait = self.sampling.generate(requests, background, ended if self._cuts.needed else None)
 
         def responses() -> list[Response]:
             found = wait()

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
+from ra3_megatron.rollout.pieces import Until
 from ra3_megatron.rollout.protocol import GenerateRequest
 from ra3_megatron.rollout.refit.errors import RefitError
 from ra3_megatron.rollout.refit.refit import Refit
@@ -59,12 +60,14 @@ class EngineSampling:
         return self._begin(lambda: {} if sampler is None else sample_groups(sampler, jobs), background)
 
     def generate(
-        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False, until: Until | None = None
     ) -> Callable[[], ByPrompt]:
         sampler = self._sampler
-        return self._begin(
-            lambda: {} if sampler is None else complete_groups(sampler.engine, requests, sampler.batch_size), background
-        )
+
+        def work() -> ByPrompt:
+            return {} if sampler is None else complete_groups(sampler.engine, requests, sampler.batch_size, until)
+
+        return self._begin(work, background)
 
     def _begin(self, work: Callable[[], dict[int, list[T]]], background: bool) -> Callable[[], dict[int, list[T]]]:
         result = _Result(work)

@@ -29,6 +29,8 @@ class MegatronEngine:
     share_first_pass: equal new sequences, as the transcripts of one document are, are computed once.
     """
 
+    piece = 16
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -51,8 +53,16 @@ class MegatronEngine:
         self._session = KVSession(self.stage)
         self._keys: list[int] = []
         self._cached: list[list[int]] = []
+        self._free = KVSession(self.stage)
+        self._held: list[tuple[int, ...]] = []
+        """Prompt and continuation so far of each row of `_free`; their last token was not fed yet."""
 
     def forget(self) -> None:
+        self._forget_transcripts()
+        self._held = []
+        self._free.open(0)
+
+    def _forget_transcripts(self) -> None:
         self._keys, self._cached = [], []
         self._session.open(0)
 
@@ -62,40 +72,55 @@ class MegatronEngine:
     # -- free continuation ----------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        self.forget()
+        self._forget_transcripts()
         ids: list[list[int]] = [[] for _ in requests]
         log_probs: list[list[float]] = [[] for _ in requests]
         finish = [Finish.LENGTH] * len(requests)
-        active = [i for i, r in enumerate(requests) if len(r.uniforms)]
-        prompts: dict[tuple[int, ...], int] = {}  # responses to one prompt share its pass
-        place_of = [prompts.setdefault(tuple(requests[i].prompt), len(prompts)) for i in active]
-        self._session.open(len(prompts))
-        feed: list[list[int]] = [list(prompt) for prompt in prompts]
-        while active:
-            hidden, starts = self._session.feed(feed)
-            last = [start + len(tokens) - 1 for start, tokens in zip(starts, feed, strict=True)]
-            if place_of:
-                self._session.select(place_of)
-                last = [last[place] for place in place_of]
-                place_of = []
-            hidden = hidden[torch.tensor(last, device=hidden.device)]
-            rows = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
+        rows, hidden = self._open(requests)
+        growing = list(range(len(rows)))  # of the session's rows, those that get another token
+        while growing:
+            active = [rows[place] for place in growing]
+            sets = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
-            greedy = [requests[i].greedy for i in active]
-            tokens, values = self._sample(hidden, rows, rows, draws, greedy)
-            keep = []
-            for place, i in enumerate(active):
-                ids[i].append(tokens[place])
-                log_probs[i].append(values[place])
-                if tokens[place] in requests[i].stop:
+            greedy, top_p = [requests[i].greedy for i in active], [requests[i].top_p for i in active]
+            tokens, values = self._sample(hidden, sets, sets, draws, greedy, top_p)
+            for i, token, value in zip(active, tokens, values, strict=True):
+                ids[i].append(token)
+                log_probs[i].append(value)
+                if token in requests[i].stop:
                     finish[i] = Finish.END
-                elif len(ids[i]) < len(requests[i].uniforms):
-                    keep.append(place)
-            self._session.select(keep)
-            active = [active[place] for place in keep]
-            feed = [[ids[i][-1]] for i in active]
-        self.forget()
+            full = [len(ids[i]) == len(requests[i].uniforms) for i in rows]
+            left = [
+                p for p, i in enumerate(rows) if finish[i] is not Finish.END and (requests[i].goes_on or not full[p])
+            ]
+            self._free.select(left)
+            rows, full = [rows[place] for place in left], [full[place] for place in left]
+            growing = [place for place in range(len(rows)) if not full[place]]
+            if growing:
+                hidden, _ = self._free.feed([[] if full[p] else [ids[i][-1]] for p, i in enumerate(rows)])
+        self._held = [(*requests[i].prompt, *ids[i]) for i in rows]
         return [Completion(a, b, c, self.weight_version) for a, b, c in zip(ids, log_probs, finish, strict=True)]
+
+    def _open(self, requests: Sequence[GenerateRequest]) -> tuple[list[int], Tensor]:
+        """The session's rows as numbers of requests, and the hidden state behind each prompt. What goes on with a row
+        that is held feeds its last token alone; equal prompts share a pass."""
+        held = {ids: row for row, ids in enumerate(self._held)}
+        asked = {i: tuple(request.prompt) for i, request in enumerate(requests) if len(request.uniforms)}
+        going = [i for i, prompt in asked.items() if prompt in held]
+        new = [i for i, prompt in asked.items() if prompt not in held]
+        self._free.select([held[asked[i]] for i in going])
+        states = [self._free.feed([[asked[i][-1]] for i in going])[0]] if going else []
+        if new:
+            prompts: dict[tuple[int, ...], int] = {}
+            places = [prompts.setdefault(asked[i], len(prompts)) for i in new]
+            session = KVSession(self.stage)
+            session.open(len(prompts))
+            hidden, starts = session.feed([list(prompt) for prompt in prompts])
+            last = [start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=True)]
+            states.append(hidden[torch.tensor([last[place] for place in places], device=hidden.device)])
+            session.select(places)
+            self._free.append(session)
+        return going + new, torch.cat(states) if states else torch.empty(0)
 
     # -- jump-ahead -----------------------------------------------------------------------------------------------
 
@@ -253,6 +278,7 @@ class MegatronEngine:
         universe: Tensor,
         draws: np.ndarray,
         greedy: Sequence[bool] | None = None,
+        top_p: Sequence[float] | None = None,
     ) -> tuple[list[int], list[float]]:
         """Tokens sampled within rows `allowed` of the token sets, and their log-probabilities within rows `universe`.
 
@@ -262,7 +288,8 @@ class MegatronEngine:
         if self.runtime.is_last_stage:
             logits = self._logits(hidden)
             uniforms = torch.as_tensor(draws, dtype=torch.float64, device=logits.device)
-            chosen[0], chosen[1] = choose(logits, self._sets, self._last, allowed, universe, uniforms, greedy)
+            sets, last = self._sets, self._last
+            chosen[0], chosen[1] = choose(logits, sets, last, allowed, universe, uniforms, greedy, top_p)
         tokens, values = self.runtime.agree(chosen)
         return tokens.long().tolist(), values.tolist()
 

@@ -22,7 +22,7 @@ class Finish(StrEnum):
     """Why sampling ended."""
 
     END = "end"
-    """A token that ends the thought (or the continuation) was sampled."""
+    """A token that ends the thought (or the continuation) was sampled, or its text met a stop."""
     LENGTH = "length"
     """The largest number of tokens was reached."""
     ACT = "act"
@@ -40,6 +40,11 @@ class GenerateRequest:
     stop: frozenset[int] = frozenset()
     greedy: bool = False
     """Take the most probable allowed token instead of sampling."""
+    top_p: float = 1.0
+    """Sample among the most probable allowed tokens alone that together have at least this probability. It does not
+    change log-probabilities, which are those of the whole set."""
+    goes_on: bool = False
+    """A request for what follows may come next: keep what was computed, unless that is kept anyway."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,11 @@ class RolloutEngine(Protocol):
     """An engine that samples with one version of the weights at a time."""
 
     weight_version: int
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a continuation after which its text is looked at (rollout/pieces.py)."""
+        ...
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Sample a continuation of each prompt."""

@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from ra3_megatron.rollout.protocol import Completion, GenerateRequest, LatentCompletion, LatentRequest, RolloutEngine
+from ra3_megatron.rollout.protocol import (
+    Completion,
+    Finish,
+    GenerateRequest,
+    LatentCompletion,
+    LatentRequest,
+    RolloutEngine,
+)
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -38,9 +45,18 @@ class Router:
         for engine in self.engines:
             engine.weight_version = version
 
+    @property
+    def piece(self) -> int:
+        """That of the replicas, which are alike."""
+        return self.engines[0].piece
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         homes = [self._home_of_text(tuple(request.prompt)) for request in requests]
-        return self._everywhere(requests, homes, lambda engine, share: engine.generate(share))
+        completions = self._everywhere(requests, homes, lambda engine, share: engine.generate(share))
+        for request, home, completion in zip(requests, homes, completions, strict=True):
+            if request.goes_on and completion.finish is Finish.LENGTH:
+                self._homes[*request.prompt, *completion.ids] = home
+        return completions
 
     def advance(self, requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
         homes = []

@@ -11,10 +11,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from ra3_megatron.config.runtime import RolloutConfig
-from ra3_megatron.mcore import watchdog
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.rollout.pieces import Until, complete
 from ra3_megatron.rollout.protocol import Completion, GenerateRequest, RolloutEngine
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.tokenizer import Tokenizer
@@ -53,9 +53,10 @@ class Sampling(Protocol):
         ...
 
     def generate(
-        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False, until: Until | None = None
     ) -> Callable[[], ByPrompt]:
-        """Begin to continue the prompts of each of `mine` freely; otherwise as `start`."""
+        """Begin to continue the prompts of each of `mine` freely, or until `until`, which gets the place of a prompt,
+        says so; otherwise as `start`."""
         ...
 
 
@@ -101,9 +102,9 @@ class LiveSampling:
         return self._sampled(lambda: sample_groups(self._sampler, jobs), background)
 
     def generate(
-        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False
+        self, requests: Mapping[int, list[GenerateRequest]], background: bool = False, until: Until | None = None
     ) -> Callable[[], ByPrompt]:
-        return self._sampled(lambda: complete_groups(self.engine, requests, self._batch_size), background)
+        return self._sampled(lambda: complete_groups(self.engine, requests, self._batch_size, until), background)
 
     def _sampled(
         self, sample: Callable[[], dict[int, list[Result]]], background: bool
@@ -118,18 +119,32 @@ class LiveSampling:
         return lambda: everything
 
 
-def complete_groups(engine: RolloutEngine, requests: Mapping[int, list[GenerateRequest]], batch_size: int) -> ByPrompt:
-    """The completions of each prompt's requests, `batch_size` of them at once. Prompts of like length go together."""
-    flat = [(prompt, request) for prompt, group in requests.items() for request in group]
+def complete_groups(
+    engine: RolloutEngine,
+    requests: Mapping[int, list[GenerateRequest]],
+    batch_size: int,
+    until: Until | None = None,
+) -> ByPrompt:
+    """The completions of each prompt's requests, `batch_size` of them at once. Prompts of like length go together.
+
+    until: called with the place of a prompt.
+    """
+    flat = [(place, request) for place, group in requests.items() for request in group]
     order = sorted(range(len(flat)), key=lambda i: (len(flat[i][1].prompt), flat[i][0], i))
+    ends: Until | None = None
+    if until is not None:
+        given = until
+
+        def ends(number: int, ids: list[int]) -> int | None:
+            return given(flat[order[number]][0], ids)
+
     found: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        watchdog.touch()
-        batch = order[start : start + batch_size]
-        found |= dict(zip(batch, engine.generate([flat[i][1] for i in batch]), strict=True))
-    completions: ByPrompt = {prompt: [] for prompt in requests}
-    for number, (prompt, _) in enumerate(flat):
-        completions[prompt].append(found[number])
+    for number, completion in complete(engine, [flat[i][1] for i in order], batch_size, ends):
+        found[order[number]] = completion
+    engine.forget()
+    completions: ByPrompt = {place: [] for place in requests}
+    for number, (place, _) in enumerate(flat):
+        completions[place].append(found[number])
     return completions
 
 

@@ -52,6 +52,7 @@ class Request:
     mode: str = "think"
     samples: int = 1
     temperature: float = 0.0
+    top_p: float = 1.0
     ks: tuple[int, ...] = ()
     """Empty: 1, 10 and 100 as far as there are samples."""
     limit: int | None = None
@@ -173,6 +174,7 @@ class _SuiteRun:
         assert self.weights is not None
         return {
             "temperature": self.request.temperature,
+            "top_p": self.request.top_p,
             "max_new_tokens": self.request.max_new_tokens or self.suite.max_new_tokens,
             "seed": self.request.seed,
             "latent_format": self.weights.config.text.latent_format,
@@ -210,6 +212,7 @@ class _SuiteRun:
         settings = Settings(
             samples=request.samples,
             temperature=request.temperature,
+            top_p=request.top_p,
             max_new_tokens=request.max_new_tokens or suite.max_new_tokens,
             seed=request.seed,
             batch_size=config.rollout.batch_size,
@@ -289,7 +292,11 @@ def _check(request: Request) -> None:
         raise UserError(f"--workers={request.workers}: must be at least 1")
     if not 0 <= request.temperature <= 10:
         raise UserError(f"--temperature={request.temperature}: must be from 0 (greedy) to 10")
+    if not 0 < request.top_p <= 1:
+        raise UserError(f"--top-p={request.top_p}: must be above 0 and at most 1 (all tokens)")
     if request.samples_from is None:
+        if request.temperature == 0 and request.top_p < 1:
+            raise UserError(f"--top-p={request.top_p}: has no effect on greedy samples: set --temperature")
         if request.temperature == 0 and request.samples > 1:
             raise UserError(f"--samples={request.samples}: greedy samples are all the same: set --temperature")
         if too_many := [k for k in request.ks if k > request.samples]:

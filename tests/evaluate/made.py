@@ -28,7 +28,7 @@ def results(right: list[list[int]], **changes: Any) -> dict[str, Any]:
         for number, mark in enumerate(marks):
             samples.append(Sample(row["task_id"], completion="", number=number, tokens=10, thought_tokens=4))
             scores.append(Score({"passed": float(mark)}, "passed" if mark else "failed"))
-    notes = {"temperature": 0.5, "max_new_tokens": 64}
+    notes = {"temperature": 0.5, "top_p": 0.95, "seed": 7, "max_new_tokens": 64}
     ks = [k for k in (1, 10) if k <= len(right[0])]
     mode = mode_facts(made, samples, scores, ks, {"writing": 1.0, "scoring": 2.0}, notes)
     suite = {**suite_facts(made, "prompts"), "reference": {"score": {"passed": [4, 4]}, "failed": {"passed": []}}}

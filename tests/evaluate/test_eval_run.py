@@ -100,7 +100,8 @@ def test_both_modes_from_every_kind_of_weights(
 def test_vllm_writes_the_same_samples(hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     harness("humaneval")
-    words = (*TWO, "--hf", hf, "--data", data, "--mode", "both", "--temperature", "0.8", "--samples", 2)
+    law = ("--temperature", "0.8", "--top-p", "0.9", "--samples", 2)
+    words = (*TWO, "--hf", hf, "--data", data, "--mode", "both", *law)
     for engine in ("megatron", "vllm"):
         ra3(*words, "--engine", engine, "--out", tmp_path / engine)
     for mode in ("think", "no-think"):
@@ -127,6 +128,7 @@ def test_samples_are_used_again_and_never_those_of_another_model(
     other = make("llama", tmp_path / "other", tokenizer=True, max_position_embeddings=1024, num_hidden_layers=1)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert f"{file}: holds samples of another model" in refusal(*words, "--hf", other)
+    assert "another top_p (1.0, now 0.5)" in refusal(*words, "--hf", hf, "--top-p", "0.5")
     assert "another temperature (0.7, now 0.0)" in refusal(*TWO, "--data", data, "--out", out, "--hf", hf)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing written"
 
@@ -175,6 +177,11 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
         ),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--limit", 0), "--limit=0: must be at least 1"),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--temperature", -1), "--temperature=-1.0: must be from 0"),
+        (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--top-p", 0), "--top-p=0.0: must be above 0"),
+        (
+            ("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--top-p", 0.9),
+            "--top-p=0.9: has no effect on greedy samples: set --temperature",
+        ),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--data", "nowhere"), "--data=nowhere: no such folder"),
     ],
 )

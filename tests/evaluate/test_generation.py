@@ -11,7 +11,6 @@ from toy import LARGE, SMALL, Toy
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
-from ra3_megatron.evaluate import generation
 from ra3_megatron.evaluate.generation import Settings, Writer
 from ra3_megatron.evaluate.modes import Mode, modes_of
 from ra3_megatron.evaluate.samples import Sample
@@ -35,7 +34,8 @@ def writer(
     latents = toy.latents
     temperature = float(changes.get("temperature", 1.0))  # type: ignore[arg-type]
     engine = MegatronEngine(toy.model(3, lean), toy.runtime, latents, toy.tokenizer.vocab_size, temperature or 1.0)
-    values = {"samples": 3, "temperature": 1.0, "max_new_tokens": 24, "seed": 5, "batch_size": 4, **changes}
+    given = {"samples": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24, "seed": 5, "batch_size": 4}
+    values = {**given, **changes}
     settings = Settings(**values, stop_ids=frozenset({toy.tokenizer.eos}), context_length=64)  # type: ignore[arg-type]
     suite = replace(SUITES["humaneval"], stops=stops)
     return Writer(engine, toy.tokenizer, latents, toy.text, suite, mode, settings)
@@ -64,22 +64,24 @@ def test_batches_and_interruptions_change_nothing(toy: Toy) -> None:
     assert fewer == wanted[::3], "the first sample stays the first when more are asked for"
 
 
-def test_pieces_change_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(toy: Toy) -> None:
     wanted = write(writer(toy, stops=("=",)))
-    monkeypatch.setattr(generation, "PIECE", 5)
-    found = write(writer(toy, stops=("=",)))
-    assert found == wanted
+    what = writer(toy, stops=("=",))
+    for piece in (1, 5, 1000):
+        what.engine.piece = piece
+        assert write(what) == wanted
+    found = wanted
     assert all("=" not in (sample.completion or "") for sample in found)
     assert any("=" in (sample.completion or "") for sample in write(writer(toy))), "the stop has stopped something"
 
 
 def test_a_stop_ends_the_sampling(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is sampled behind the piece in which a stop is seen."""
-    monkeypatch.setattr(generation, "PIECE", 2)
 
     def asked(stops: tuple[str, ...]) -> int:
         requests: list[int] = []
         what = writer(toy, stops=stops)
+        what.engine.piece = 2
         engine = what.engine.generate
         monkeypatch.setattr(what.engine, "generate", lambda batch: requests.append(len(batch)) or engine(batch))
         write(what)
@@ -98,6 +100,13 @@ def test_a_prompt_that_does_not_fit_gets_an_empty_sample(toy: Toy) -> None:
 def test_greedy_samples_are_the_most_probable(toy: Toy) -> None:
     first, second, *_ = write(writer(toy, temperature=0.0))
     assert first.completion == second.completion
+
+
+def test_a_small_top_p_gives_the_most_probable_samples(toy: Toy) -> None:
+    """Of the same random numbers; every token in between is among fewer than before."""
+    greedy = write(writer(toy, temperature=0.0))
+    assert write(writer(toy, temperature=1.0, top_p=1e-9)) == greedy
+    assert greedy != write(writer(toy, top_p=0.5)) != write(writer(toy))
 
 
 @pytest.mark.parametrize("name", ["comment", "tokens"])

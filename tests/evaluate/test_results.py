@@ -36,6 +36,7 @@ def test_the_tables() -> None:
     assert row[:5] == ["humaneval (4 of 164)", "think", "passed", "pass@1", "25.0%"]
     assert len(row) == len(HEADINGS)
     page = markdown_page(made)
+    assert "think: 1 samples a task, temperature 0.5, top-p 0.95, seed 7, at most 64 tokens." in page
     assert page.count("\n| ") >= 2 and "humaneval" in page and "Stops" in page
     assert all(line.count("|") == len(HEADINGS) + 1 for line in page.splitlines() if line.startswith("|"))
 

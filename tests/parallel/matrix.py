@@ -37,8 +37,11 @@ from ra3_megatron.mcore.loss import PolicyLoss, Stat
 from ra3_megatron.mcore.model import build_model, chunks_of
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.mcore.trainer import NonFiniteLoss, StepResult, Trainer, forward
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.grpo import GRPO
+from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sampling import Responder
+from ra3_megatron.rlvr.sandbox import FunctionTests
 from ra3_megatron.scaling.counts import stages
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
@@ -394,7 +397,13 @@ class Method:
         sampling = self.policy(trainer.model).sampling
         count = config.rlvr.problems_per_step * config.rlvr.steps
         prompts = [document.ids[:4].tolist() for document in self.documents[:count]]
-        responder = Responder(sampling, prompts, config, toy.tokenizer.eos, toy.latents.ALL)
+        # every other response ends at a stop
+        problems = [
+            Problem(str(n), toy.tokenizer.decode(prompt), FunctionTests("", ("f()",)), stop=("a",) * (n % 2))
+            for n, prompt in enumerate(prompts)
+        ]
+        cuts = Cuts(problems, toy.tokenizer, toy.latents)
+        responder = Responder(sampling, prompts, cuts, config, toy.tokenizer.eos, toy.latents.ALL)
         step = GRPO(config, trainer, reference, toy.latents.ALL)
         metrics, responses = [], []
         for number in range(config.rlvr.steps):

@@ -8,6 +8,7 @@ from toy import Toy
 
 from ra3_megatron.config.errors import Unavailable
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.rewards import Grader
@@ -25,7 +26,7 @@ def response(toy: Toy, text: str) -> Response:
 
 def test_equal_programs_are_executed_once_and_thoughts_are_not(sandbox: Sandbox, runtime: Runtime) -> None:
     toy = Toy(runtime, "comment", TABLE, 4)
-    grader = Grader(sandbox, [PROBLEM], toy.tokenizer, toy.latents, runtime)
+    grader = Grader(sandbox, [PROBLEM], Cuts([PROBLEM], toy.tokenizer, toy.latents), runtime)
     graded = grader.grade([response(toy, text) for text in ("1\n", "11\n", "1\n", "1\n#ab\n", "a\n")])
     assert graded.rewards == [1, 0, 1, 1, 0] and graded.executed == 3
     assert [outcome.verdict for outcome in graded.outcomes][1::3] == [Verdict.WRONG, Verdict.CRASHED]
@@ -43,7 +44,7 @@ class Broken(Sandbox):
 def test_a_sandbox_that_fails_gives_no_reward(sandbox: Sandbox, runtime: Runtime) -> None:
     toy = Toy(runtime, "comment", TABLE, 4)
     broken = Broken(Isolation.BUBBLEWRAP, sandbox.limits, 1)
-    grader = Grader(broken, [PROBLEM], toy.tokenizer, toy.latents, runtime)
+    grader = Grader(broken, [PROBLEM], Cuts([PROBLEM], toy.tokenizer, toy.latents), runtime)
     with pytest.raises(Unavailable, match=r"^sandbox=bubblewrap: the sandbox failed 4 times: no room$"):
         grader.grade([response(toy, "1\n")])
 

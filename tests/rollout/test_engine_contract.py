@@ -1,5 +1,6 @@
 """What protocol.py promises of every engine, against plain forward passes over whole sequences."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from engines import ENGINES, Candidate, Maker
 from toy import FORMATS, LARGE, Toy
 
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout.pieces import complete
 from ra3_megatron.rollout.protocol import Finish, GenerateRequest, LatentCompletion, LatentRequest, PlannedLine
 from ra3_megatron.text.latents import Document
 
@@ -75,6 +77,55 @@ def test_generate_stops_at_the_first_stop_token(candidate: Candidate) -> None:
         length = ends[0] + 1 if ends else 40
         assert after.ids == before.ids[:length]
         assert after.finish is (Finish.END if ends else Finish.LENGTH)
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_a_continuation_in_pieces_is_that_of_one_request(candidate: Candidate, batch_size: int) -> None:
+    """With ends of their own, at different lengths, and with ends that the caller sees in what was sampled."""
+    asked = [
+        *requests(70, stop=frozenset({2})),
+        *requests(33),
+        *requests(65, allowed=1),
+        GenerateRequest([0], np.zeros(0)),
+    ]
+    whole = candidate.engine.generate(asked)
+    candidate.engine.forget()
+
+    def until(number: int, ids: list[int]) -> int | None:
+        return ids.index(9) + 1 if 9 in ids else None
+
+    for end in (lambda number, ids: None, until):
+        found = dict(complete(candidate.engine, asked, batch_size, end))
+        assert sorted(found) == list(range(len(asked)))
+        for number, one in enumerate(whole):
+            kept = end(number, one.ids)
+            assert found[number].ids == one.ids[:kept]
+            assert found[number].finish is (one.finish if kept is None else Finish.END)
+            np.testing.assert_allclose(found[number].log_probs, one.log_probs[:kept], atol=1e-5)
+    assert any(9 in one.ids for one in whole) and any(one.finish is Finish.END for one in whole)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_top_p_samples_the_most_probable_tokens_alone(toy: Toy, candidate: Candidate, allowed: int) -> None:
+    asked = [replace(request, top_p=0.3 + 0.2 * n) for n, request in enumerate(requests(40, allowed=allowed))]
+    fewer = 0
+    for request, completion in zip(asked, candidate.engine.generate(asked), strict=True):
+        prompt = list(request.prompt)
+        exact = log_probs(toy, candidate, prompt + completion.ids, allowed)[len(prompt) - 1 : -1]
+        for log_p, token, value, uniform in zip(
+            exact, completion.ids, completion.log_probs, request.uniforms, strict=True
+        ):
+            left, mass = set(), 0.0
+            for index in log_p.argsort(descending=True).tolist():
+                if mass >= request.top_p:
+                    break
+                left.add(index)
+                mass += float(log_p[index].exp())
+            cumulative = torch.where(torch.tensor([i in left for i in range(len(log_p))]), log_p.exp(), 0.0).cumsum(0)
+            assert token == int((cumulative > uniform * cumulative[-1]).nonzero()[0])
+            assert value == pytest.approx(float(log_p[token]), abs=1e-5)
+            fewer += token != int((log_p.exp().cumsum(0) > uniform).nonzero()[0])
+    assert fewer > 20
 
 
 def test_generate_gives_nothing_when_nothing_is_asked_for(candidate: Candidate) -> None:

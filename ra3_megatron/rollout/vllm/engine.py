@@ -22,6 +22,8 @@ class VllmEngine:
     The table of token sets of its process must be `token_sets(latents)`.
     """
 
+    piece = 64  # each piece is a call, and computes the last block of its prefix again
+
     def __init__(self, client: EngineClient, latents: LatentFormat, temperature: float = 1.0) -> None:
         self.client = client
         self.latents = latents
@@ -59,6 +61,7 @@ class VllmEngine:
                 later=(request.allowed, request.allowed),
                 stop=request.stop,
                 greedy=request.greedy,
+                top_p=request.top_p,
             )
             for request in asked
         ]

@@ -47,6 +47,7 @@ class Instruction:
     written_end: int | None = None
     """The token that is written for any that ends the request: one at which vLLM stops."""
     greedy: bool = False
+    top_p: float = 1.0
 
     def __deepcopy__(self, _: dict[int, Any]) -> "Instruction":
         return self  # nothing in it changes, and vLLM copies the parameters of every request
@@ -129,6 +130,7 @@ class Choices(LogitsProcessor):
             *self._columns(asked),
             torch.tensor(draws, dtype=torch.float64, device=self.device),
             [row.instruction.greedy for _, row in rows],
+            [row.instruction.top_p for _, row in rows],
         )
         written = []
         for (_, row), position, token, value in zip(rows, positions, tokens.tolist(), values.tolist(), strict=True):

@@ -69,6 +69,7 @@ class Draw:
     stop: frozenset[int] = frozenset()
     """Further tokens that end it."""
     greedy: bool = False
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

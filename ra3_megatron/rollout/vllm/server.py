@@ -166,6 +166,7 @@ class EngineServer:
                     stop=request.stop,
                     written_end=written_end,
                     greedy=request.greedy,
+                    top_p=request.top_p,
                 ),
             )
         ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ra3_megatron.evaluate.cutting import Cutter, Thoughts
 from ra3_megatron.evaluate.suites import SUITES
+from ra3_megatron.text.cutting import Cutter, Thoughts
 
 PROMPT = 'def f(x):\n    """Twice."""\n'
 HUMANEVAL = SUITES["humaneval"].stops
@@ -102,3 +104,23 @@ def test_bytes_that_are_no_ascii_and_other_line_ends(text: str) -> None:
 
 def test_half_a_character_at_the_end() -> None:
     assert Cutter(Bytes(), (), "none", True).cut("", "aé".encode()[:2]).text == "a\ufffd"  # type: ignore[arg-type]
+
+
+def test_where_a_stop_is_complete() -> None:
+    found = cut("    return 1\n# a thought\ndef g", thoughts="comment")
+    assert found.ended == len("    return 1\n# a thought\ndef")
+    assert cut("    return 1\n", thoughts="comment").ended is None
+    marked = cut("    return 1«\nx»\nde«»f¶", thoughts="tokens")
+    assert marked.ended == len("    return 1«\nx»\nde«»f"), "thoughts between are among them"
+
+
+@given(st.lists(st.sampled_from(["\n", "#", "a", "    ", '"""', "def", "if", "é", "\r", "##"]), max_size=30), st.data())
+def test_looking_for_the_end_alone_finds_the_same(parts: list[str], data: st.DataObject) -> None:
+    stops = data.draw(st.sampled_from([HUMANEVAL, ("\n\n\n", "a\n\ndef"), ("###",), ("é\n",), ()]))
+    cutter = Cutter(Bytes(), stops, "comment", True)  # type: ignore[arg-type]
+    sampled = ids("".join(parts))
+    whole = cutter.cut(PROMPT, sampled)
+    assert cutter.ended(PROMPT, sampled) == whole.ended
+    assert (whole.ended is not None) == whole.stopped
+    if whole.ended is not None:
+        assert cutter.cut(PROMPT, sampled[: whole.ended]).text == whole.text

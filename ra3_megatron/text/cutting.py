@@ -1,11 +1,13 @@
-"""From sampled ids to the text that a harness sees: thoughts go first, then the text ends before the first stop.
+"""From sampled ids to the text that is scored: thoughts go first, then the text ends before the first stop.
 
 In this order, because a thought at column 0 is a line "# …", and "\\n#" is a stop sequence of HumanEval. What the text
 is cut to depends on the ids alone. Offsets are in bytes, in which no stop sequence can be seen inside a character.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ra3_megatron.text.segment import WHITESPACE, written_comment_rows
@@ -27,11 +29,13 @@ class Cut:
     """Sampled tokens that start before the cut, those of thoughts included."""
     thought_tokens: int
     """Those of them that belong to thoughts."""
+    ended: int | None
+    """Sampled tokens up to the one that completes the stop; None: there is no stop."""
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """How completions of one suite are cut in one mode."""
+    """How completions of one kind of prompt are cut."""
 
     tokenizer: Tokenizer
     stops: tuple[str, ...]
@@ -51,14 +55,33 @@ class Cutter:
             raw += table[ids[place]]
         kept = self._kept_rows(prompt, raw)
         rest = b"".join(raw[start:end] for start, end in kept)
-        found = [place for stop in self.stops if (place := rest.find(stop.encode())) >= 0]
-        length = min(found) if found else len(rest)
+        found = [(place, stop) for stop in self.stops if (place := rest.find(stop.encode())) >= 0]
+        length, stop = min(found) if found else (len(rest), "")
         end = _original(kept, length) if found else len(raw)
         before_cut = [place for place, start in zip(visible, starts, strict=True) if start < end]
         last = 1 + max(before_cut, default=-1) if found else len(ids)
         hidden = sum(start < end and not _in(kept, start) for start in starts)
         thoughts = hidden + sum(place < last for place in marked)
-        return Cut(rest[:length].decode("utf-8", "replace"), bool(found), last, thoughts)
+        ended = None
+        if found:
+            whole = _original(kept, length + len(stop.encode()) - 1)
+            ended = 1 + visible[bisect_right(starts, whole) - 1]
+        return Cut(rest[:length].decode("utf-8", "replace"), bool(found), last, thoughts, ended)
+
+    def ended(self, prompt: str, ids: Sequence[int]) -> int | None:
+        """`cut(prompt, ids).ended`, without reading Python where no stop can be."""
+        if self.thoughts == "comment":
+            raw = b"".join(self.tokenizer.token_bytes[token] for token in ids)
+            # a dropped line takes its "\n" along, so every line of a stop has one before it in the raw text, too
+            if not any(all(part in raw for part in parts) for parts in self._parts):
+                return None
+        return self.cut(prompt, ids).ended
+
+    @cached_property
+    def _parts(self) -> list[list[bytes]]:
+        """What stands in a text that meets a stop, line by line of it."""
+        lines = [stop.encode().split(b"\n") for stop in self.stops]
+        return [[first, *(b"\n" + line for line in others)] for first, *others in lines]
 
     def _kept_rows(self, prompt: str, raw: bytes) -> list[tuple[int, int]]:
         """Byte ranges of the lines that are no thoughts. A comment line that begins with a whole stop sequence, such as

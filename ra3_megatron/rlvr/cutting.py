@@ -1,0 +1,31 @@
+"""Where responses end, and what is executed of them: thoughts are dropped, then the text ends before the first stop."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.text.cutting import Cut, Cutter, Thoughts
+from ra3_megatron.text.latents import LatentFormat
+from ra3_megatron.text.tokenizer import Tokenizer
+
+
+class Cuts:
+    """Of the responses to these problems."""
+
+    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, latents: LatentFormat) -> None:
+        self._problems = problems
+        thoughts = cast(Thoughts, latents.name)
+        self._cutters = [Cutter(tokenizer, each.stop, thoughts, each.answer == "continues") for each in problems]
+
+    @property
+    def needed(self) -> bool:
+        """Whether there are stops: without any a response ends by its last token or its length alone."""
+        return any(each.stop for each in self._problems)
+
+    def cut(self, problem: int, ids: Sequence[int]) -> Cut:
+        """What a response to a problem, by its index, comes to."""
+        return self._cutters[problem].cut(self._problems[problem].prompt, ids)
+
+    def ended(self, problem: int, ids: Sequence[int]) -> int | None:
+        """How many of these tokens are the response, when it has met a stop; None: it goes on."""
+        return self._cutters[problem].ended(self._problems[problem].prompt, ids)

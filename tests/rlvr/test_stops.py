@@ -1,0 +1,47 @@
+"""A response ends with the token that completes a stop of its problem; nothing behind it is trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+from toy import Toy
+
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rlvr.cutting import Cuts
+from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.sampling import Responder
+from ra3_megatron.rlvr.sandbox import FunctionTests
+from ra3_megatron.rollout.protocol import Finish
+from ra3_megatron.rollout.sampling import LiveSampling
+
+TESTS = FunctionTests("", ("assert x",), entry_points=("x",))
+
+
+def test_responses_end_at_the_stops_of_their_problems(runtime: Runtime) -> None:
+    toy = Toy(runtime, "comment", [b"a", b"b", b"\n", b"#", b"ba"], max_latent_tokens=1)
+    config = toy.config(rlvr={"max_response_tokens": 90, "group_size": 4}, rollout={"temperature": 1.0})
+    problems = [Problem("free", "a", TESTS), Problem("ends", "b", TESTS, stop=("b", "a\n"))]
+    prompts = [[toy.tokenizer.bos, *toy.tokenizer.encode(each.prompt)] for each in problems]
+
+    def responses(asked: list[Problem]) -> list[tuple[list[int], list[float], Finish]]:
+        sampling = LiveSampling(toy.model(seed=3), runtime, toy.latents, toy.tokenizer, config.rollout, 128)
+        cuts = Cuts(asked, toy.tokenizer, toy.latents)
+        responder = Responder(sampling, prompts, cuts, config, toy.tokenizer.eos, toy.latents.ALL)
+        found = responder.begin([0, 1, 1], (1, 2), 40)()
+        assert all(each.prompt_tokens == 2 and not each.log_probs[:2].any() for each in found)
+        return [(each.ids[2:].tolist(), each.log_probs[2:].tolist(), each.finish) for each in found]
+
+    free = responses([Problem(each.name, each.prompt, TESTS) for each in problems])
+    found = responses(problems)
+    cuts = Cuts(problems, toy.tokenizer, toy.latents)
+    stopped = 0
+    for place, (before, now) in enumerate(zip(free, found, strict=True)):
+        ended = cuts.ended(int(place >= 40), before[0])
+        assert now[0] == before[0][:ended]
+        np.testing.assert_allclose(now[1], before[1][:ended], atol=1e-5)
+        assert now[2] is (before[2] if ended is None else Finish.END)
+        assert (ended is None) or place >= 40
+        stopped += ended is not None
+        if ended is not None:
+            assert cuts.ended(1, now[0][:-1]) is None, "the last token completes the stop"
+            assert cuts.cut(1, now[0]).text == cuts.cut(1, before[0]).text
+    assert stopped > 20
