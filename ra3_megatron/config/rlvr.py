@@ -83,19 +83,20 @@ class RlvrConfig(Section):
     algorithm: Algorithm = "grpo"
     """`grpo`: advantages are rewards minus the mean of the group, divided by its standard deviation; loss per token.
     `dr_grpo`: no division, and the loss of a response is its sum over `max_response_tokens` (arXiv 2503.20783). `rloo`:
-    the mean over the others is subtracted, loss per response (arXiv 2402.14740). `reinforce`: the mean over the
-    whole batch is subtracted. The keys below override what an algorithm stands for."""
+    the mean over the others is subtracted, and the loss of a response is its sum, too (arXiv 2402.14740). `reinforce`:
+    the mean over the whole batch is subtracted. The keys below override what an algorithm stands for."""
 
     baseline: Literal["group_mean", "leave_one_out", "batch_mean", "none"] | None = None
     """What is subtracted from a reward; none: as the algorithm says."""
 
     normalize_std: bool | None = None
-    """Divide advantages by the standard deviation of the group's rewards; none: as the algorithm says."""
+    """Divide advantages by the standard deviation of the rewards of the group (with `baseline=batch_mean` or `none`: of
+    the batch); none: as the algorithm says."""
 
     loss: Literal["token", "sequence", "constant"] | None = None
     """`token`: mean over all tokens of the batch (DAPO); `sequence`: mean over the tokens of a response, then over
-    responses (GRPO's paper, RLOO); `constant`: sum over tokens, divided by `max_response_tokens`, then mean over
-    responses (Dr. GRPO). none: as the algorithm says."""
+    responses (GRPO's paper); `constant`: sum over tokens, divided by `max_response_tokens`, then mean over responses
+    (Dr. GRPO, RLOO). none: as the algorithm says."""
 
     clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
     """PPO clip range of policy / behaviour below 1; none: plain policy gradient."""
@@ -104,7 +105,8 @@ class RlvrConfig(Section):
     """Clip range above 1 (clip-higher, DAPO); none: that below. Not read without `clip_ratio`."""
 
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance sampling: weights min(policy_trainer / policy_engine, cap), without gradient; none: off."""
+    """Truncated importance sampling: weights min(policy_trainer / policy_engine, cap), without gradient; then the clip
+    range is of policy / policy before the update; none: off."""
 
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of KL(policy || start), estimated by k3 = r - log r - 1 with r = start / policy at the sampled tokens; 0:
@@ -151,4 +153,10 @@ class RlvrConfig(Section):
     def _check(self) -> "RlvrConfig":
         if self.updates_per_rollout > 1 and self.clip_ratio is None:
             raise ValueError(f"updates_per_rollout={self.updates_per_rollout} is off-policy: set clip_ratio (0.2, say)")
+        baseline = self.baseline or ("batch_mean" if self.algorithm == "reinforce" else "group_mean")
+        if self.dynamic_sampling and baseline in ("batch_mean", "none"):
+            raise ValueError(
+                "dynamic_sampling=true leaves out groups of equal rewards, which have a gradient with "
+                f"baseline={baseline}: use baseline=group_mean or leave_one_out"
+            )
         return self

@@ -123,7 +123,7 @@ class LoggingConfig(Section):
     """What is written while a run goes on."""
 
     interval: int = Field(default=1, ge=1)
-    """Steps between lines of `metrics.jsonl` and TensorBoard."""
+    """Steps between lines of `metrics.jsonl` and TensorBoard. RLVR writes every update."""
 
     tensorboard: bool = True
     """Write TensorBoard events to `<run>/tensorboard`."""

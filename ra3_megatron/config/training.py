@@ -134,7 +134,8 @@ class EStepConfig(Section):
     """PPO clip range of q / q_behaviour; none: plain on-policy gradient."""
 
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance sampling: weights min(q_trainer / q_engine, cap), without gradient; none: off."""
+    """Truncated importance sampling: weights min(q_trainer / q_engine, cap), without gradient; then the clip range
+    is of q / q before the update; none: off."""
 
     updates_per_rollout: int = Field(default=1, ge=1)
     """Passes over one batch of transcripts (more than 1 needs `clip_ratio`)."""

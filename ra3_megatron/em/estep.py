@@ -86,7 +86,7 @@ class EStep:
                 contexts,
                 different.copies,
             )
-        results = [self.trainer.step(batches, self.loss) for _ in range(self.config.updates_per_rollout)]
+        results = self.trainer.passes(batches, self.loss, self.config.updates_per_rollout)
         first, result = results[0], results[-1]
         metrics = {
             "loss": result.loss,

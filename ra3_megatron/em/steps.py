@@ -53,7 +53,7 @@ class EStepSteps:
         self.last = [t.document for t in transcripts[:: settings.group_size]]
         metrics, rollouts = self.estep.update(transcripts)
         metrics |= sampling
-        require_agreement(f"estep-{self.iteration} step {step + 1}", metrics, self.run.config)
+        require_agreement("estep", f"estep-{self.iteration} step {step + 1}", metrics, self.run.config)
         if step + 1 == settings.steps:
             self._finish(step + 1, metrics, rollouts)
         return metrics

@@ -56,6 +56,9 @@ class TokenBatch:
     """Weight of each choice's entropy bonus, fp32 [b, s]."""
     behaviour: Tensor | None = None
     """Log-probability of each choice when it was made, fp32 [b, s] (ratios; None: on-policy)."""
+    proximal: Tensor | None = None
+    """Log-probability of each choice under the policy before the first update on it, fp32 [b, s] (None: this is the
+    first)."""
     reference: Tensor | None = None
     """Log-probability of each choice under the model that the policy is kept close to, fp32 [b, s]."""
     kl_weight: Tensor | None = None

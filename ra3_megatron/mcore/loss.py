@@ -4,10 +4,16 @@
          - sum [objective(choice) + entropy_weight * H(choice) - kl_weight * k3(choice)] / N_decisions
 
 N_ce (the summed weights) and N_decisions are counts over the *global* batch, so the loss and its gradient are the same
-for any split into micro-batches and processes. The objective of a choice with advantage A and ratio
-r = q / q_behaviour is A log q (on-policy), or min(r A, clip(r, 1 - e, 1 + e') A) (PPO, arXiv 1707.06347; e' > e:
-clip-higher of DAPO, arXiv 2503.14476), each optionally weighted by min(r, cap) without gradient (truncated importance
-sampling). k3 = d - log d - 1 with d = reference / q estimates KL(q || reference) without bias, and is never negative
+for any split into micro-batches and processes. The objective of a choice with advantage A is
+
+    A log q                                  times min(q / q_behaviour, cap) without gradient, with a cap
+    min(r A, clip(r, 1 - e, 1 + e') A)       r = q / q_behaviour, without a cap
+    the same times min(q_old / q_behaviour, cap)     r = q / q_old, with one
+
+The second is PPO (arXiv 1707.06347; e' > e: clip-higher of DAPO, arXiv 2503.14476). A cap (truncated importance
+sampling) corrects for an engine, or older weights, that sampled: then q_old, the trainer's own probability before the
+first update on these choices, is what the clip is about (decoupled PPO, arXiv 2110.00641), and no ratio counts twice.
+k3 = d - log d - 1 with d = reference / q estimates KL(q || reference) without bias, and is never negative
 (GRPO, arXiv 2402.03300).
 """
 
@@ -28,6 +34,11 @@ class PolicyLoss:
     importance_cap: float | None = None
     clip_ratio_high: float | None = None
     """Above 1; None: as below."""
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether updates behind the first one on the same choices need `TokenBatch.proximal`."""
+        return self.clip_ratio is not None and self.importance_cap is not None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Stat(IntEnum):
     DECISION_ENTROPY = 8
     CHOICE_ENTROPY = 9
     CLIPPED = 10
+    """Choices that the clip leaves without a gradient."""
     LOG_DIFFERENCE = 11
     """|log q - log q_behaviour|."""
     TRUNCATED = 12
@@ -97,6 +109,7 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -log_prob.detach()[thought].sum(), thought.sum()
     if batch.choices is not None and batch.advantage is not None and batch.decision is not None:
         mask, copies = batch.choices.mask, copies_of(batch)
+        difference = torch.zeros_like(choice_log_prob)
         ratio = torch.ones_like(choice_log_prob)
         if batch.behaviour is not None:
             difference = torch.where(mask, choice_log_prob - batch.behaviour, 0.0)
@@ -104,15 +117,23 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
             stats[Stat.MISMATCH] = ((ratio.detach() - 1).abs() * copies)[mask].sum()
             sizes = difference.detach().abs()
             stats[Stat.LOG_DIFFERENCE], stats[Stat.LARGEST_DIFFERENCE] = (sizes * copies).sum(), sizes.max()
+        log_importance = difference.detach()
         if policy.clip_ratio is None:
             objective = batch.advantage * choice_log_prob
         else:
+            if policy.importance_cap is not None:
+                old = choice_log_prob.detach() if batch.proximal is None else batch.proximal
+                moved = torch.where(mask, choice_log_prob - old, 0.0)
+                ratio = moved.exp()
+                if batch.behaviour is not None:
+                    log_importance = log_importance - moved.detach()
             clipped = ratio.clamp(1 - policy.clip_ratio, 1 + (policy.clip_ratio_high or policy.clip_ratio))
             objective = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
-            stats[Stat.CLIPPED] = copies[mask & (clipped != ratio)].sum()
+            stats[Stat.CLIPPED] = copies[mask & (clipped * batch.advantage < ratio * batch.advantage)].sum()
         if policy.importance_cap is not None:
-            objective = objective * ratio.detach().clamp(max=policy.importance_cap)
-            stats[Stat.TRUNCATED] = copies[mask & (ratio.detach() > policy.importance_cap)].sum()
+            importance = log_importance.exp()
+            objective = objective * importance.clamp(max=policy.importance_cap)
+            stats[Stat.TRUNCATED] = copies[mask & (importance > policy.importance_cap)].sum()
         bonus = torch.zeros_like(entropy) if batch.entropy_weight is None else batch.entropy_weight * entropy
         if batch.reference is not None and batch.kl_weight is not None:
             log_ratio = torch.where(mask, batch.reference - choice_log_prob, 0.0)

@@ -7,7 +7,7 @@ already. Callers hand over whole rows; this module splits them over the context-
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -177,9 +177,19 @@ class Trainer:
                 optimizer_step.move(self.optimizer, grad_norm)
         return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats, skipped)
 
-    def pass_over(self) -> float:
-        """A step with nothing to learn from: weights and optimizer stay, the learning rate goes on and is returned."""
-        self.scheduler.step(increment=1)
+    def passes(self, batches: Sequence[TokenBatch], policy: PolicyLoss, count: int) -> list[StepResult]:
+        """`count` steps on the same choices, each as `step`."""
+        if count > 1 and policy.needs_proximal:
+            with self.clock.part("scoring"):
+                found = forward(self.model, batches, self.runtime)
+            batches = [
+                replace(batch, proximal=out[1].to(batch.ids.device)) for batch, out in zip(batches, found, strict=True)
+            ]
+        return [self.step(batches, policy) for _ in range(count)]
+
+    def pass_over(self, count: int = 1) -> float:
+        """Steps with nothing to learn from: weights and optimizer stay, the learning rate goes on and is returned."""
+        self.scheduler.step(increment=count)
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def synchronize(self) -> None:

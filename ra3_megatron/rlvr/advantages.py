@@ -15,6 +15,9 @@ from ra3_megatron.config.rlvr import RlvrConfig
 Baseline = Literal["group_mean", "leave_one_out", "batch_mean", "none"]
 Loss = Literal["token", "sequence", "constant"]
 
+GROUP = ("group_mean", "leave_one_out")
+"""Baselines over the responses to one problem."""
+
 EPSILON = 1e-6
 """Added to a standard deviation before it divides."""
 
@@ -31,7 +34,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "grpo": Recipe("group_mean", True, "token"),
     "dr_grpo": Recipe("group_mean", False, "constant"),
-    "rloo": Recipe("leave_one_out", False, "sequence"),
+    "rloo": Recipe("leave_one_out", False, "constant"),
     "reinforce": Recipe("batch_mean", False, "token"),
 }
 
@@ -49,8 +52,8 @@ def recipe_of(config: RlvrConfig) -> Recipe:
 def advantages(rewards: Tensor, recipe: Recipe) -> Tensor:
     """A of each response, fp32 [P, G], from rewards [P, G].
 
-    The standard deviation is that of the group's rewards (G, not G - 1, in the denominator); a group of equal rewards
-    has advantages 0.
+    The standard deviation is that of the rewards that the baseline is over: the group's, or the batch's (their number,
+    not one less, in the denominator). Where it is 0, nothing is divided.
     """
     group = rewards.shape[1]
     mean = rewards.mean(1, keepdim=True)
@@ -63,7 +66,8 @@ def advantages(rewards: Tensor, recipe: Recipe) -> Tensor:
     else:
         centred = rewards.clone()
     if recipe.normalize_std:
-        deviation = rewards.std(1, keepdim=True, correction=0)
+        of_group = recipe.baseline in GROUP
+        deviation = rewards.std(1, keepdim=True, correction=0) if of_group else rewards.std(correction=0)
         centred = torch.where(deviation > 0, centred / (deviation + EPSILON), centred)
     return centred
 

@@ -2,7 +2,8 @@
 
  1. A_i = reward_i minus a baseline, for the G responses to one problem (`advantages`).
  2. loss = - sum over tokens w_t [ min(r_t A_i, clip(r_t, 1 - e, 1 + e') A_i) + entropy bonus - KL ] / count,
-    r_t = policy / behaviour at each sampled token; prompts carry no gradient.
+    r_t = policy / behaviour at each sampled token, w_t from the loss of the recipe; prompts carry no gradient. With an
+    importance cap r_t = policy / policy before the update (mcore/loss.py).
 
 It is the train step of the E-step (`mcore/trainer.py`) with other weights in its streams.
 """
@@ -54,7 +55,7 @@ class GRPO:
             "advantage_std": float(np.std([earned[i] for i in trained])) if trained else 0.0,
         }
         if not learns:
-            rate = self.trainer.pass_over()
+            rate = self.trainer.pass_over(config.updates_per_rollout)
             return {**metrics, "loss": 0.0, "grad_norm": 0.0, "learning_rate": rate, "updates": 0.0}
         kept = [responses[i] for i in trained]
         with clock.part("data"):
@@ -77,7 +78,7 @@ class GRPO:
                 reference,
                 self.allowed,
             )
-        results = [self.trainer.step(batches, self.loss) for _ in range(config.updates_per_rollout)]
+        results = self.trainer.passes(batches, self.loss, config.updates_per_rollout)
         first, result = results[0], results[-1]
         metrics |= {
             "loss": result.loss,

@@ -89,6 +89,7 @@ class Rlvr:
                 start,
                 steps,
                 updates_per_step=settings.updates_per_rollout,
+                log_interval=1,  # totals of tokens and seconds are sums over all lines
             )
         self._evaluate_final()
         return final_of(run, PHASE)

@@ -57,7 +57,7 @@ class RlvrSteps:
         metrics |= self.grpo.update(batch.responses, batch.rewards)
         metrics["trained_groups"] = float(batch.groups)
         if metrics["updates"]:
-            require_agreement(f"rlvr step {step + 1}", metrics, self.run.config)
+            require_agreement("rlvr", f"rlvr step {step + 1}", metrics, self.run.config)
         return metrics
 
     def _sample(self, step: int) -> tuple[_Batch, dict[str, float]]:

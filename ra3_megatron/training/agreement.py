@@ -6,7 +6,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 
 
-def require_agreement(where: str, metrics: Mapping[str, float], config: RunConfig) -> None:
+def require_agreement(section: str, where: str, metrics: Mapping[str, float], config: RunConfig) -> None:
     """UserError when what sampled and the trainer give the same choices other probabilities: training would be on
     transcripts of another policy. Stale transcripts differ by what was learned since, which is not held against them.
     """
@@ -17,5 +17,5 @@ def require_agreement(where: str, metrics: Mapping[str, float], config: RunConfi
             f"{where}: rollout engine and trainer disagree: mean |q_trainer / q_engine - 1| is {mismatch:.1%} (limit "
             f"monitors.max_log_prob_mismatch={limit:g}), |log q_trainer - log q_engine| {mean:.3g} on average, "
             f"{most:.3g} at most; likely causes: weights that did not reach the engine, another precision, attention "
-            "or RoPE; in bf16 rounding alone may do it: then raise the limit and set estep.importance_cap"
+            f"or RoPE; in bf16 rounding alone may do it: then raise the limit and set {section}.importance_cap"
         )

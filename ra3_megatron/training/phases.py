@@ -97,10 +97,13 @@ def train_phase(
     start: Path | None,
     make_steps: Callable[[Trainer], Steps],
     updates_per_step: int = 1,
+    log_interval: int | None = None,
 ) -> Path:
     """Train `model` from the checkpoint `start` (None: as it is) and return the final checkpoint of the phase.
 
-    updates_per_step: optimizer updates that each step takes. Skips what is done, resumes what was begun. Raises
+    updates_per_step: optimizer updates that each step takes; log_interval: instead of `logging.interval`.
+
+    Skips what is done, resumes what was begun. Raises
     UserError when the loss is not finite (the batch is dumped) or a checkpoint cannot be written; the last good
     checkpoint is kept in both cases. Raises StoppedBySignal behind a checkpoint when a signal asked for it.
     """
@@ -163,7 +166,7 @@ def train_phase(
             if skipped:
                 metrics["skipped"] = len(skipped)
                 run.alarm(phase.name, phase.iteration, step + 1, [_skipped(run, phase, step, skipped, work)])
-            if (step + 1) % run.config.logging.interval == 0 or step + 1 == steps or skipped:
+            if (step + 1) % (log_interval or run.config.logging.interval) == 0 or step + 1 == steps or skipped:
                 values = {**metrics, **_rates(metrics, times.seconds), **times.values()}
                 run.log(phase.name, phase.iteration, step + 1, values)
             with times.saving():

@@ -126,16 +126,16 @@ DIFFERENT = {"log_prob_mismatch": 0.06, "log_prob_difference": 0.07, "largest_lo
 
 def test_an_engine_that_disagrees_with_the_trainer_stops_the_run() -> None:
     with pytest.raises(UserError) as error:
-        require_agreement("estep-1 step 3", DIFFERENT | {"staleness": 0.0}, RunConfig())
+        require_agreement("estep", "estep-1 step 3", DIFFERENT | {"staleness": 0.0}, RunConfig())
     message = str(error.value)
     for part in ("estep-1 step 3", "6.0%", "monitors.max_log_prob_mismatch=0.05", "0.07", "0.4", "likely causes"):
         assert part in message
-    assert "\n" not in message
+    assert "\n" not in message and message.endswith("set estep.importance_cap")
 
 
 def test_a_small_difference_and_what_was_learned_since_stop_nothing() -> None:
-    require_agreement("estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.05, "staleness": 0.0}, RunConfig())
-    require_agreement("estep-1 step 3", DIFFERENT | {"staleness": 1.0}, RunConfig())
+    require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.05, "staleness": 0.0}, RunConfig())
+    require_agreement("estep", "estep-1 step 3", DIFFERENT | {"staleness": 1.0}, RunConfig())
 
 
 def test_few_thoughts_say_nothing_about_degeneration() -> None:

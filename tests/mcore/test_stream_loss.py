@@ -78,15 +78,59 @@ def test_ppo_clip() -> None:
     torch.testing.assert_close(grad[1, :, :-1], table(lambda r, a: 0.0 if stopped(r, a) else -a * r / 4))
     expected = table(lambda r, a: -min(r * a, min(max(r, 0.8), 1.2) * a) / 4)
     assert loss == pytest.approx(float(expected.sum()), rel=1e-5)
-    assert stats[Stat.CLIPPED] == 6  # ratios 0.5, 1.3 and 2.0 of both rows
+    assert stats[Stat.CLIPPED] == 3  # ratios 1.3 and 2.0 of the first row, 0.5 of the second
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
-def test_importance_weights_are_truncated_and_carry_no_gradient(clip: float | None) -> None:
+def test_importance_weights_are_truncated_and_carry_no_gradient() -> None:
     batch, out = choices(RATIOS, ADVANTAGES)
-    _, plain, _ = gradient(batch, out, PolicyLoss(clip_ratio=clip))
-    _, weighted, _ = gradient(batch, out, PolicyLoss(clip_ratio=clip, importance_cap=1.5))
+    _, plain, _ = gradient(batch, out, PolicyLoss())
+    _, weighted, stats = gradient(batch, out, PolicyLoss(importance_cap=1.5))
     torch.testing.assert_close(weighted[1, :, :-1], plain[1, :, :-1] * table(lambda r, a: min(r, 1.5)))
+    assert stats[Stat.TRUNCATED] == 2  # ratio 2.0 of both rows
+
+
+def test_with_a_cap_the_clip_is_about_what_was_learned_since_and_the_weight_about_what_was_before() -> None:
+    """q / q_old is clipped, q_old / q_behaviour is truncated."""
+    batch, out = choices(RATIOS, ADVANTAGES)
+    policy = PolicyLoss(clip_ratio=0.2, importance_cap=1.5)
+    _, first, stats = gradient(batch, out, policy)
+    torch.testing.assert_close(first[1, :, :-1], table(lambda r, a: -a * min(r, 1.5) / 4))
+    assert stats[Stat.CLIPPED] == 0 and stats[Stat.TRUNCATED] == 2, "nothing was learned yet"
+    for moved in (0.7, 1.1, 1.5):
+        old = out[1].detach() - math.log(moved)
+        _, later, stats = gradient(replace(batch, proximal=old), out, policy)
+
+        def expected(r: float, a: float, moved: float = moved) -> float:
+            stopped = (a > 0 and moved > 1.2) or (a < 0 and moved < 0.8)
+            return 0.0 if stopped else -a * moved * min(r / moved, 1.5) / 4
+
+        torch.testing.assert_close(later[1, :, :-1], table(expected))
+        assert stats[Stat.CLIPPED] == (5 if moved != 1.1 else 0)
+
+
+@pytest.mark.parametrize("policy", [PolicyLoss(importance_cap=1e3), PolicyLoss(0.9, 1e3), PolicyLoss(0.9)])
+def test_the_mean_gradient_over_an_engines_samples_is_that_of_the_policy(policy: PolicyLoss) -> None:
+    """By enumeration of six outcomes, which an engine samples a little differently."""
+    logits = torch.linspace(-1, 1, 6, dtype=torch.float32).requires_grad_()
+    behaviour = (logits.detach() + torch.tensor([0.1, -0.1, 0.05, 0.0, -0.05, 0.1])).log_softmax(0)
+    earned = torch.tensor([1.0, -0.5, 2.0, 0.0, -1.0, 0.3])
+    (exact,) = torch.autograd.grad((logits.softmax(0) * earned).sum(), logits)
+    zeros, mask = torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)
+    batch = TokenBatch(
+        ids=zeros,
+        positions=zeros,
+        segments=zeros,
+        targets=zeros,
+        choices=Events(mask),
+        advantage=(earned * behaviour.exp())[None],  # what each outcome adds to the mean
+        behaviour=behaviour[None],
+        decision=mask,
+    )
+    log_q = logits.log_softmax(0)[None]
+    out = torch.stack([torch.zeros(1, 6), log_q, torch.zeros(1, 6), torch.zeros(1, 6)])
+    loss, _ = stream_loss(out, batch, Counts(ce=0.0, decisions=1.0), policy)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(-found, exact, atol=1e-6, rtol=1e-5)
 
 
 def test_entropy_bonus_raises_the_entropy_of_choices() -> None:
@@ -133,7 +177,7 @@ def test_ratios_outside_choices_are_harmless() -> None:
     batch, out = choices(RATIOS, ADVANTAGES)
     assert batch.behaviour is not None and batch.advantage is not None
     batch.behaviour[:, -1], batch.advantage[:, -1] = -math.inf, 1e30
-    for policy in (PolicyLoss(), PolicyLoss(clip_ratio=0.2), PolicyLoss(importance_cap=2.0)):
+    for policy in (PolicyLoss(), PolicyLoss(0.2), PolicyLoss(importance_cap=2.0), PolicyLoss(0.2, 2.0)):
         loss, grad, stats = gradient(batch, out, policy)
         assert math.isfinite(loss) and bool(stats.isfinite().all())
         assert torch.equal(grad[1, :, -1], torch.zeros(2))

@@ -30,6 +30,19 @@ def test_batch_mean_and_none() -> None:
     assert torch.equal(advantages(REWARDS, Recipe("none", False, "token")), REWARDS)
 
 
+def test_deviations_are_of_what_the_baseline_is_over() -> None:
+    found = advantages(REWARDS, Recipe("batch_mean", True, "token"))
+    plain = advantages(REWARDS, Recipe("batch_mean", False, "token"))
+    torch.testing.assert_close(found, plain / (REWARDS.std(correction=0) + EPSILON))
+
+
+def test_what_has_a_gradient_is_not_left_out() -> None:
+    for keys in ({"algorithm": "reinforce"}, {"baseline": "none"}):
+        with pytest.raises(ValueError, match="which have a gradient with baseline="):
+            RlvrConfig(dynamic_sampling=True, **keys)  # type: ignore[arg-type]
+    RlvrConfig(dynamic_sampling=True, algorithm="reinforce", baseline="group_mean")
+
+
 def test_groups_that_tell_something() -> None:
     assert informative(REWARDS).tolist() == [True, False, True]
 
@@ -37,7 +50,7 @@ def test_groups_that_tell_something() -> None:
 def test_what_the_algorithms_stand_for() -> None:
     assert recipe_of(RlvrConfig()) == Recipe("group_mean", True, "token")
     assert recipe_of(RlvrConfig(algorithm="dr_grpo")) == Recipe("group_mean", False, "constant")
-    assert recipe_of(RlvrConfig(algorithm="rloo")) == Recipe("leave_one_out", False, "sequence")
+    assert recipe_of(RlvrConfig(algorithm="rloo")) == Recipe("leave_one_out", False, "constant")
     assert recipe_of(RlvrConfig(algorithm="reinforce")) == Recipe("batch_mean", False, "token")
     own = RlvrConfig(algorithm="dr_grpo", normalize_std=True, loss="token", baseline="none")
     assert recipe_of(own) == Recipe("none", True, "token")

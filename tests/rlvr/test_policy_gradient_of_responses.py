@@ -14,7 +14,7 @@ from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
-from ra3_megatron.rlvr.advantages import Recipe, advantages
+from ra3_megatron.rlvr.advantages import RECIPES, Recipe, advantages
 from ra3_megatron.rlvr.batches import log_probs_of
 from ra3_megatron.rlvr.grpo import GRPO
 from ra3_megatron.rlvr.responses import Response, pack, unpack
@@ -78,7 +78,7 @@ def grpo(toy: Toy, temperature: float = 1.0, **keys: Any) -> tuple[GRPO, Any]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
     ("recipe", "factor"),
-    [(Recipe("leave_one_out", False, "constant"), 1.0), (Recipe("group_mean", False, "constant"), 0.5)],
+    [(RECIPES["rloo"], 1.0), (RECIPES["dr_grpo"], 0.5)],
 )
 def test_the_mean_of_the_estimate_is_the_exact_gradient(
     toy: Toy, recipe: Recipe, factor: float, temperature: float
@@ -95,7 +95,7 @@ def test_the_mean_of_the_estimate_is_the_exact_gradient(
     weight = probabilities[:, None] * probabilities[None, :] / 2
     expected = (weight * earned[..., 0]).sum(1) + (weight * earned[..., 1]).sum(0)
 
-    step, model = grpo(toy, temperature, algorithm="dr_grpo", baseline="none")
+    step, model = grpo(toy, temperature, baseline="none", normalize_std=False, loss=recipe.loss)
     padded = responses + responses[: len(responses) % 2]
     step.update(padded, [*expected.tolist(), *[0.0] * (len(padded) - count)])
     # the loss divides by the longest response, and by the number of responses
@@ -146,6 +146,30 @@ def test_clip_higher_stops_the_gradient_above_and_below(toy: Toy) -> None:
     assert gradient((1.5, 1.5), (1.0, 1.0)) == 0 and gradient((0.7, 0.7), (-1.0, -1.0)) == 0
     assert gradient((1.3, 1.3), (1.0, 1.0)) > 0 and gradient((0.9, 0.9), (-1.0, -1.0)) > 0
     assert gradient((0.7, 0.7), (1.0, 1.0)) > 0 and gradient((1.5, 1.5), (-1.0, -1.0)) > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_ratio": 0.2, "clip_ratio_high": None, "importance_cap": 2.0}])
+def test_stale_responses_are_weighed_once(toy: Toy, changes: dict[str, Any]) -> None:
+    """With a cap, two passes over what an engine sampled a little differently: each is weighed by what the trainer
+    thought before the first pass over what the engine thought, and the second is clipped about the first."""
+    base = every_response(toy)[:2]
+    step, model = grpo(toy)
+    now = log_probs_of(model, base, step.planner.plan(base), toy.runtime, 1.0)
+    sampled = [v - np.where(v != 0, np.log(1.5), 0).astype(np.float32) for v in now]
+    stale = [Response(0, r.ids, r.prompt_tokens, v, r.finish, 0) for r, v in zip(base, sampled, strict=True)]
+
+    def gradient(responses: list[Response], **keys: Any) -> Tensor:
+        step, model = grpo(toy, baseline="none", normalize_std=False)
+        step.config = step.config.model_copy(update=keys)
+        step.loss = type(step.loss)(keys.get("clip_ratio"), keys.get("importance_cap"))
+        step.update(responses, [1.0, 0.5])
+        return flat(p.main_grad for p in model.parameters())
+
+    fresh = [Response(0, r.ids, r.prompt_tokens, v, r.finish, 0) for r, v in zip(base, now, strict=True)]
+    wanted = gradient(fresh) * 1.5
+    for passes in (1, 2):
+        found = gradient(stale, **{"importance_cap": 2.0, **changes}, updates_per_rollout=passes)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, "1.5 once: the frozen policy does not move"
 
 
 def test_divergence_from_the_start_is_k3_and_zero_at_the_start(toy: Toy) -> None:

@@ -1,7 +1,7 @@
 """What mid-training by RA3 is said to do for RL, each claim with the rule of its verdict (P5 of HopProg).
 
 Starts are known by name: ra3 against ntp and base. Figures are paired by seed; a level that was never reached counts as
-all the updates that were spent. The rules are younger than the first five seeds of docs/evidence.md.
+all the updates that were spent. The rules are older than the runs of docs/evidence.md.
 """
 
 from collections.abc import Mapping, Sequence
