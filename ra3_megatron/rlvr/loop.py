@@ -10,10 +10,11 @@ import torch
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.trainer import Trainer
-from ra3_megatron.report.responses import ResponseRecord, write_responses
+from ra3_megatron.report.responses import write_responses
 from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.grpo import GRPO
 from ra3_megatron.rlvr.problems.sources import Problems
+from ra3_megatron.rlvr.records import records_of
 from ra3_megatron.rlvr.rewards import Grader
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
@@ -27,8 +28,6 @@ Prompts = Sequence[Sequence[int]]
 PHASE = Phase("rlvr", 0)
 HELD_OUT = "held_out"
 """Phase of the lines of metrics about evaluations: step s is behind s updates."""
-SHOWN = 24
-"""Responses of each evaluation that are kept for people."""
 
 
 class Stream(IntEnum):
@@ -132,22 +131,9 @@ class Rlvr:
             f"held out, behind {step} updates: {values['pass_at_1']:.1%} of responses pass, "
             f"{values['response_tokens']:.0f} tokens each"
         )
-        if run.runtime.is_main:
-            records = [
-                ResponseRecord(
-                    problem=self.held_out[response.problem].name,
-                    step=step,
-                    prompt=self.held_out[response.problem].prompt,
-                    text=response.text(run.tokenizer),
-                    reward=reward,
-                    verdict=outcome.verdict.value,
-                    passed=outcome.passed,
-                    total=outcome.total,
-                    detail=outcome.detail,
-                )
-                for response, reward, outcome in zip(responses, graded.rewards, graded.outcomes, strict=True)
-            ]
-            write_responses(run.folder.path, f"held-out-{step:06d}", records[:SHOWN])
+        if run.runtime.is_main:  # one of each problem
+            records = records_of(self.held_out, responses, graded, step, run.tokenizer, every=samples)
+            write_responses(run.folder.path, f"held-out-{step:06d}", records)
 
     def _reference(self, start: Path) -> torch.nn.Module | None:
         """The frozen model of the KL term; None without one."""

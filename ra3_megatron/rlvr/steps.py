@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ra3_megatron.report.responses import write_responses
 from ra3_megatron.rlvr.advantages import informative
 from ra3_megatron.rlvr.grpo import GRPO
 from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.records import records_of
 from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.rewards import Graded, Grader
 from ra3_megatron.rlvr.sampling import ResponseQueue
@@ -75,6 +77,9 @@ class RlvrSteps:
             metrics |= told
             with clock.part("grading"):
                 graded.append(self.grader.grade(responses))
+            if not sampled and step % settings.evaluation_interval == 0 and self.run.runtime.is_main:
+                records = records_of(self.problems, responses, graded[-1], step, self.run.tokenizer)
+                write_responses(self.run.folder.path, f"train-{step:06d}", records)
             sampled += responses
             rewards += graded[-1].rewards
             self._keep(kept, responses, graded[-1].rewards)
@@ -104,15 +109,24 @@ class RlvrSteps:
     def _describe(self, responses: Sequence[Response], rewards: Sequence[float]) -> dict[str, float]:
         groups = torch.tensor(rewards).view(-1, self.run.config.rlvr.group_size)
         solved = groups.mean(1)
+        lengths = np.array([response.response_tokens for response in responses])
+        right = np.array(rewards) > 0
+        by_reward = {
+            f"{name}_response_tokens": float(lengths[chosen].mean())
+            for name, chosen in (("right", right), ("wrong", ~right))
+            if chosen.any()
+        }
         return {
+            **by_reward,
             "reward": float(groups.mean()),
             "solved_problems": float((solved > 0).float().mean()),
             "all_right": float((solved == 1).float().mean()),
             "all_wrong": float((solved == 0).float().mean()),
-            "response_tokens": float(np.mean([r.response_tokens for r in responses])),
+            "response_tokens": float(lengths.mean()),
+            "longest_response_tokens": float(lengths.max()),
             "cut_responses": float(np.mean([r.cut for r in responses])),
             "thoughts_per_response": float(np.mean([thoughts(r, self.run) for r in responses])),
-            "sampled_tokens": float(sum(r.response_tokens for r in responses)),
+            "sampled_tokens": float(lengths.sum()),
         }
 
     def sampling(self, step: int) -> Sampling:

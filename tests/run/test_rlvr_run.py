@@ -97,6 +97,15 @@ def test_what_it_leaves(whole: Path) -> None:
     assert json.loads((whole / "problems.json").read_text())["training"] == 6
     responses = [json.loads(line) for line in (whole / "responses" / "held-out-000004.jsonl").read_text().splitlines()]
     assert len(responses) == 3 and all(r["reward"] == float(r["verdict"] == "passed") for r in responses)
+    trained = [json.loads(line) for line in (whole / "responses" / "train-000002.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in trained} == {2} and sum(r["reward"] for r in trained) / len(trained) == steps[2][
+        "reward"
+    ]
+    for record in steps:
+        lengths = [
+            record[f"{name}_response_tokens"] for name in ("right", "wrong") if f"{name}_response_tokens" in record
+        ]
+        assert min(lengths) <= record["response_tokens"] <= max(lengths) <= record["longest_response_tokens"] <= 10
     assert {"held_out/pass_at_1", "rlvr/reward", "rlvr/entropy"} <= curves(whole).keys()
     page = (whole / "report.html").read_text()
     assert "RLVR run" in page and "pass@1" in page and page.count("data:image/png") >= 3
