@@ -5,6 +5,7 @@ An attack tells what it found as the result of `attack()`; a test that passes on
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ra3_megatron.rlvr.sandbox import Isolation, Limits, Sandbox, Verdict
+from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Limits, Program, Sandbox, Verdict
 from ra3_megatron.rlvr.sandboxing.memory import descendants
 from tests.rlvr.programs import functions, holds, processes_with, script, soon
 
@@ -99,18 +100,61 @@ def test_memory_in_children(sandbox: Sandbox) -> None:
 
 
 def test_memory_shared_between_children(sandbox: Sandbox) -> None:
-    """Shared anonymous memory counts too."""
+    """Files in memory that children share count too."""
     code = """
     import mmap, os, time
-    for _ in range(6):
+    for number in range(6):
         if os.fork() == 0:
-            held = mmap.mmap(-1, 150 << 20)
+            with open(f"/tmp/{number}", "wb+") as file:
+                file.truncate(150 << 20)
+                held = mmap.mmap(file.fileno(), 150 << 20)
+                os.unlink(file.name)
             for place in range(0, len(held), 4096):
                 held[place] = 1
             time.sleep(60)
     time.sleep(60)
     """
-    assert sandbox.grade_one(functions(code, RIGHT)).verdict is Verdict.MEMORY
+    roomy = dataclasses.replace(sandbox.limits, disk_mib=1500)
+    with Sandbox(sandbox.isolation, roomy, workers=1) as opened:
+        assert opened.grade_one(functions(code, RIGHT)).verdict is Verdict.MEMORY
+
+
+def test_shared_memory_without_a_file_cannot_be_made(sandbox: Sandbox) -> None:
+    """Its pages stay when the mapping goes, but for one, and nothing would count them."""
+    code = f"""
+    import mmap
+    {ERROR_OF.replace(chr(10), chr(10) + "    ")}
+    def attack():
+        mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return error_of(lambda: mmap.mmap(-1, 4096)), error_of(lambda: open("/dev/zero", "rb+"))
+    """
+    holds(sandbox, code, "told == ('PermissionError', 'FileNotFoundError')")
+
+
+def test_the_name_of_a_process_is_any_bytes(sandbox: Sandbox) -> None:
+    """The host reads of it while it looks at the memory."""
+    code = """
+    import time
+    with open("/proc/self/comm", "wb") as name:
+        name.write(b"\\xff")
+    time.sleep(0.5)
+    """
+    assert sandbox.grade_one(functions(code, RIGHT)).verdict is Verdict.CRASHED
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert all(map(lambda case: attack(case) == 1, [1, 2]))",
+        "for got, want in zip(map(attack, [1, 2]), [1, 2]): assert got == want",
+        "assert [attack(case) for case in [1, 2]] == []",
+    ],
+)
+def test_an_end_of_the_cases_cannot_be_made_up(sandbox: Sandbox, test: str) -> None:
+    """A test that maps over cases would take StopIteration for the end of them."""
+    code = "def attack(case):\n    raise StopIteration\n"
+    outcome = sandbox.grade_one(Program(code, FunctionTests("", (test,), entry_points=("attack",))))
+    assert outcome.verdict is not Verdict.PASSED and "StopIteration" in outcome.detail
 
 
 def test_memory_that_no_limit_counts(sandbox: Sandbox) -> None:
@@ -331,7 +375,8 @@ def test_other_processes(sandbox: Sandbox) -> None:
 
 
 def test_the_network(sandbox: Sandbox) -> None:
-    """TCP, UDP and abstract unix sockets of the host cannot be reached, nor a hypervisor's."""
+    """TCP, UDP and abstract unix sockets of the host cannot be reached, nor a hypervisor's. (There are no sockets but
+    unix ones: buffers of TCP would be memory that nothing counts.)"""
     name = f"\0sandbox-test-{os.getpid()}"
     received: list[bytes] = []
     with (
@@ -616,6 +661,7 @@ def test_forged_lines_on_every_descriptor(sandbox: Sandbox) -> None:
 
 
 FRAME = """
+import dataclasses
 import os
 def frame(body):
     return len(body).to_bytes(8, "little") + body

@@ -90,7 +90,8 @@ def test_an_answer_cannot_name_what_was_never_sent(ends: tuple[Channel, Channel]
 def run_filter(program: bytes, number: int, argument: int, architecture: int) -> int:
     """What a filter says of a system call: the instructions of seccomp.py, interpreted."""
     lines = list(struct.iter_unpack("=HBBI", program))
-    data = {seccomp.NUMBER_AT: number, seccomp.ARCHITECTURE_AT: architecture, seccomp.FIRST_ARGUMENT_AT: argument}
+    data = {seccomp.NUMBER_AT: number, seccomp.ARCHITECTURE_AT: architecture}
+    data |= {seccomp.FIRST_ARGUMENT_AT: argument, seccomp.FOURTH_ARGUMENT_AT: argument}
     place = accumulator = 0
     while True:
         code, yes, no, value = lines[place]
@@ -115,6 +116,7 @@ def test_the_filter(machine: str) -> None:
     deny, missing, allow = seccomp.ERROR | seccomp.EPERM, seccomp.ERROR | seccomp.ENOSYS, seccomp.ALLOW
     denied = {*seccomp.DENIED[machine], *seccomp.COMMON}
     special = {seccomp.CLONE[machine], seccomp.SOCKET[machine], seccomp.PRLIMIT[machine], seccomp.CLONE3}
+    special.add(seccomp.MMAP[machine])
     assert not denied & special and len(denied) == len(seccomp.DENIED[machine]) + len(seccomp.COMMON)
     for number in range(600):
         if number not in special:
@@ -125,9 +127,9 @@ def test_the_filter(machine: str) -> None:
         ("CLONE", 0x3D0F00, allow),  # a thread
         *(("CLONE", flag | 17, deny) for flag in (0x20000, 0x10000000, 0x20000000, 0x40000000, 0x8000000, 0x2000000)),
         ("SOCKET", 1, allow),
-        ("SOCKET", 2, allow),
-        ("SOCKET", 10, allow),
-        *(("SOCKET", family, deny) for family in (0, 16, 17, 40)),
+        *(("SOCKET", family, deny) for family in (0, 2, 10, 16, 17, 40)),
+        *(("MMAP", flags, allow) for flags in (0x02, 0x22, 0x32, 0x01, 0x03)),
+        *(("MMAP", flags, deny) for flags in (0x21, 0x23, 0x8021)),
         ("PRLIMIT", 0, allow),
         ("PRLIMIT", 1, deny),
     ):
@@ -155,7 +157,6 @@ def test_numbers_of_system_calls() -> None:
     harmless = {
         "read",
         "write",
-        "mmap",
         "fork",
         "vfork",
         "execve",
@@ -168,4 +169,5 @@ def test_numbers_of_system_calls() -> None:
     }
     assert not denied & harmless
     special = [seccomp.CLONE["x86_64"], seccomp.SOCKET["x86_64"], seccomp.PRLIMIT["x86_64"]]
+    assert names[seccomp.MMAP["x86_64"]] == "mmap"
     assert [names[number] for number in special] == ["clone", "socket", "prlimit64"]

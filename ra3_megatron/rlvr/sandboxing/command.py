@@ -112,6 +112,8 @@ def attempt(
         if error.errno in PASSING:
             raise Infrastructure(f"no process could be started: {error.strerror}") from None
         raise
+    except ValueError as error:  # what the kernel or bwrap tell of a program cannot be read
+        raise Infrastructure(f"it could not be watched: {error}") from error
     stopped = ended.timed_out or ended.out_of_memory or ended.flooded
     if "exit-code" not in reported and not (stopped and "child-pid" in reported):
         last = ended.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]

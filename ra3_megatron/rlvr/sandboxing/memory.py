@@ -8,6 +8,8 @@ from pathlib import Path
 INODE = 1024
 """Bytes of kernel memory that a file in memory takes beside its contents (BOGO_INODE_SIZE of Linux)."""
 
+COUNTED = (b"RssAnon:", b"RssShmem:", b"VmSwap:")
+
 
 def descendants(pid: int) -> list[int]:
     """A process and all processes below it, as far as they still live."""
@@ -28,10 +30,10 @@ def memory_of(pids: list[int]) -> int:
     total = 0
     for pid in pids:
         try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()  # a process's name may be any bytes
         except (FileNotFoundError, ProcessLookupError):
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(COUNTED))
     return total
 
 

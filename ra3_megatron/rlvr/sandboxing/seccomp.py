@@ -1,10 +1,11 @@
 """The system calls that the sandbox denies, as a BPF program for `bwrap --seccomp`.
 
-Denied are calls that make memory which no limit counts (memfd, System V, POSIX queues), new name spaces and mounts,
+Denied are calls that make memory which no limit counts (memfd, System V, POSIX queues, mappings that are shared and no
+file's, whose pages stay when the mapping goes, buffers of TCP), new name spaces and mounts,
 calls that reach into other processes, and parts of the kernel that programs do not need. They fail with EPERM. clone3
 hides its flags from a filter: it fails with ENOSYS, and the C library takes clone. So do calls newer than this list.
 prlimit is for the process itself: the runner would take a lower limit from any process of its user. Sockets are of the
-families unix, IPv4 and IPv6 only: a network name space does not hold others (AF_VSOCK) back.
+family unix only: a network name space does not hold others (AF_VSOCK) back.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import struct
 EPERM, ENOSYS = 1, 38
 KILL, ERROR, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT = 0, 4, 16
+NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT, FOURTH_ARGUMENT_AT = 0, 4, 16, 40
 NEW_NAME_SPACES = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
-FAMILIES = (1, 2, 10)
-"""AF_UNIX, AF_INET, AF_INET6."""
+FAMILIES = (1,)
+"""AF_UNIX."""
+SHARED, ANONYMOUS = 0x01, 0x20
+"""Flags of mmap (MAP_SHARED_VALIDATE has the first, too)."""
 NEWEST = 451
 """The last call that the authors of the list knew."""
 
@@ -58,6 +61,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 SOCKET = {"x86_64": 41, "aarch64": 198}
 PRLIMIT = {"x86_64": 302, "aarch64": 261}
+MMAP = {"x86_64": 9, "aarch64": 222}
 CLONE3 = 435
 Line = tuple[str, int, int, str, str]
 """(label, operation, value, label to jump to when it holds, label to jump to when not); no label: the next line."""
@@ -80,10 +84,14 @@ def program(machine: str = "") -> bytes:
         ("", EQUAL, CLONE[machine], "clone", ""),
         ("", EQUAL, SOCKET[machine], "socket", ""),
         ("", EQUAL, PRLIMIT[machine], "prlimit", ""),
+        ("", EQUAL, MMAP[machine], "mmap", ""),
         *(("", EQUAL, number, "deny", "") for number in (*DENIED[machine], *COMMON)),
         ("allow", RETURN, ALLOW, "", ""),
         ("clone", LOAD, FIRST_ARGUMENT_AT, "", ""),
         ("", ANY_BIT, NEW_NAME_SPACES, "deny", "allow too"),
+        ("mmap", LOAD, FOURTH_ARGUMENT_AT, "", ""),
+        ("", ANY_BIT, ANONYMOUS, "", "allow too"),
+        ("", ANY_BIT, SHARED, "deny", "allow too"),
         ("prlimit", LOAD, FIRST_ARGUMENT_AT, "", ""),
         ("", EQUAL, 0, "allow too", "deny"),
         ("socket", LOAD, FIRST_ARGUMENT_AT, "", ""),
