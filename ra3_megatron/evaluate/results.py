@@ -1,6 +1,9 @@
 """`results.json`: everything that a figure depends on beside the figure, and tables for a terminal and for Markdown.
 
-{"version", "created", "model", "settings", "suites": {"humaneval": {facts, "reference", "modes": {"think": {…}}}}}
+{"format", "model", "suites": {"humaneval": {call, facts, "reference", "modes": {"think": {…}}}}}
+
+Suites may come from several calls for the same model, so what belongs to a call (`created`, `versions`, `sandbox`)
+stands in each suite.
 """
 
 from collections import Counter
@@ -20,7 +23,7 @@ from ra3_megatron.report.numbers import ABSENT, duration, number
 from ra3_megatron.report.run_folder import read_json
 
 FILE, MARKDOWN = "results.json", "results.md"
-FORMAT = 1
+FORMAT = 2
 NAMED = 20
 """Tasks that are named at most."""
 
@@ -91,7 +94,7 @@ def mode_facts(
         "samples_per_task": len(samples) // len(by_task),
         "estimates": estimates,
         "solved_tasks": solved,
-        "tokens": _tokens(samples, solved[suite.metrics[0]]),
+        "tokens": _tokens(samples, sum(c for _, c in counts[suite.metrics[0]].values())),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         **notes,
         "most_said": [[text, count] for text, count in said.most_common(5)] if suite.answers_are_code else [],
@@ -99,8 +102,8 @@ def mode_facts(
     }
 
 
-def _tokens(samples: Sequence[Sample], solved: int) -> dict[str, Any] | None:
-    """None for samples whose tokens are not known."""
+def _tokens(samples: Sequence[Sample], right: int) -> dict[str, Any] | None:
+    """What samples cost; None where their tokens are not known. right: samples that are right."""
     if any(sample.tokens is None for sample in samples):
         return None
     total = sum(sample.tokens or 0 for sample in samples)
@@ -108,7 +111,7 @@ def _tokens(samples: Sequence[Sample], solved: int) -> dict[str, Any] | None:
         "sampled": total,
         "thought": sum(sample.thought_tokens or 0 for sample in samples),
         "per_sample": total / len(samples),
-        "per_solved_task": total / solved if solved else None,
+        "per_right_sample": total / right if right else None,
     }
 
 
@@ -121,6 +124,25 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
+def earlier_suites(folder: Path, identity: str) -> dict[str, Any]:
+    """The suites of the results in a folder; none when there are no results.
+
+    Raises UserError when they are another model's: identity is of the one that is evaluated now.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    found = read_results(file)
+    model = found.get("model")
+    theirs = str(model.get("identity")) if isinstance(model, dict) else "none"
+    if theirs != identity:
+        raise UserError(
+            f"{file}: holds results of another model ({theirs[:12]}, now {identity[:12]}): choose another --out"
+        )
+    suites: dict[str, Any] = found["suites"]
+    return suites
+
+
 HEADINGS = (
     "suite",
     "mode",
@@ -129,7 +151,7 @@ HEADINGS = (
     "score",
     "95% over tasks",
     "references",
-    "tokens/solved",
+    "tokens/right sample",
     "thoughts",
     "time",
 )
@@ -156,7 +178,7 @@ def _cells(suite: dict[str, Any], facts: dict[str, Any], metric: str, value: dic
         f"{100 * value['value']:.1f}%",
         f"{100 * value['low']:.1f} to {100 * value['high']:.1f}",
         "/".join(map(str, reference[metric])) if reference else ABSENT,
-        number(tokens["per_solved_task"], 0) if tokens and tokens["per_solved_task"] else ABSENT,
+        number(tokens["per_right_sample"], 0) if tokens and tokens["per_right_sample"] else ABSENT,
         share,
         duration(sum(facts["seconds"].values())),
     ]

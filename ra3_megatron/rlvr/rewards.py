@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.responses import Response
-from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, SandboxError, Verdict
+from ra3_megatron.rlvr.sandbox import Limits, Outcome, Program, Sandbox, SandboxError, StdinTests, Verdict
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,12 @@ class Graded:
         }
 
 
-def sandbox_limits(limits: RlvrLimits) -> Limits:
-    """The limits of the sandbox that a configuration asks for."""
-    return Limits(seconds=limits.seconds, memory_mib=limits.memory_mib)
+def sandbox_limits(limits: RlvrLimits, problems: Sequence[Problem] = ()) -> Limits:
+    """The limits of the sandbox that a configuration asks for, with room for twice the longest output expected."""
+    found = Limits(seconds=limits.seconds, memory_mib=limits.memory_mib)
+    expected = [case[1] for each in problems if isinstance(each.tests, StdinTests) for case in each.tests.cases]
+    longest = max((len(text.encode()) for text in expected), default=0)
+    return replace(found, output_kib=max(found.output_kib, 1 + 2 * longest // 1024))
 
 
 class Grader:
@@ -71,11 +74,16 @@ class Grader:
         watchdog.touch()
         found_here: list[Outcome] = []
         failure = ""
+        defect: Exception | None = None
         try:
             found_here = self._sandbox.grade(mine)
         except SandboxError as error:
             failure = str(error)
+        except Exception as error:  # a defect: the others wait for what this process has to say
+            failure, defect = f"{type(error).__name__}: {error}", error
         failures = [told for told in self._runtime.gather_all(failure) if told]
+        if defect is not None:
+            raise defect
         if failures:
             raise Unavailable(f"sandbox={self._sandbox.isolation.value}: {failures[0]}")
         shares = self._runtime.gather_all(found_here)

@@ -67,7 +67,10 @@ class Request:
 
 
 def evaluate(request: Request) -> dict[str, Any]:
-    """Run it; returns what `results.json` holds. Raises UserError before anything is written when it cannot be run."""
+    """Run it; returns what `results.json` holds: these suites, and others of the same model from earlier calls.
+
+    Raises UserError before anything is written when it cannot be run.
+    """
     _check(request)
     require_bubblewrap(request.sandbox)
     loaded = [load_tasks(SUITES[name], request.data, request.limit, request.window) for name in request.suites]
@@ -79,13 +82,10 @@ def evaluate(request: Request) -> dict[str, Any]:
     if request.samples_from is not None:
         given = sample_files.read_theirs(request.samples_from, loaded[0])
         _ks(request, len(given[0]) // len(loaded[0].ids))
-    results: dict[str, Any] = {
-        "format": writing.FORMAT,
+    call = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": collect_versions(),
-        "model": _model(request, weights),
         "sandbox": str(request.sandbox),
-        "suites": {},
     }
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
@@ -94,8 +94,11 @@ def evaluate(request: Request) -> dict[str, Any]:
         for tasks, modes in plans:
             scorer = stack.enter_context(scorer_for(tasks, request.sandbox, request.workers or default_workers()))
             runs.append(_SuiteRun(request, tasks, scorer, progress, weights, modes, given))  # refuses what does not fit
+        model = _model(request, weights)
+        earlier = writing.earlier_suites(request.out, model["identity"])
+        results: dict[str, Any] = {"format": writing.FORMAT, "model": model, "suites": earlier}
         for run in runs:
-            results["suites"][run.suite.name] = run.all(engine)
+            results["suites"][run.suite.name] = {**call, **run.all(engine)}
             write_json(request.out / writing.FILE, results)
             write_text(request.out / writing.MARKDOWN, writing.markdown_page(results))
     return results
@@ -112,11 +115,26 @@ def show(results: dict[str, Any], out: Path, console: Console | None = None) -> 
     console.print(f"{out / writing.FILE}", markup=False, soft_wrap=True)
 
 
-def compare(a: Path, b: Path, console: Console | None = None) -> list[dict[str, Any]]:
-    """Print the comparison of two results, and return its rows. Raises UserError when they cannot be compared."""
-    rows = comparing.compare(writing.read_results(a), writing.read_results(b))
-    shown = comparing.table_rows(rows)
-    writing.print_table(comparing.HEADINGS, shown, f"A: {a}   B: {b}", console or Console())
+def compare(
+    a: Path, b: Path | None, modes: tuple[str, ...] = (), console: Console | None = None
+) -> list[dict[str, Any]]:
+    """Print the comparison of two results, or of two modes of one (b: None), and return its rows.
+
+    Raises UserError when they cannot be compared.
+    """
+    if modes:
+        if b is not None:
+            raise UserError(f"--modes={','.join(modes)}: compares two modes of one results file: leave out {b}")
+        if len(set(modes)) != 2 or len(modes) != 2 or "" in modes:
+            raise UserError(f"--modes={','.join(modes)}: must be two modes such as think,no-think")
+        rows = comparing.compare_modes(writing.read_results(a), *modes)
+        title = f"{a}   A: {modes[0]}   B: {modes[1]}"
+    elif b is None:
+        raise UserError("ra3 eval compare needs two results files, or one and --modes think,no-think")
+    else:
+        rows = comparing.compare(writing.read_results(a), writing.read_results(b))
+        title = f"A: {a}   B: {b}"
+    writing.print_table(comparing.HEADINGS, comparing.table_rows(rows), title, console or Console())
     return rows
 
 
@@ -137,11 +155,12 @@ class _SuiteRun:
         self.suite, self.modes, self.given = tasks.suite, modes, given
         self.prompts: list[str] = []
         self.digest: str | None = None
-        self.kept: dict[str, list[Sample]] = {}
+        self.found: dict[str, list[Sample]] = {}
+        """All samples of earlier calls, by mode: those that are not wanted now stay in the file too."""
         if given is None:
             self.prompts = scorer.prompts()
             self.digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
-            self.kept = {mode: self._read(mode) for mode in modes}
+            self.found = {mode: sample_files.read_ours(self._file(mode), self._header(mode)) for mode in modes}
 
     def all(self, engine: "Callable[[], RolloutEngine]") -> dict[str, Any]:
         """Facts of the suite, reference solutions, modes."""
@@ -194,11 +213,10 @@ class _SuiteRun:
             **self._shared(),
         }
 
-    def _read(self, mode: str) -> list[Sample]:
-        """Samples of an earlier call that are wanted now."""
+    def _wanted(self, mode: str) -> list[Sample]:
+        """Samples of earlier calls that are wanted now."""
         wanted = {(name, number) for name in self.tasks.ids for number in range(self.request.samples)}
-        found = sample_files.read_ours(self._file(mode), self._header(mode))
-        return [sample for sample in found if (sample.task_id, sample.number) in wanted]
+        return [sample for sample in self.found[mode] if (sample.task_id, sample.number) in wanted]
 
     def _write(self, mode: str, engine: "RolloutEngine") -> tuple[list[Sample], dict[str, float], dict[str, Any]]:
         """Samples of the model in one mode: those of an earlier call, and the others."""
@@ -207,7 +225,8 @@ class _SuiteRun:
         from ra3_megatron.verbs.sampled_model import end_ids
 
         assert self.weights is not None
-        weights, request, suite, kept, file = self.weights, self.request, self.suite, self.kept[mode], self._file(mode)
+        weights, request, suite, file = self.weights, self.request, self.suite, self._file(mode)
+        kept = self._wanted(mode)
         config = weights.config
         settings = Settings(
             samples=request.samples,
@@ -221,7 +240,7 @@ class _SuiteRun:
         )
         writer = Writer(engine, weights.tokenizer, weights.latents, config.text, suite, Mode(mode), settings)
         file.parent.mkdir(parents=True, exist_ok=True)
-        sample_files.begin(file, self._header(mode), kept)
+        sample_files.begin(file, self._header(mode), self.found[mode])
         samples = list(kept)
         start = time.monotonic()
         total = len(self.tasks.ids) * request.samples
@@ -350,4 +369,4 @@ def _model(request: Request, weights: "Weights | None") -> dict[str, Any]:
         assert request.samples_from is not None
         digest = hashlib.sha256(request.samples_from.read_bytes()).hexdigest()
         return {"name": str(request.samples_from), "identity": digest}
-    return {"name": weights.name, "identity": weights.identity, "engine": request.engine}
+    return {"name": weights.name, "identity": weights.identity}

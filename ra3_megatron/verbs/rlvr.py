@@ -82,7 +82,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
             benchmarks = training_suites(
                 config, suites, runtime, tokenizer, latents, end_ids(tokenizer, source), progress
             )
-            with engines as pool, _sandbox(config, runtime) as sandbox, benchmarks as evaluates:
+            with engines as pool, _sandbox(config, runtime, problems) as sandbox, benchmarks as evaluates:
                 run = RunContext(
                     config,
                     folder,
@@ -110,7 +110,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
         runtime.barrier()
 
 
-def _sandbox(config: RunConfig, runtime: "Runtime") -> Sandbox:
+def _sandbox(config: RunConfig, runtime: "Runtime", problems: Problems) -> Sandbox:
     """The sandbox of this process: its share of the cores of its node."""
     import os
 
@@ -119,7 +119,8 @@ def _sandbox(config: RunConfig, runtime: "Runtime") -> Sandbox:
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
     workers = config.rlvr.limits.workers or available_cores()
-    return Sandbox(Isolation(config.sandbox), sandbox_limits(config.rlvr.limits), max(1, workers // here))
+    limits = sandbox_limits(config.rlvr.limits, [*problems.train, *problems.held_out])
+    return Sandbox(Isolation(config.sandbox), limits, max(1, workers // here))
 
 
 def _tokenizer(config: RunConfig, folder: RunFolder) -> "Tokenizer":
@@ -137,8 +138,14 @@ def _tokenizer(config: RunConfig, folder: RunFolder) -> "Tokenizer":
 
 
 def _say(problems: Problems, progress: Any) -> None:
+    for reason, count in problems.left_out.items():
+        progress.message(f"{count} problems are left out: {reason}")
     report = problems.decontamination
     if report is not None:
+        for file, count in report.unread.items():
+            progress.message(
+                f"{file}: {count} rows have neither a solution nor a prompt, and were compared with nothing"
+            )
         counts = ", ".join(f"{file}: {len(names)}" for file, names in report.dropped.items())
         progress.message(f"{len(report.names)} problems share text with a benchmark and are left out ({counts})")
 
@@ -152,6 +159,7 @@ def _manifest(problems: Problems) -> dict[str, Any]:
         "training_hash": _hash(problems.train),
         "held_out_hash": _hash(problems.held_out),
         "held_out_names": [problem.name for problem in problems.held_out],
+        "left_out": problems.left_out,
         "decontamination": "none" if report is None else asdict(report),
     }
 

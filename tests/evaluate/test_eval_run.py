@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).parents[1] / "hf"))
 
 from hf_models import make
+from made import ADD, EQUAL, write_rows
 
 from ra3_megatron.cli import app
 from ra3_megatron.config.load import dump_config, load_config
@@ -93,6 +94,8 @@ def test_both_modes_from_every_kind_of_weights(
         assert set(facts["counts"]["passed"]) == {"HumanEval/0", "HumanEval/1"}
     compared = ra3("compare", tmp_path / "hf", tmp_path / "run" / "results.json").stdout
     assert compared.count("+0.0 to +0.0") == 2
+    compared = ra3("compare", tmp_path / "hf", "--modes", "think,no-think").stdout
+    assert compared.count("+0.0 to +0.0") == 1 and "A: think   B: no-think" in compared
 
 
 @pytest.mark.extended
@@ -131,6 +134,62 @@ def test_samples_are_used_again_and_never_those_of_another_model(
     assert "another top_p (1.0, now 0.5)" in refusal(*words, "--hf", hf, "--top-p", "0.5")
     assert "another temperature (0.7, now 0.0)" in refusal(*TWO, "--data", data, "--out", out, "--hf", hf)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing written"
+
+
+def test_a_call_with_fewer_samples_leaves_the_others(
+    hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path
+) -> None:
+    harness("humaneval")
+    out = tmp_path / "out"
+    words = (*TWO, "--data", data, "--out", out, "--temperature", "0.8", "--hf", hf)
+    ra3(*words, "--samples", 3)
+    file = out / "samples" / "humaneval-think.jsonl"
+    before = file.read_text()
+    assert len(before.splitlines()) == 1 + 2 * 3
+    ra3(*words, "--samples", 1)
+    assert file.read_text() == before
+    facts = json.loads((out / "results.json").read_text())["suites"]["humaneval"]["modes"]["think"]
+    assert facts["samples_per_task"] == 1 and facts["reused_samples"] == 2
+    assert facts["counts"]["passed"] == {"HumanEval/0": [1, 0], "HumanEval/1": [1, 0]}, "the others do not count"
+
+
+def test_suites_of_one_model_are_merged_and_another_model_is_refused(
+    hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path
+) -> None:
+    harness("humaneval")
+    out, made = tmp_path / "out", tmp_path / "made"
+    write_rows(made / "livecodebench" / "test.jsonl", [ADD])
+    write_rows(made / "codeforces" / "test.jsonl", [EQUAL])
+    short = ("--out", out, "--max-new-tokens", "4", "--set", "parallel.threads=1")
+    ra3(*TWO, "--hf", hf, "--data", data, "--out", out)
+    first = json.loads((out / "results.json").read_text())
+    ra3("--suite", "livecodebench", "--hf", hf, "--data", made, *short)
+    second = json.loads((out / "results.json").read_text())
+    assert list(second["suites"]) == ["humaneval", "livecodebench"]
+    assert second["suites"]["humaneval"] == first["suites"]["humaneval"]
+    assert not {"created", "versions", "sandbox", "engine"} & {*second, *second["model"]}, "what is of a call"
+    for suite in second["suites"].values():
+        assert suite["created"] and suite["versions"] and suite["sandbox"] == "bubblewrap"
+    page = (out / "results.md").read_text()
+    assert "| humaneval (2 of 164) |" in page and "| livecodebench (1) |" in page
+    other = make("llama", tmp_path / "other", tokenizer=True, max_position_embeddings=1024, num_hidden_layers=1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    said = refusal("--suite", "codeforces", "--hf", other, "--data", made, *short)
+    assert said.startswith(f"{out / 'results.json'}: holds results of another model (") and "another --out" in said
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}, "nothing written"
+
+
+def test_data_that_no_harness_could_use_is_refused(
+    hf: Path, data: Path, harness: Callable[[str], None], tmp_path: Path
+) -> None:
+    harness("humaneval")
+    rows = load_tasks(SUITES["humaneval"], data).rows
+    file = write_rows(
+        tmp_path / "humaneval" / "HumanEval.jsonl", [rows[0], {**rows[1], "test": "def check(:\n"}, *rows[2:]]
+    )
+    out = tmp_path / "out"
+    said = refusal(*TWO, "--data", tmp_path, "--out", out, "--hf", hf)
+    assert said.startswith(f"{file}:2: test: must be Python (") and not out.exists()
 
 
 def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_path: Path) -> None:

@@ -145,6 +145,35 @@ def test_limits_are_the_tasks_own() -> None:
     assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
 
 
+@pytest.mark.parametrize(
+    ("suite", "row", "why"),
+    [
+        ("livecodebench", {"private_test_cases": "%%%"}, "livecodebench, made_a: tests cannot be read: not base64"),
+        (
+            "livecodebench",
+            {key: '[{"input": "", "output": "", "testtype": "oral"}]' for key in ADD if key.endswith("_test_cases")},
+            "livecodebench, made_a: tests of kind oral are not graded",
+        ),
+        ("livecodebench", {"question_content": None}, "question_content: must be there and be a text"),
+        ("codeforces", {"official_tests": [{"input": "1"}]}, "codeforces, 2/B: official_tests need input and output"),
+        ("codeforces", {"generated_checker": "def :"}, "generated_checker: must be Python ("),
+        ("codeforces", {"time_limit": "soon"}, "codeforces: cannot be graded (ValueError: could not convert"),
+        ("codeforces", {"examples": [1]}, "codeforces: cannot be graded (TypeError: "),
+        ("codeforces", {"title": 7}, "title: must be there and be a text"),
+    ],
+)
+def test_a_task_that_cannot_be_graded_is_refused_when_it_is_read(
+    suite: str, row: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    first, second = ({**ADD, "question_id": "first"}, ADD) if suite == "livecodebench" else (SPLIT, EQUAL)
+    file = write_rows(tmp_path / suite / "test.jsonl", [first, {**second, **row}])
+    with pytest.raises(UserError) as refused:
+        load_tasks(SUITES[suite], tmp_path)
+    assert str(refused.value).startswith(f"{file}:2: {why}"), refused.value
+    assert "\n" not in str(refused.value)
+    assert len(load_tasks(SUITES[suite], tmp_path, limit=1).rows) == 1, "a row that is not used is not looked at"
+
+
 def test_a_row_without_tests_is_refused() -> None:
     with pytest.raises(UserError, match=r"^codeforces, 1/A: official_tests need input and output"):
         codeforces.program({**SPLIT, "official_tests": [{"input": "1"}]}, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made import results, tasks
@@ -12,8 +13,9 @@ from scipy import stats
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate import compare, sample_files
-from ra3_megatron.evaluate.results import HEADINGS, markdown_page, read_results, table_rows
+from ra3_megatron.evaluate.results import HEADINGS, earlier_suites, markdown_page, read_results, table_rows
 from ra3_megatron.evaluate.samples import Sample
+from ra3_megatron.verbs import evaluate as verb
 
 
 def test_figures_of_a_mode() -> None:
@@ -26,7 +28,7 @@ def test_figures_of_a_mode() -> None:
         "HumanEval/3": [2, 0],
     }
     assert mode["solved_tasks"] == {"passed": 2}
-    assert mode["tokens"] == {"sampled": 80, "thought": 32, "per_sample": 10.0, "per_solved_task": 40.0}
+    assert mode["tokens"] == {"sampled": 80, "thought": 32, "per_sample": 10.0, "per_right_sample": 80 / 3}
     assert mode["most_said"][0] == ["failed", 5]
 
 
@@ -78,6 +80,70 @@ def test_other_suites_modes_and_settings_are_not_compared() -> None:
     modes["no-think"] = modes.pop("think")
     with pytest.raises(UserError, match=r"^no mode with the same number k"):
         compare.compare(a, b)
+
+
+def test_tokens_per_right_sample_do_not_grow_with_the_number_of_samples() -> None:
+    """Ten times as many samples, of which the same share is right, each of 10 tokens."""
+    found = []
+    for row in ([1, 0], [1, 0] * 10):
+        tokens = results([row, row])["suites"]["humaneval"]["modes"]["think"]["tokens"]
+        found.append(tokens["per_right_sample"])
+    assert found == [20.0, 20.0]
+    none = results([[0], [0]])["suites"]["humaneval"]["modes"]["think"]["tokens"]
+    assert none["per_right_sample"] is None and "tokens/right sample" in HEADINGS
+
+
+def two_modes(think: list[list[int]], without: list[list[int]]) -> dict[str, Any]:
+    """Results of HumanEval with both modes."""
+    made, other = results(think), results(without)
+    made["suites"]["humaneval"]["modes"]["no-think"] = other["suites"]["humaneval"]["modes"]["think"]
+    return made
+
+
+def test_two_modes_of_one_model_are_compared_task_by_task(tmp_path: Path) -> None:
+    think = [[int(place < 10)] for place in range(40)]
+    without = [[int(place < 8 or 10 <= place < 20)] for place in range(40)]
+    made = two_modes(think, without)
+    (row,) = compare.compare_modes(made, "think", "no-think")
+    (paired,) = compare.compare(results(think), results(without))
+    assert row == {**paired, "mode": "think, no-think"}, "as two files with one mode each"
+    (back,) = compare.compare_modes(made, "no-think", "think")
+    assert back["value"] == -row["value"] and (back["only_a"], back["only_b"]) == (10, 2)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(made))
+    assert verb.compare(file, None, ("think", "no-think")) == [row]
+
+
+def test_modes_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results([[1], [0]])))
+    refused = [
+        (
+            (file, file, ("think", "no-think")),
+            f"--modes=think,no-think: compares two modes of one results file: leave out {file}",
+        ),
+        ((file, None, ("think",)), "--modes=think: must be two modes such as think,no-think"),
+        ((file, None, ("think", "think")), "--modes=think,think: must be two modes such as think,no-think"),
+        ((file, None, ("think", "no-think")), "--modes=think,no-think: no suite has both modes: humaneval has think"),
+        ((file, None, ()), "ra3 eval compare needs two results files, or one and --modes think,no-think"),
+    ]
+    for given, why in refused:
+        with pytest.raises(UserError) as error:
+            verb.compare(*given)
+        assert str(error.value) == why
+    made = two_modes([[1], [0]], [[1], [0]])
+    made["suites"]["humaneval"]["modes"]["no-think"]["max_new_tokens"] = 65
+    with pytest.raises(UserError, match=r"A and B have another max_new_tokens \(64, 65\)"):
+        compare.compare_modes(made, "think", "no-think")
+
+
+def test_earlier_results_are_those_of_the_same_model(tmp_path: Path) -> None:
+    assert earlier_suites(tmp_path, "0" * 64) == {}
+    made = results([[1], [0]])
+    (tmp_path / "results.json").write_text(json.dumps(made))
+    assert earlier_suites(tmp_path, "0" * 64) == made["suites"]
+    with pytest.raises(UserError, match=r"holds results of another model \(000000000000, now 111111111111\)"):
+        earlier_suites(tmp_path, "1" * 64)
 
 
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
@@ -141,8 +207,27 @@ def test_given_samples_come_in_the_order_of_the_tasks(tmp_path: Path) -> None:
             [{"task_id": f"HumanEval/{n}", "completion": ""} for n in (0, 0, 1)],
             "holds 1 to 2 samples a task: must be equal",
         ),
-        ([{"task_id": "HumanEval/0"}], "sample 1: must have task_id and one text"),
-        ([{"task_id": "HumanEval/0", "completion": "", "solution": ""}], "sample 1: must have task_id and one text"),
+        ([{"task_id": "HumanEval/0"}], "given.jsonl:1: must have task_id and one text"),
+        (
+            [{"task_id": "HumanEval/0", "completion": "", "solution": ""}],
+            "given.jsonl:1: must have task_id and one text",
+        ),
+        (
+            [{"task_id": f"HumanEval/{n}", "completion": "", "tokens": "many"} for n in (0, 1)],
+            "given.jsonl:1: tokens=many: must be a whole number from 0",
+        ),
+        (
+            [{"task_id": "HumanEval/0", "completion": ""}, {"task_id": "HumanEval/1", "completion": "", "number": -1}],
+            "given.jsonl:2: number=-1: must be a whole number from 0",
+        ),
+        (
+            [{"task_id": "HumanEval/0", "completion": "", "thought_tokens": True}],
+            "given.jsonl:1: thought_tokens=True: must be a whole number from 0",
+        ),
+        (
+            [{"task_id": f"HumanEval/{n}", "solution": ""} for n in (0, 1)],
+            "given.jsonl:1: solution: humaneval takes completions of its prompt alone",
+        ),
         ([{"ra3_eval": {"suite": "mbpp+"}}], "samples of another suite (mbpp+, here humaneval)"),
         ([{"ra3_eval": {"suite": "humaneval", "data_sha256": "x"}}], "samples of another data_sha256"),
     ],

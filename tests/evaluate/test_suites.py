@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from made import write_rows
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate import data as reading
@@ -94,10 +95,48 @@ def test_data_that_is_something_else_is_refused(tmp_path: Path) -> None:
     file.write_text('{"task_id": "Mbpp/2"}\n')
     assert refusal("mbpp+", tmp_path) == f"{file.parent}: has 1 tasks of mbpp+, not 378"
     file.write_text("no json\n")
-    assert refusal("mbpp+", tmp_path).startswith(f"{file}: cannot be read as lines of JSON")
+    assert refusal("mbpp+", tmp_path).startswith(f"{file}:1: must be a line of JSON (")
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{}\n")
     assert refusal("gsm8k", tmp_path) == f"--data={tmp_path}: lacks gsm8k/train.jsonl, which gsm8k needs too"
+
+
+FILES = {
+    "humaneval": "humaneval/HumanEval.jsonl",
+    "humaneval+": "humanevalplus/HumanEvalPlus.jsonl",
+    "mbpp": "mbpp/mbpp.jsonl",
+    "mbpp+": "mbppplus/MbppPlus.jsonl",
+    "gsm8k": "gsm8k/test.jsonl",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("humaneval", {"test": "def check(:\n"}, "test: must be Python ("),
+        ("humaneval", {"canonical_solution": None}, "canonical_solution: must be there and be a text"),
+        ("humaneval", {"entry_point": "a b"}, "entry_point=a b: must be the name of a function"),
+        ("humaneval", {"task_id": "HumanEval/0"}, "task_id: must be its own, and is that of FILE:1"),
+        ("humaneval", {"task_id": None}, "not the data of humaneval: task_id: must be there"),
+        ("humaneval+", {"plus_input": "none"}, "plus_input: must be there and be a list or an object"),
+        ("humaneval+", {"canonical_solution": "  )"}, "prompt and canonical_solution: must be Python ("),
+        ("mbpp", {"test_list": []}, "test_list: must hold at least one text"),
+        ("mbpp", {"test_list": ["assert"]}, "test_list[0]: must be Python ("),
+        ("mbpp", {"code": 3}, "code: must be there and be a text"),
+        ("mbpp+", {"atol": True}, "atol: must be there and be a number"),
+        ("gsm8k", {"answer": 18}, "answer: must be there and be a text"),
+    ],
+)
+def test_a_row_that_a_harness_could_not_use_is_refused(
+    name: str, change: dict[str, object], why: str, data: Path, tmp_path: Path
+) -> None:
+    """With its file and line; where the change is None, without the field."""
+    tasks = load_tasks(SUITES[name], data)
+    second = {key: value for key, value in {**tasks.rows[1], **change}.items() if value is not None}
+    file = write_rows(tmp_path / FILES[name], [tasks.rows[0], second, *tasks.rows[2:]])
+    if tasks.support:
+        write_rows(tmp_path / "gsm8k" / "train.jsonl", tasks.support)
+    assert refusal(name, tmp_path).startswith(f"{file}:2: {why}".replace("FILE", str(file)))
 
 
 def test_evalplus_cache_is_found(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from ra3_megatron.config.data import CorpusConfig
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.rlvr import RlvrLimits
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.rlvr.problems.competition import competition_problems
@@ -21,7 +22,8 @@ from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.problems.sources import encode_prompts
-from ra3_megatron.rlvr.sandbox import FunctionTests, Sandbox, StdinTests, Verdict
+from ra3_megatron.rlvr.rewards import sandbox_limits
+from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Sandbox, StdinTests, Verdict
 from ra3_megatron.text.latents import build_format
 from ra3_megatron.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from tests.evaluate.made import ADD, EQUAL, PAIRS, SPLIT, write_rows
@@ -138,8 +140,13 @@ ANSWERS = [
 def test_deepcoder_rows(tmp_path: Path, sandbox: Sandbox) -> None:
     file = tmp_path / "deepcoder.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in DEEPCODER))
-    problems, held = competition_problems(str(file), "deepcoder", None, 0)
-    assert not held and isinstance(problems[1].tests, StdinTests) and "class Solution" in problems[2].prompt
+    problems, held, left_out = competition_problems(str(file), "deepcoder", None, 0)
+    assert (
+        not held
+        and not left_out
+        and isinstance(problems[1].tests, StdinTests)
+        and "class Solution" in problems[2].prompt
+    )
     assert verdicts(sandbox, problems, ANSWERS) == [Verdict.PASSED] * 3
     wrong = [
         "def double(x):\n    return x",
@@ -156,7 +163,7 @@ def test_areal_rows(tmp_path: Path, sandbox: Sandbox) -> None:
     ]
     file = tmp_path / "areal.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (first,), (second,) = competition_problems(str(file), "areal", None, 1)
+    (first,), (second,), _ = competition_problems(str(file), "areal", None, 1)
     answers = ["print(sum(map(int, input().split())))", "def neg(x): return -x"]
     assert verdicts(sandbox, [first, second], answers) == [Verdict.PASSED] * 2
 
@@ -164,8 +171,8 @@ def test_areal_rows(tmp_path: Path, sandbox: Sandbox) -> None:
 def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> None:
     """The rows that evaluation is tested with, to train on: a function, a checker, names imported before."""
     contests, rounds = write_rows(tmp_path / "a.jsonl", [ADD, PAIRS]), write_rows(tmp_path / "b.jsonl", [SPLIT, EQUAL])
-    (add, pairs), _ = competition_problems(str(contests), "livecodebench", None, 0)
-    (split, equal), _ = competition_problems(str(rounds), "codeforces", None, 0)
+    (add, pairs), *_ = competition_problems(str(contests), "livecodebench", None, 0)
+    (split, equal), *_ = competition_problems(str(rounds), "codeforces", None, 0)
     assert [p.name for p in (add, pairs, split, equal)] == [
         "livecodebench/made_a",
         "livecodebench/made_b",
@@ -187,6 +194,9 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
         ({"problem": "x", "tests": "[]"}, "there are no tests"),
         ({"problem": "x", "tests": '{"inputs": ["1"], "outputs": []}'}, "1 inputs and 0 outputs"),
         ({"problem": "x", "tests": "not json"}, "no row of deepcoder"),
+        ({"problem": "x", "tests": [{"type": "interactive", "input": "", "output": ""}]}, "unknown kind: interactive"),
+        ({"problem": "x", "tests": {"fn_name": "f(1) or f", "inputs": [[1]], "outputs": [1]}}, "is no name"),
+        ({"problem": "x", "tests": "[" * 100000}, "recursion"),
     ],
 )
 def test_rows_that_are_none(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -194,6 +204,92 @@ def test_rows_that_are_none(row: dict[str, Any], said: str, tmp_path: Path) -> N
     file.write_text(json.dumps(DEEPCODER[0]) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"bad.jsonl:2: .*{said}"):
         competition_problems(str(file), "deepcoder", None, 0)
+
+
+def test_rows_of_codeforces_that_cannot_be_graded_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        SPLIT,
+        EQUAL,
+        {**SPLIT, "id": "3/A", "interaction_format": "ask"},
+        {**SPLIT, "id": "4/A", "input_mode": "file"},
+        {**SPLIT, "id": "5/A", "official_tests_complete": False},
+    ]
+    train, held, left_out = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "codeforces", None, 0)
+    assert len(train) == 2 and not held
+    assert left_out == {"interactive": 1, "reads a file": 1, "official tests incomplete": 1}
+    for wrong, said in (
+        ([SPLIT, {**EQUAL, "generated_checker": "if:"}], "a.jsonl:2: .*generated_checker is no Python"),
+        ([SPLIT, SPLIT], "a.jsonl:2: .*stands in line 1 already"),
+    ):
+        file = write_rows(tmp_path / "a.jsonl", wrong)
+        with pytest.raises(UserError, match=said):
+            competition_problems(str(file), "codeforces", None, 0)
+
+
+def test_a_checkers_score_is_a_number_alone_on_its_last_line(tmp_path: Path, sandbox: Sandbox) -> None:
+    """A message that ends with a word of the program's is no score."""
+    source = "import sys\nfound = open(sys.argv[3]).read()\nprint('well')\nprint({})"
+    rows = [
+        {**SPLIT, "id": name, "generated_checker": source.format(said)}
+        for name, said in (("1/A", "'wrong answer: found', found"), ("2/A", "found"), ("3/A", "'inf'"))
+    ]
+    problems, *_ = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "codeforces", None, 0)
+    assert verdicts(sandbox, problems, ["print(1.0)"] * 3) == [Verdict.WRONG, Verdict.PASSED, Verdict.WRONG]
+
+
+def test_numbers_are_compared_as_the_data_sets_graders_do(tmp_path: Path, sandbox: Sandbox) -> None:
+    """Floats nearly, one value in a list either way, and numbers that JSON has no sign for."""
+    tests = [
+        {"inputs": ["1"], "outputs": ["0.33333333 inf"]},
+        {"fn_name": "f", "inputs": [[2]], "outputs": [[[1.5]]]},
+        {"fn_name": "f", "inputs": [[2]], "outputs": [[5]]},
+        {"fn_name": "f", "inputs": [[2]], "outputs": [float("inf")]},
+    ]
+    rows = [{"problem": "x", "tests": test} for test in tests]
+    problems, *_ = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "deepcoder", None, 0)
+    right = [
+        "print(1 / 3, 'inf')",
+        "def f(x): return [x - 0.5 + 1e-12]",
+        "def f(x): return [5]",
+        "def f(x): return 1e999",
+    ]
+    assert verdicts(sandbox, problems, right) == [Verdict.PASSED] * 4
+    wrong = ["print(1 / 3, 7)", "def f(x): return [1.6]", "def f(x): return [[5]]", "def f(x): return 7.0"]
+    assert verdicts(sandbox, problems, wrong) == [Verdict.WRONG] * 4
+    also = ["print(1 / 3, 'INF')", "def f(x): return 1.5", "def f(x): return 5", "def f(x): return float('inf')"]
+    assert verdicts(sandbox, problems, also)[2:] == [Verdict.PASSED] * 2
+
+
+def test_long_outputs_that_are_expected_are_no_flood(bubblewrap: Isolation) -> None:
+    asked = Problem("long", "p", StdinTests((("", "7 " * 300000),)), "program")
+    limits = sandbox_limits(RlvrLimits(), [asked])
+    assert limits.output_kib > 1100 and sandbox_limits(RlvrLimits()).output_kib == 256
+    with Sandbox(bubblewrap, limits, workers=1) as opened:
+        assert opened.grade_one(asked.program("print('7 ' * 300000)")).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stop": [""]}, "bad.jsonl:1: stop.0: String should have at least 1 character"),
+        ({"tests": ["return 1"]}, "bad.jsonl:1: Value error, test 1 is no Python"),
+        ({"tests": [], "cases": [{"input": "", "output": ""}], "checker": "x = 1"}, "checker does not define check"),
+    ],
+)
+def test_lines_that_are_wrong(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    row = {"name": "a", "prompt": "p", "tests": ["assert f"], **change}
+    with pytest.raises(UserError, match=said):
+        jsonl_problems(str(write_rows(tmp_path / "bad.jsonl", [row])), None, 0)
+
+
+def test_a_text_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    row = {"name": "a", "prompt": "one\u2028two\x85three", "tests": ["assert f"]}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n" + '{"name": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"^[^\n]*lines.jsonl:2: [^\n]*$"):
+        jsonl_problems(str(file), None, 0)
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert jsonl_problems(str(file), None, 0)[0][0].prompt == row["prompt"]
 
 
 @needs_mbpp
@@ -221,7 +317,13 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
     (tmp_path / "bench" / "one.jsonl").write_text(json.dumps({"task_id": 1, "canonical_solution": LONG}) + "\n")
     with gzip.open(tmp_path / "bench" / "two.jsonl.gz", "wt") as file:
         file.write(json.dumps({"solution": "x = sorted(y)"}) + "\n")
-    (tmp_path / "bench" / "prompts.jsonl").write_text(json.dumps({"prompt": "no solution"}) + "\n")
+    asked = "Given two numbers and a list of words, print how many words have so many letters."
+    (tmp_path / "bench" / "prompts.jsonl").write_text(json.dumps({"prompt": asked}) + "\n" + '{"x": 1}\n')
+    mbpp = {"text": "t", "code": LONG.replace("total", "mine"), "test_list": []}
+    (tmp_path / "bench" / "mbpp.jsonl").write_text(
+        "".join(json.dumps({**mbpp, "task_id": number}) + "\n" for number in (10, 511))
+        + json.dumps({**mbpp, "task_id": 11, "code": LONG.replace("total", "theirs")})
+    )
     part = LONG.replace("def f(a, b):", "def other(a, b, c, d):").replace("return total", "return -1")
     problems = [
         problem("the same", LONG),
@@ -230,11 +332,20 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
         problem("short and the same", "x  =  sorted( y )"),
         problem("short and another", "x = sorted(z)"),
         problem("only a prompt", None, "something else"),
+        problem("the same prompt", None, "Easy. " + asked),
+        problem("trained on", LONG.replace("total", "mine")),
+        problem("tested on", LONG.replace("total", "theirs")),
     ]
     kept, report = decontaminate(problems, str(tmp_path / "bench"))
-    assert [p.name for p in kept] == ["renamed", "short and another", "only a prompt"]
-    assert report.benchmarks == {"one.jsonl": 1, "two.jsonl.gz": 1}
-    assert report.dropped == {"one.jsonl": ["the same", "a long part"], "two.jsonl.gz": ["short and the same"]}
+    assert [p.name for p in kept] == ["renamed", "short and another", "only a prompt", "trained on"]
+    assert report.benchmarks == {"one.jsonl": 1, "two.jsonl.gz": 1, "prompts.jsonl": 1, "mbpp.jsonl": 1}
+    assert report.unread == {"prompts.jsonl": 1}
+    assert report.dropped == {
+        "one.jsonl": ["the same", "a long part"],
+        "two.jsonl.gz": ["short and the same"],
+        "prompts.jsonl": ["the same prompt"],
+        "mbpp.jsonl": ["tested on"],
+    }
 
 
 def test_a_folder_without_benchmarks(tmp_path: Path) -> None:

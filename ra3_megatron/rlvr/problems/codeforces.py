@@ -31,8 +31,11 @@ def check(input, expected, output):
             pass
         finally:
             sys.argv = before
-    words = said.getvalue().split()
-    return bool(words) and float(words[-1]) >= 1.0
+    last = said.getvalue().strip().split("\\n")[-1].split()
+    if len(last) != 1:  # a message may end with a word of the program's
+        return False
+    score = float(last[0])
+    return score - score == 0 and score >= 1.0
 '''
 
 
@@ -41,7 +44,7 @@ def choose(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, 
     left_out: dict[str, int] = {}
     kept = []
     for row in rows:
-        reason = _reason(row)
+        reason = reason_left_out(row)
         if reason:
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
@@ -51,7 +54,7 @@ def choose(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, 
     return kept, left_out
 
 
-def _reason(row: dict[str, Any]) -> str | None:
+def reason_left_out(row: dict[str, Any]) -> str | None:
     """Why a row cannot be graded."""
     if not row.get("official_tests"):
         return "no official tests"
@@ -84,6 +87,10 @@ def program(row: dict[str, Any], code: str) -> Program:
     except (KeyError, TypeError) as error:
         raise UserError(f"codeforces, {row.get('id')}: official_tests need input and output ({error})") from error
     source = row.get("generated_checker")
+    try:
+        compile(source or "", "checker.py", "exec")
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise UserError(f"codeforces, {row.get('id')}: generated_checker is no Python ({error})") from error
     return Program(code, StdinTests(cases, checker=_CHECKER.format(source=source) if source else None))
 
 

@@ -4,17 +4,20 @@
         {"inputs": […], "outputs": […], "fn_name"?: …}                                              (taco)
         [{"input": …, "output": …, "type" or "testtype": "stdin_stdout" | "stdin" | "function_call" | "functional",
           "fn_name"? or "metadata"?: {"func_name": …}}, …]                       (primeintellect, lcbv5, codeforces)
-        with starter_code? and metadata?: {"func_name": …} beside it
+        with starter_code?, metadata?: {"func_name": …} and solutions?: [text, …] beside it
     AReaL (inclusionAI's code data): prompt (or question); input_output, JSON {"inputs", "outputs", "fn_name"?}
     LiveCodeBench, Codeforces: as `ra3 eval` reads them (`livecodebench.py`, `codeforces.py`). What is trained on
         measures nothing any more: take contests before those that you evaluate on.
 
-Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are. Functions:
-arguments are JSON values (a list, or one value a line of a text), results are equal when they are the same JSON.
+Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are, numbers within
+1e-5. Functions: arguments are JSON values (a list, or one value a line of a text), results are equal when they are the
+same JSON, floats within 1e-5. Limits of time and memory in a row are not read: `rlvr.limits` are those of all.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
 
 SAME = """
+from math import inf, nan
+
 def _plain(value):
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -32,39 +37,67 @@ def _plain(value):
         return {str(key): _plain(item) for key, item in value.items()}
     return value
 
+def _equal(found, expected):
+    if type(found) is float or type(expected) is float:
+        numbers = isinstance(found, (int, float)) and isinstance(expected, (int, float))
+        return numbers and (found == expected or abs(found - expected) <= 1e-8 + 1e-5 * abs(expected) < inf)
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_equal, found, expected))
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and found.keys() == expected.keys() and all(
+            [_equal(found[key], expected[key]) for key in expected]
+        )
+    return found == expected
+
 def _same(found, expected):
-    return _plain(found) == _plain(expected)
+    return any([_equal(_plain(found), _plain(value)) for value in expected])
 """
-"""JSON knows neither tuples nor keys that are no strings."""
+"""JSON knows neither tuples nor keys that are no strings; floats as near as numpy.allclose has it, which DeepCoder's
+graders take. expected: all values that are right."""
+TOLERANCE = 1e-5
+"""Of numbers that a program prints, from the same graders."""
 INSTRUCTIONS = {
     "stdin": "Write a Python program that reads from standard input and writes the answer to standard output.",
     "function": "Write the answer in Python, starting from this code:\n```python\n{starter}\n```",
 }
 _FUNCTION_KINDS = frozenset({"function_call", "functional"})
+_STDIN_KINDS = frozenset({"stdin_stdout", "stdin"})
 
 
 def competition_problems(
     path: str, schema: str, limit: int | None, held_out: int
-) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems of a jsonl file in one of the schemas; the last ones are held out.
+) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    """Training and held-out problems of a jsonl file in one of the schemas, the last ones being held out; and how many
+    rows were left out for which reason, since they cannot be graded exactly.
 
     Raises UserError with the line of the first row that is wrong.
     """
     file = Path(path)
     found: list[Problem] = []
+    left_out: Counter[str] = Counter()
+    lines_of: dict[str, int] = {}
     number = 0
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    found.append(_problem(json.loads(line), f"{schema}/{number}", schema))
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                reason = codeforces.reason_left_out(row) if schema == "codeforces" else None
+                if reason is not None:
+                    left_out[reason] += 1
+                    continue
+                problem = _problem(row, f"{schema}/{number}", schema)
+                if lines_of.setdefault(problem.name, number) != number:
+                    raise ValueError(f"{problem.name} stands in line {lines_of[problem.name]} already")
+                found.append(problem)
     except OSError as error:
         raise UserError(f"rlvr.problems.path={path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         said = f"no key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}:{number}: no row of {schema} ({said})") from error
     kept = min(held_out, max(len(found) - 1, 0))
-    return found[: len(found) - kept][:limit], found[len(found) - kept :]
+    return found[: len(found) - kept][:limit], found[len(found) - kept :], dict(left_out)
 
 
 def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
@@ -88,7 +121,9 @@ def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
     metadata = _loaded(row.get("metadata") or {})
     function = function or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
     starter = row.get("starter_code") or ""
-    return contest_problem(name, str(text), function, cases, starter)
+    problem = contest_problem(name, str(text), function, cases, starter)
+    solutions = [each for each in _list(row.get("solutions")) if isinstance(each, str)]
+    return replace(problem, solution=solutions[0]) if solutions else problem
 
 
 def cases_of(tests: Any) -> tuple[str | None, list[tuple[Any, Any]]]:
@@ -99,6 +134,8 @@ def cases_of(tests: Any) -> tuple[str | None, list[tuple[Any, Any]]]:
             raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
         return tests.get("fn_name"), list(zip(inputs, outputs, strict=True))
     kinds = {case.get("type") or case.get("testtype") or "stdin" for case in tests}
+    if unknown := kinds - _FUNCTION_KINDS - _STDIN_KINDS:
+        raise ValueError(f"tests of an unknown kind: {', '.join(sorted(map(str, unknown)))}")
     if len(kinds & _FUNCTION_KINDS) and len(kinds) > 1:
         raise ValueError(f"tests of several kinds: {', '.join(sorted(kinds))}")
     named = (case.get("fn_name") or (case.get("metadata") or {}).get("func_name") for case in tests)
@@ -121,12 +158,16 @@ def contest_problem(
         raise ValueError("there are no tests")
     if function is None:
         pairs = tuple((_lines(given), _lines(expected)) for given, expected in cases)
-        return Problem(name, f"{text.strip()}\n\n{INSTRUCTIONS['stdin']}\n", StdinTests(pairs), "program")
+        return Problem(
+            name, f"{text.strip()}\n\n{INSTRUCTIONS['stdin']}\n", StdinTests(pairs, tolerance=TOLERANCE), "program"
+        )
+    if not function.isidentifier():
+        raise ValueError(f"the function {function!r} is no name")
     called = f"Solution().{function}" if "class Solution" in starter else function
     tests = []
     for given, expected in cases:
         arguments = ", ".join(repr(value) for value in _arguments(given))
-        tests.append(f"assert _same({called}({arguments}), {_value(expected)!r})")
+        tests.append(f"assert _same({called}({arguments}), {_values(expected)!r})")
     require_parsed(SAME, tests)
     instructions = INSTRUCTIONS["function"].format(starter=starter.strip() or f"def {function}(…):")
     entry = "Solution" if "class Solution" in starter else function
@@ -140,6 +181,15 @@ def contest_problem(
 
 def _loaded(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _list(value: Any) -> list[Any]:
+    """Solutions: a list, or one in a text of JSON."""
+    try:
+        found = _loaded(value)
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _lines(value: Any) -> str:
@@ -158,11 +208,11 @@ def _arguments(given: Any) -> list[Any]:
     return given
 
 
-def _value(expected: Any) -> Any:
-    """The expected result: JSON in a text, or a value (alone in a list, as taco writes it)."""
+def _values(expected: Any) -> list[Any]:
+    """The expected result: JSON in a text, or a value. Alone in a list, as taco writes most, it may be the list."""
     if isinstance(expected, str):
         try:
-            return json.loads(expected)
+            return [json.loads(expected)]
         except ValueError:
-            return expected
-    return expected[0] if isinstance(expected, list) and len(expected) == 1 else expected
+            return [expected]
+    return [expected, expected[0]] if isinstance(expected, list) and len(expected) == 1 else [expected]

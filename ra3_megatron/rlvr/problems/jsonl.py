@@ -11,12 +11,12 @@ output) with checker (Python source that defines check(input, expected, output) 
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.rlvr.problems.checks import require_parsed
+from ra3_megatron.rlvr.problems.checks import require_checker, require_parsed
 from ra3_megatron.rlvr.problems.problem import Answer, Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
 
@@ -45,7 +45,7 @@ class Row(BaseModel):
     cases: list[Case] = []
     checker: str | None = None
     answer: Answer = "continues"
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     solution: str | None = None
     split: Literal["train", "held_out"] | None = None
 
@@ -58,7 +58,7 @@ class Row(BaseModel):
         if self.checker is not None:
             if not self.cases:
                 raise ValueError("checker goes with cases")
-            require_parsed(self.checker, ["check"])
+            require_checker(self.checker)
         return self
 
     def problem(self) -> Problem:
@@ -78,7 +78,7 @@ def jsonl_problems(path: str, limit: int | None, held_out: int) -> tuple[list[Pr
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"rlvr.problems.path={path}: cannot be read ({error})") from error
     rows: list[Row] = []
@@ -94,6 +94,9 @@ def jsonl_problems(path: str, limit: int | None, held_out: int) -> tuple[list[Pr
             continue
         except ValidationError as error:
             errors += [f"{path}:{number}: {_where(each['loc'])}{each['msg']}" for each in error.errors()]
+            continue
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            errors.append(f"{path}:{number}: {str(error).splitlines()[0]}")
             continue
         if row.name in seen:
             errors.append(f"{path}:{number}: name: {row.name} stands in line {seen[row.name]} already")

@@ -37,16 +37,23 @@ def mbpp_problems(folder: str, limit: int | None, held_out: int) -> tuple[list[P
             f"rlvr.problems.path={folder}: no {FILE} there: it is google-research's mbpp/mbpp.jsonl (974 lines)"
         )
     rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(file), 1):
         try:
             row = json.loads(line)
             rows[int(row["task_id"])] = row
             problem_of(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}:{number}: no row of MBPP ({type(error).__name__}: {error})") from error
     plus = plus_ids()
     kept = [[problem_of(rows[n]) for n in split if n in rows and n not in plus] for split in (TRAIN, HELD_OUT)]
     return kept[0][:limit], kept[1][:held_out]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: no UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _entry_points(code: str, tests: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,11 +24,14 @@ class Problems:
     held_out: list[Problem]
     decontamination: Report | None
     """What was left out of the training problems; None: they were compared with nothing."""
+    left_out: dict[str, int]
+    """Rows of the source that cannot be graded, by reason."""
 
 
 def load_problems(config: RunConfig) -> Problems:
     """The problems of a run. Raises UserError when there are none, or they cannot be read."""
     asked = config.rlvr.problems
+    left_out: dict[str, int] = {}
     if asked.source == "tasks":
         if config.corpus.source != "tasks":
             raise UserError(
@@ -43,14 +46,15 @@ def load_problems(config: RunConfig) -> Problems:
         elif asked.source == "jsonl":
             found = jsonl_problems(asked.path, asked.limit, asked.held_out)
         else:
-            found = competition_problems(asked.path, asked.source, asked.limit, asked.held_out)
+            train, held_out, left_out = competition_problems(asked.path, asked.source, asked.limit, asked.held_out)
+            found = train, held_out
     train, report = found[0], None
     if asked.benchmarks is not None:
         train, report = decontaminate(train, asked.benchmarks)
     if not train:
         left = f": all {len(found[0])} share text with a benchmark" if found[0] else ""
         raise UserError(f"rlvr.problems.source={asked.source}: there is no problem to train on{left}")
-    return Problems(train, found[1], report)
+    return Problems(train, found[1], report, left_out)
 
 
 def encode_prompts(
