@@ -43,7 +43,7 @@ def watch(file: Path, parent: int) -> None:
             os.sched_setaffinity(0, {number})
             if any(asked.wrong() for _ in range(ROUNDS)):
                 with file.open("a") as lines:
-                    lines.write(f"{time.time():.1f} {number}\n")
+                    lines.write(f"{time.time():.6f} {number}\n")
         time.sleep(PAUSE)
 
 
