@@ -107,3 +107,18 @@ def test_a_case_that_hangs(hasty: Sandbox) -> None:
     assert outcome.verdict is not Verdict.PASSED
     outcome = hasty.grade_one(script("import time\ntime.sleep(0.8)\nprint(3)", *[("", "3")] * 4))
     assert outcome.verdict is Verdict.TIMEOUT and outcome.passed <= 2
+
+
+def test_children_that_nobody_waits_for_do_not_add_up(sandbox: Sandbox) -> None:
+    """Over more cases than there may be processes: one that has ended, and one that sleeps on."""
+    code = """
+    import os, time
+    if os.fork() == 0:
+        os._exit(0)
+    if os.fork() == 0:
+        time.sleep(60)
+    print(input())
+    """
+    cases = [(f"{number}\n", f"{number}\n") for number in range(2 * sandbox.limits.processes)]
+    outcome = sandbox.grade_one(script(code, *cases))
+    assert (outcome.verdict, outcome.passed) == (Verdict.PASSED, len(cases)), outcome.detail

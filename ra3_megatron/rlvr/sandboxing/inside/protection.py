@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal itself imports enum
 
-PR_SET_DUMPABLE = 4
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 
 
 def protect() -> None:
@@ -13,16 +13,22 @@ def protect() -> None:
     Python's handler of interrupts is gone, too: the first process of a name space then has none, and gets no signal.
     """
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
-    _set_dumpable(0)
+    _prctl(PR_SET_DUMPABLE, 0)
 
 
 def unprotect() -> None:
     """Undo it, in a process that was forked from a protected one to run the candidate's code."""
     _signal.signal(_signal.SIGINT, _signal.default_int_handler)
-    _set_dumpable(1)
+    _prctl(PR_SET_DUMPABLE, 1)
 
 
-def _set_dumpable(value: int) -> None:
+def adopt() -> None:
+    """Processes below this one whose parents have ended are its children from here on, instead of the first process's:
+    it can wait for them. Until somebody does, they count."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
     # ctypes itself takes ten milliseconds to import.
     import _ctypes
 
@@ -35,5 +41,5 @@ def _set_dumpable(value: int) -> None:
 
     this = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
     prctl = Function(_ctypes.dlsym(this, "prctl"))
-    if prctl(PR_SET_DUMPABLE, value, 0, 0, 0) != 0:
-        raise OSError(f"prctl(PR_SET_DUMPABLE, {value}) failed")
+    if prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(f"prctl({option}, {value}) failed")

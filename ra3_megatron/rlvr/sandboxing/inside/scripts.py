@@ -14,7 +14,7 @@ import sys
 from .candidate import FILE, become_module
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, no_handle
-from .protection import protect, unprotect
+from .protection import adopt, protect, unprotect
 
 TAIL = 2000
 """Bytes of a case's stderr that are reported."""
@@ -27,6 +27,8 @@ def serve_scripts(channel: Channel, code: str, isolated: bool) -> None:
     namespace of its own, in which everything but the runner may be killed.
     """
     protect()
+    if isolated:
+        adopt()
     while True:
         try:
             data, most = Decoder(channel.receive(), no_handle, [], keep=False).decode()
@@ -56,6 +58,8 @@ def run_case(channel: Channel, code: str, data: bytes, most: int, isolated: bool
     for descriptor in outputs:
         os.close(descriptor)
     _, status = os.waitpid(child, 0)
+    if isolated:
+        _wait_for_all()
     ended = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
     return "flood" if flooded else ended, bytes(outputs[stdout]), bytes(outputs[stderr][-TAIL:])
 
@@ -107,6 +111,15 @@ def _read(descriptor: int, output: bytearray) -> bool:
         return False
     output += piece
     return bool(piece)
+
+
+def _wait_for_all() -> None:
+    """For what a case has left behind, which is killed: dead processes that nobody has waited for count."""
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        return
 
 
 def _kill_group(leader: int) -> None:
