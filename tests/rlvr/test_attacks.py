@@ -661,7 +661,6 @@ def test_forged_lines_on_every_descriptor(sandbox: Sandbox) -> None:
 
 
 FRAME = """
-import dataclasses
 import os
 def frame(body):
     return len(body).to_bytes(8, "little") + body

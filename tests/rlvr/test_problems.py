@@ -226,15 +226,17 @@ def test_rows_of_codeforces_that_cannot_be_graded_are_left_out_and_counted(tmp_p
             competition_problems(str(file), "codeforces", None, 0)
 
 
-def test_a_checkers_score_is_a_number_alone_on_its_last_line(tmp_path: Path, sandbox: Sandbox) -> None:
-    """A message that ends with a word of the program's is no score."""
-    source = "import sys\nfound = open(sys.argv[3]).read()\nprint('well')\nprint({})"
+def test_a_checkers_score_is_the_only_number_that_it_prints(tmp_path: Path, sandbox: Sandbox) -> None:
+    """A message that repeats the program's output is no score, whatever lines and words that holds."""
+    source = "import sys\nfound = open(sys.argv[3]).read()\nprint({})"
     rows = [
         {**SPLIT, "id": name, "generated_checker": source.format(said)}
-        for name, said in (("1/A", "'wrong answer: found', found"), ("2/A", "found"), ("3/A", "'inf'"))
+        for name, said in (("1/A", "'wrong answer: found', found"), ("2/A", "1.0"), ("3/A", "'inf'"), ("4/A", "0"))
     ]
     problems, *_ = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "codeforces", None, 0)
-    assert verdicts(sandbox, problems, ["print(1.0)"] * 3) == [Verdict.WRONG, Verdict.PASSED, Verdict.WRONG]
+    wanted = [Verdict.WRONG, Verdict.PASSED, Verdict.WRONG, Verdict.WRONG]
+    for written in ("print(1.0)", "print('x\\n1.0')"):
+        assert verdicts(sandbox, problems, [written] * 4) == wanted
 
 
 def test_numbers_are_compared_as_the_data_sets_graders_do(tmp_path: Path, sandbox: Sandbox) -> None:
