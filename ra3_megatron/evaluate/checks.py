@@ -1,13 +1,12 @@
 """Are rows of a suite what its harness reads? Asked before a model is opened, not while it is scored."""
 
-import warnings
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate.suites import Suite
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
-
-Row = dict[str, Any]
+from ra3_megatron.rlvr.problems.checks import syntax_error
+from ra3_megatron.rlvr.problems.rows import Row
 
 _TEXT, _LIST = (str,), (list,)
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
@@ -60,20 +59,13 @@ def _check_list(tests: list[Any], place: str) -> None:
 
 
 def _check_python(source: str, place: str, name: str) -> None:
-    try:
-        with warnings.catch_warnings(action="ignore", category=Warning):
-            compile(source, name, "exec")
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{place}: {name}: must be Python ({error})") from error
+    if said := syntax_error(source, name):
+        raise UserError(f"{place}: {name}: must be Python ({said})")
 
 
 def _check_program(suite: Suite, row: Row, place: str) -> None:
     """Tests can be read and are of a kind that is graded; prompt and limits can be made."""
     kind = livecodebench if suite.kind == "livecodebench" else codeforces
-    if checker := row.get("generated_checker"):
-        if not isinstance(checker, str):
-            raise UserError(f"{place}: generated_checker: must be a text or null")
-        _check_python(checker, place, "generated_checker")
     try:
         kind.program(row, "")
         kind.limits(row)

@@ -1,25 +1,18 @@
 """The tasks of a suite: from a folder, from what is installed or cached, or from the hub, in this order."""
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.evaluate.checks import Row, check_row
+from ra3_megatron.evaluate.checks import check_row
 from ra3_megatron.evaluate.suites import Suite
-from ra3_megatron.rlvr.problems import codeforces, livecodebench
-
-Table = list[tuple[str, Row]]
-"""Rows, each with its place: FILE:LINE, or its number on the hub."""
-
-MBPP_TEST = range(11, 511)
-"""Ids of MBPP's test split."""
+from ra3_megatron.rlvr.problems import codeforces, livecodebench, mbpp
+from ra3_megatron.rlvr.problems.rows import Row, Table, read_rows
 
 
 @dataclass(frozen=True)
@@ -107,34 +100,10 @@ def _places(suite: Suite, table: Table, source: str) -> dict[str, str]:
     return places
 
 
-def read_rows(path: Path) -> Table:
-    """The objects of a `.jsonl` file, gzipped or not. Raises UserError when it cannot be read."""
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read as lines of JSON ({error})") from error
-    return [
-        (f"{path}:{number}", _row(path, number, line))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-
-
-def _row(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: must be a line of JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: must be a JSON object")
-    return row
-
-
 def _chosen(suite: Suite, table: Table) -> Table:
     if not suite.yaml.startswith("mbpp/"):
         return table
-    return [(place, row) for place, row in table if row.get("task_id") in MBPP_TEST]
+    return [(place, row) for place, row in table if row.get("task_id") in mbpp.TEST]
 
 
 def _from_folder(suite: Suite, folder: Path, option: str) -> tuple[list[Table], str] | None:

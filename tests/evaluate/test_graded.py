@@ -156,7 +156,7 @@ def test_limits_are_the_tasks_own() -> None:
         ),
         ("livecodebench", {"question_content": None}, "question_content: must be there and be a text"),
         ("codeforces", {"official_tests": [{"input": "1"}]}, "codeforces, 2/B: official_tests need input and output"),
-        ("codeforces", {"generated_checker": "def :"}, "generated_checker: must be Python ("),
+        ("codeforces", {"generated_checker": "def :"}, "codeforces, 2/B: generated_checker: must be Python ("),
         ("codeforces", {"time_limit": "soon"}, "codeforces: cannot be graded (ValueError: could not convert"),
         ("codeforces", {"examples": [1]}, "codeforces: cannot be graded (TypeError: "),
         ("codeforces", {"title": 7}, "title: must be there and be a text"),

@@ -17,6 +17,12 @@ ADVANTAGES = [1.0, -2.0]
 COUNTS = Counts(ce=8.0, decisions=4.0)
 
 
+def blank(rows: int, length: int) -> TokenBatch:
+    """Tokens that nothing is asked of."""
+    zeros = torch.zeros(rows, length, dtype=torch.long)
+    return TokenBatch(ids=zeros, positions=zeros, segments=zeros, targets=zeros)
+
+
 def choices(ratios: list[float], advantages: list[float]) -> tuple[TokenBatch, Tensor]:
     """A row of choices for every pair of ratio and advantage, and model outputs that give these ratios.
 
@@ -28,12 +34,8 @@ def choices(ratios: list[float], advantages: list[float]) -> tuple[TokenBatch, T
     decision = mask.clone()
     decision[:, 1::2] = False
     log_prob = torch.linspace(-3, -1, mask.numel()).view(shape)
-    zeros = torch.zeros(shape, dtype=torch.long)
-    batch = TokenBatch(
-        ids=zeros,
-        positions=zeros,
-        segments=zeros,
-        targets=zeros,
+    batch = replace(
+        blank(*shape),
         choices=Events(mask),
         advantage=torch.tensor(advantages)[:, None].repeat(1, shape[1]),
         behaviour=log_prob - torch.tensor([*ratios, 7.0]).log(),
@@ -115,12 +117,9 @@ def test_the_mean_gradient_over_an_engines_samples_is_that_of_the_policy(policy:
     behaviour = (logits.detach() + torch.tensor([0.1, -0.1, 0.05, 0.0, -0.05, 0.1])).log_softmax(0)
     earned = torch.tensor([1.0, -0.5, 2.0, 0.0, -1.0, 0.3])
     (exact,) = torch.autograd.grad((logits.softmax(0) * earned).sum(), logits)
-    zeros, mask = torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)
-    batch = TokenBatch(
-        ids=zeros,
-        positions=zeros,
-        segments=zeros,
-        targets=zeros,
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    batch = replace(
+        blank(1, 6),
         choices=Events(mask),
         advantage=(earned * behaviour.exp())[None],  # what each outcome adds to the mean
         behaviour=behaviour[None],
@@ -145,12 +144,8 @@ def test_entropy_bonus_raises_the_entropy_of_choices() -> None:
 
 
 def test_cross_entropy_stream_and_its_split_into_code_and_thoughts() -> None:
-    zeros = torch.zeros(1, 4, dtype=torch.long)
-    batch = TokenBatch(
-        ids=zeros,
-        positions=zeros,
-        segments=zeros,
-        targets=zeros,
+    batch = replace(
+        blank(1, 4),
         ce_weight=torch.tensor([[1.0, 0.5, 0.5, 0.0]]),
         is_thought=torch.tensor([[False, True, True, True]]),
     )

@@ -10,6 +10,16 @@ from pathlib import Path
 
 from ra3_megatron.rlvr.sandbox import FunctionTests, Outcome, Program, Sandbox, StdinTests, Verdict
 
+RIGHT = "assert add(1, 2) == 3"
+ERROR_OF = """
+def error_of(action):
+    try:
+        return repr(action())
+    except BaseException as error:
+        return type(error).__name__
+"""
+"""Source of a helper: the name of what an action raises, or its result."""
+
 
 def functions(code: str, *tests: str, setup: str = "", entry_points: tuple[str, ...] = ()) -> Program:
     """Code and assertions about its functions."""

@@ -51,10 +51,8 @@ def test_generated_tasks_are_solved_by_their_programs_alone(family: Any, sandbox
     assert Verdict.PASSED not in verdicts(sandbox, both, wrong)
 
 
-def test_an_answer_ends_at_a_stop_and_comes_out_of_its_fence() -> None:
+def test_an_answer_comes_out_of_its_fence() -> None:
     tests = FunctionTests(setup="", tests=("assert f() == 1",))
-    goes_on = Problem("a", "def f():\n", tests, stop=("\nassert", "\nprint("))
-    assert goes_on.program("    return 1\nprint(f())\nassert 0").code == "def f():\n    return 1"
     whole = Problem("b", "Say one.\n", tests, answer="program")
     said = "First\n```python\nx = 1\n```\nno, this:\n```py\ndef f():\n    return 1\n```\nDone."
     assert (
@@ -218,7 +216,7 @@ def test_rows_of_codeforces_that_cannot_be_graded_are_left_out_and_counted(tmp_p
     assert len(train) == 2 and not held
     assert left_out == {"interactive": 1, "reads a file": 1, "official tests incomplete": 1}
     for wrong, said in (
-        ([SPLIT, {**EQUAL, "generated_checker": "if:"}], "a.jsonl:2: .*generated_checker is no Python"),
+        ([SPLIT, {**EQUAL, "generated_checker": "if:"}], "a.jsonl:2: .*generated_checker: must be Python"),
         ([SPLIT, SPLIT], "a.jsonl:2: .*stands in line 1 already"),
     ):
         file = write_rows(tmp_path / "a.jsonl", wrong)
@@ -258,6 +256,15 @@ def test_numbers_are_compared_as_the_data_sets_graders_do(tmp_path: Path, sandbo
     assert verdicts(sandbox, problems, right) == [Verdict.PASSED] * 4
     wrong = ["print(1 / 3, 7)", "def f(x): return [1.6]", "def f(x): return [[5]]", "def f(x): return 7.0"]
     assert verdicts(sandbox, problems, wrong) == [Verdict.WRONG] * 4
+    counts = [
+        {"inputs": ["1"], "outputs": ["1000000007"]},
+        {"fn_name": "f", "inputs": [[2]], "outputs": [1000000007]},
+    ]
+    rows = [{"problem": "x", "tests": test} for test in counts]
+    exact, *_ = competition_problems(str(write_rows(tmp_path / "b.jsonl", rows)), "deepcoder", None, 0)
+    for add, verdict in ((0, Verdict.PASSED), (0.0, Verdict.PASSED), (1, Verdict.WRONG), (0.5, Verdict.WRONG)):
+        told = [f"print(1000000007 + {add})", f"def f(x): return 1000000007 + {add}"]
+        assert verdicts(sandbox, exact, told) == [verdict] * 2, "a count is right or wrong"
     also = ["print(1 / 3, 'INF')", "def f(x): return 1.5", "def f(x): return 5", "def f(x): return float('inf')"]
     assert verdicts(sandbox, problems, also)[2:] == [Verdict.PASSED] * 2
 
@@ -275,7 +282,10 @@ def test_long_outputs_that_are_expected_are_no_flood(bubblewrap: Isolation) -> N
     [
         ({"stop": [""]}, "bad.jsonl:1: stop.0: String should have at least 1 character"),
         ({"tests": ["return 1"]}, "bad.jsonl:1: Value error, test 1 is no Python"),
-        ({"tests": [], "cases": [{"input": "", "output": ""}], "checker": "x = 1"}, "checker does not define check"),
+        (
+            {"tests": [], "cases": [{"input": "", "output": ""}], "checker": "x = 1"},
+            "bad.jsonl:1: .*defines no function check",
+        ),
     ],
 )
 def test_lines_that_are_wrong(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy import Toy
@@ -34,6 +36,15 @@ def test_equal_programs_are_executed_once_and_thoughts_are_not(sandbox: Sandbox,
     assert graded.metrics()["distinct_programs"] == pytest.approx(0.6)
 
 
+def test_an_answer_ends_at_its_first_stop(sandbox: Sandbox, runtime: Runtime) -> None:
+    toy = Toy(runtime, "comment", TABLE, 4)
+    problem = replace(PROBLEM, stop=("\nb", "\na"))
+    graded = Grader(sandbox, [problem], Cuts([problem], toy.tokenizer, toy.latents), runtime).grade(
+        [response(toy, "1\na1\nb"), response(toy, "1\n#a\nb1")]
+    )
+    assert [program.code for program in graded.programs] == ["x = 1", "x = 1"] and graded.rewards == [1, 1]
+
+
 class Broken(Sandbox):
     """A sandbox that does not work."""
 
@@ -47,6 +58,20 @@ def test_a_sandbox_that_fails_gives_no_reward(sandbox: Sandbox, runtime: Runtime
     grader = Grader(broken, [PROBLEM], Cuts([PROBLEM], toy.tokenizer, toy.latents), runtime)
     with pytest.raises(Unavailable, match=r"^sandbox=bubblewrap: the sandbox failed 4 times: no room$"):
         grader.grade([response(toy, "1\n")])
+
+
+def test_a_defect_is_told_to_the_others_before_it_is_raised(
+    sandbox: Sandbox, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would wait for this process for ever."""
+    toy = Toy(runtime, "comment", TABLE, 4)
+    told: list[object] = []
+    gather = type(runtime).gather_all
+    monkeypatch.setattr(type(runtime), "gather_all", lambda self, value: (told.append(value), gather(self, value))[1])
+    monkeypatch.setattr(sandbox, "grade", lambda programs: [][1])
+    with pytest.raises(IndexError):
+        Grader(sandbox, [PROBLEM], Cuts([PROBLEM], toy.tokenizer, toy.latents), runtime).grade([response(toy, "1")])
+    assert told == ["IndexError: list index out of range"]
 
 
 def test_programs_are_equal_when_code_and_tests_are() -> None:

@@ -158,13 +158,20 @@ def failing(times: int, how: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return popen(*args, **kwargs)  # type: ignore[call-overload]
 
+    def memory_of(pids: list[int]) -> int:
+        if how == "unreadable" and len(attempts) <= times:
+            raise ValueError("what /proc says of a process cannot be read")
+        return 0
+
+    monkeypatch.setattr(execute, "memory_of", memory_of)
+    monkeypatch.setattr(execute, "WATCH_SECONDS", 0.0)  # it is looked at in any case
     monkeypatch.setattr(command, "wrapped", wrapped)
     monkeypatch.setattr(execute.subprocess, "Popen", start)
     monkeypatch.setattr(command, "BACKOFF_SECONDS", 0.01)
     return attempts
 
 
-@pytest.mark.parametrize("how", ["setup", "killed", "fork"])
+@pytest.mark.parametrize("how", ["setup", "killed", "fork", "unreadable"])
 def test_failures_of_the_sandbox_pass(bubblewrap: Isolation, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few are not seen in the verdict."""
     with Sandbox(bubblewrap, Limits(), 1) as sandbox:
@@ -172,7 +179,7 @@ def test_failures_of_the_sandbox_pass(bubblewrap: Isolation, how: str, monkeypat
         assert sandbox.grade_one(RIGHT).verdict is Verdict.PASSED and len(attempts) >= 3
 
 
-@pytest.mark.parametrize("how", ["setup", "killed", "fork"])
+@pytest.mark.parametrize("how", ["setup", "killed", "fork", "unreadable"])
 def test_failures_of_the_sandbox_that_stay(bubblewrap: Isolation, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are an error, and never a verdict on the program."""
     with Sandbox(bubblewrap, Limits(), 1) as sandbox:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.problems.checks import syntax_error
 from ra3_megatron.rlvr.sandbox import Limits, Program, StdinTests
 
 STARTING = 10.0
@@ -87,10 +88,10 @@ def program(row: dict[str, Any], code: str) -> Program:
     except (KeyError, TypeError) as error:
         raise UserError(f"codeforces, {row.get('id')}: official_tests need input and output ({error})") from error
     source = row.get("generated_checker")
-    try:
-        compile(source or "", "checker.py", "exec")
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise UserError(f"codeforces, {row.get('id')}: generated_checker is no Python ({error})") from error
+    if source is not None and not isinstance(source, str):
+        raise UserError(f"codeforces, {row.get('id')}: generated_checker: must be a text or null")
+    if source and (said := syntax_error(source, "generated_checker")):
+        raise UserError(f"codeforces, {row.get('id')}: generated_checker: must be Python ({said})")
     return Program(code, StdinTests(cases, checker=_CHECKER.format(source=source) if source else None))
 
 

@@ -9,9 +9,10 @@
     LiveCodeBench, Codeforces: as `ra3 eval` reads them (`livecodebench.py`, `codeforces.py`). What is trained on
         measures nothing any more: take contests before those that you evaluate on.
 
-Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are, numbers within
-1e-5. Functions: arguments are JSON values (a list, or one value a line of a text), results are equal when they are the
-same JSON, floats within 1e-5. Limits of time and memory in a row are not read: `rlvr.limits` are those of all.
+Two forms. Programs that read and write: cases of standard input and output, equal when their tokens are, numbers with a
+fraction within 1e-5. Functions: arguments are JSON values (a list, or one value a line of a text), results are equal
+when they are the same JSON, floats within 1e-5. Limits of time and memory in a row are not read: `rlvr.limits` are
+those of all.
 """
 
 import json
@@ -38,9 +39,9 @@ def _plain(value):
     return value
 
 def _equal(found, expected):
-    if type(found) is float or type(expected) is float:
-        numbers = isinstance(found, (int, float)) and isinstance(expected, (int, float))
-        return numbers and (found == expected or abs(found - expected) <= 1e-8 + 1e-5 * abs(expected) < inf)
+    if type(expected) is float:
+        number = isinstance(found, (int, float))
+        return number and (found == expected or abs(found - expected) <= 1e-8 + 1e-5 * abs(expected) < inf)
     if isinstance(expected, list):
         return isinstance(found, list) and len(found) == len(expected) and all(map(_equal, found, expected))
     if isinstance(expected, dict):
@@ -52,10 +53,27 @@ def _equal(found, expected):
 def _same(found, expected):
     return any([_equal(_plain(found), _plain(value)) for value in expected])
 """
-"""JSON knows neither tuples nor keys that are no strings; floats as near as numpy.allclose has it, which DeepCoder's
-graders take. expected: all values that are right."""
-TOLERANCE = 1e-5
-"""Of numbers that a program prints, from the same graders."""
+"""JSON knows neither tuples nor keys that are no strings; where a float is expected, as near as numpy.allclose has it,
+which DeepCoder's graders take. (They take it for integers too, so that a count of a billion may be wrong by thousands.)
+expected: all values that are right."""
+NEAR = """
+def check(input, expected, output):
+    wanted, found = expected.split(), output.split()
+    return len(wanted) == len(found) and all(map(_near, wanted, found))
+
+def _near(wanted, found):
+    if wanted == found:
+        return True
+    whole = wanted.lstrip("+-").isdigit()
+    try:
+        if whole and found.lstrip("+-").isdigit():
+            return int(wanted) == int(found)
+        number, exact = float(found), int(wanted) if whole else float(wanted)
+        return number == exact or not whole and abs(number - exact) <= 1e-8 + 1e-5 * abs(exact) < float("inf")
+    except (ValueError, OverflowError):
+        return False
+"""
+"""The same of what a program prints."""
 INSTRUCTIONS = {
     "stdin": "Write a Python program that reads from standard input and writes the answer to standard output.",
     "function": "Write the answer in Python, starting from this code:\n```python\n{starter}\n```",
@@ -158,9 +176,7 @@ def contest_problem(
         raise ValueError("there are no tests")
     if function is None:
         pairs = tuple((_lines(given), _lines(expected)) for given, expected in cases)
-        return Problem(
-            name, f"{text.strip()}\n\n{INSTRUCTIONS['stdin']}\n", StdinTests(pairs, tolerance=TOLERANCE), "program"
-        )
+        return Problem(name, f"{text.strip()}\n\n{INSTRUCTIONS['stdin']}\n", StdinTests(pairs, checker=NEAR), "program")
     if not function.isidentifier():
         raise ValueError(f"the function {function!r} is no name")
     called = f"Solution().{function}" if "class Solution" in starter else function

@@ -5,16 +5,15 @@ tokens with a benchmark's solution, or its whole solution is one (solutions shor
 solution is compared by its prompt, with the benchmark's prompts. Of MBPP's own file only the test split is a benchmark.
 """
 
-import gzip
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.problems.mbpp import TEST
 from ra3_megatron.rlvr.problems.problem import Problem
+from ra3_megatron.rlvr.problems.rows import Row, read_rows
 
 TOKENS = 13
 """Length of a run that two texts must not share (Brown et al. 2020)."""
@@ -22,8 +21,6 @@ SOLUTIONS = ("canonical_solution", "solution", "code")
 """Keys of a benchmark's rows that hold a solution, the first that there is."""
 PROMPTS = ("prompt", "text", "question", "question_content", "description", "problem")
 """Keys that hold what is asked."""
-MBPP_TEST = range(11, 511)
-"""Numbers of MBPP's test split; the others are there to be trained on."""
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -73,7 +70,9 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
         solutions: set[tuple[str, ...]] = set()
         prompts: set[tuple[str, ...]] = set()
         count = 0
-        for row in _rows(file):
+        for _, row in read_rows(file):
+            if not _of_benchmark(row):
+                continue
             texts = [_text(row, keys) for keys in (SOLUTIONS, PROMPTS)]
             for text, runs in zip(texts, (solutions, prompts), strict=True):
                 runs |= runs_of(text or "")
@@ -100,22 +99,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted([*folder.rglob("*.jsonl"), *folder.rglob("*.jsonl.gz")])
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file}:{number}: no JSON object")
-            of_mbpp = isinstance(row.get("task_id"), int) and "test_list" in row
-            if not of_mbpp or row["task_id"] in MBPP_TEST:
-                yield row
+def _of_benchmark(row: Row) -> bool:
+    """Whether a row is there to be tested with: of MBPP, which is recognised by its keys, the test split alone is."""
+    of_mbpp = isinstance(row.get("task_id"), int) and "test_list" in row
+    return not of_mbpp or row["task_id"] in TEST
 
 
-def _text(row: dict[str, Any], keys: Sequence[str]) -> str | None:
+def _text(row: Row, keys: Sequence[str]) -> str | None:
     """The first of these keys that holds text. (The solution of a human-eval row stands behind its prompt.)"""
     return next((row[key] for key in keys if isinstance(row.get(key), str)), None)

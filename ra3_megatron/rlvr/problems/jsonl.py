@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.rlvr.problems.checks import require_checker, require_parsed
+from ra3_megatron.rlvr.problems.checks import require_parsed
 from ra3_megatron.rlvr.problems.problem import Answer, Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
 
@@ -58,7 +58,7 @@ class Row(BaseModel):
         if self.checker is not None:
             if not self.cases:
                 raise ValueError("checker goes with cases")
-            require_checker(self.checker)
+            require_parsed(self.checker, ["check"])
         return self
 
     def problem(self) -> Problem:
@@ -89,13 +89,18 @@ def jsonl_problems(path: str, limit: int | None, held_out: int) -> tuple[list[Pr
             continue
         try:
             row = Row.model_validate(json.loads(line))
+            row.problem()
         except json.JSONDecodeError as error:
             errors.append(f"{path}:{number}: no JSON ({error.msg} at character {error.pos})")
             continue
         except ValidationError as error:
             errors += [f"{path}:{number}: {_where(each['loc'])}{each['msg']}" for each in error.errors()]
             continue
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        except (
+            UserError,
+            ValueError,
+            RecursionError,
+        ) as error:  # a checker without check, a number of 5,000 digits
             errors.append(f"{path}:{number}: {str(error).splitlines()[0]}")
             continue
         if row.name in seen:

@@ -45,6 +45,7 @@ PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
 
 _SETUP = """
 import json
+from math import inf, nan
 
 def same(found, wanted):
     return plain(found) == wanted

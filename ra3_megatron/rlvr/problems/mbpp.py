@@ -17,7 +17,8 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests
 
 FILE = "mbpp.jsonl"
-TRAIN, HELD_OUT = range(601, 975), range(511, 601)
+TEST, HELD_OUT, TRAIN = range(11, 511), range(511, 601), range(601, 975)
+"""Numbers of MBPP's test, validation and training splits."""
 STOP = ("\nclass ", "\nassert ", '\n"""', "\nprint(", "\nif __name__", "\n```", "\n<|")
 """What ends an answer: those of the MBPP harnesses, but "\\ndef", because programs may have several functions."""
 

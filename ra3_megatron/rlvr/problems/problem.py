@@ -28,10 +28,9 @@ class Problem:
     prelude: str = ""
     """Code before the program, such as imports that everybody may take for granted."""
 
-    def program(self, response: str) -> Program:
-        """What is executed for this response, from which thoughts have been dropped."""
-        ends = [place for text in self.stop if (place := response.find(text)) >= 0]
-        text = response[: min(ends)] if ends else response
+    def program(self, text: str) -> Program:
+        """What is executed for a response. text: what is left of it without thoughts and before its stop
+        (rlvr/cutting.py)."""
         if self.answer == "continues":
             return Program(self.prelude + self.prompt + text, self.tests)
         blocks = _FENCE.findall(text)
