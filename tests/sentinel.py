@@ -3,7 +3,8 @@
 Results of many tests are compared bit for bit, some with those of other processes. A core that divides wrongly now and
 then fails such a test for no fault of ours. (Seen on a machine of the cloud: for up to 3 seconds every few minutes, one
 element of eight, in the last digit.) Such a test is run again, with fixtures of its own, up to two times, and the
-summary says so; on a machine that computes right every failure stands.
+summary says so; on a machine that computes right every failure stands. What a test is given may be as old as the
+session: a wrong division at any time of it counts.
 
 `python tests/sentinel.py FILE PARENT` is the watching process. Every wrong division that it finds is a line in FILE.
 """
@@ -47,13 +48,13 @@ def watch(file: Path, parent: int) -> None:
         time.sleep(PAUSE)
 
 
-def wrong_divisions(since: float = 0.0) -> Counter[str]:
-    """How often a processor was found to divide wrongly since then."""
+def wrong_divisions() -> Counter[str]:
+    """How often a processor was found to divide wrongly in this session."""
     try:
         words = [line.split() for line in Path(os.environ[VARIABLE]).read_text().splitlines()]
     except (KeyError, OSError):
         return Counter()
-    return Counter(each[1] for each in words if len(each) == 2 and float(each[0]) >= since)
+    return Counter(each[1] for each in words if len(each) == 2)
 
 
 def told(found: Counter[str]) -> str:
@@ -72,8 +73,6 @@ class Sentinel:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._begun: tuple[str, float] = ("", 0.0)
-        """The file whose tests run, and since when."""
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         if VARIABLE in os.environ:  # a session inside another one, or one of its workers
@@ -95,12 +94,10 @@ class Sentinel:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         from _pytest.runner import runtestprotocol
 
-        if self._begun[0] != str(item.path):
-            self._begun = (str(item.path), time.time())
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         for _ in range(TRIES - 1):
-            wrong = wrong_divisions(self._begun[1])
+            wrong = wrong_divisions()
             if not wrong or not any(report.failed for report in reports):
                 break
             before = next(filter(None, map(first_line, reports)), "")
@@ -108,7 +105,7 @@ class Sentinel:
             item._initrequest()  # type: ignore[attr-defined]
             reports = runtestprotocol(item, nextitem=nextitem, log=False)
             for report in reports:
-                report.user_properties.append((AGAIN, f"{told(wrong)} while its file was tested; before: {before}"))
+                report.user_properties.append((AGAIN, f"{told(wrong)} until then; before: {before}"))
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

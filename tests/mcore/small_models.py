@@ -67,6 +67,7 @@ class Document:
     decision: Tensor
     advantage: Tensor
     behaviour: Tensor
+    proximal: Tensor
 
 
 def make_documents(count: int, seed: int) -> list[Document]:
@@ -96,7 +97,8 @@ def make_documents(count: int, seed: int) -> list[Document]:
                 merged=torch.where(decision, NO_THOUGHT, TARGET),
                 decision=decision,
                 advantage=torch.randn(n, generator=generator),
-                behaviour=-3 + torch.randn(n, generator=generator),
+                behaviour=(behaviour := -3 + torch.randn(n, generator=generator)),
+                proximal=behaviour + 0.5 * torch.randn(n, generator=generator),
             )
         )
     return documents
@@ -107,7 +109,7 @@ def pack_rows(rows: Sequence[Sequence[Document]], length: int = ROW_LENGTH) -> T
     shape = (len(rows), length)
     ids, positions, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     segments = torch.full(shape, -1)
-    ce, advantage, behaviour = (torch.zeros(shape) for _ in range(3))
+    ce, advantage, behaviour, proximal = (torch.zeros(shape) for _ in range(4))
     mask, decision = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
     numerator, merged = (torch.full(shape, TARGET) for _ in range(2))
     denominator = torch.full(shape, ALL)
@@ -127,6 +129,7 @@ def pack_rows(rows: Sequence[Sequence[Document]], length: int = ROW_LENGTH) -> T
                 (merged, document.merged),
                 (advantage, document.advantage),
                 (behaviour, document.behaviour),
+                (proximal, document.proximal),
             ):
                 field[b, before] = values[1:]
             start += n
@@ -141,6 +144,7 @@ def pack_rows(rows: Sequence[Sequence[Document]], length: int = ROW_LENGTH) -> T
         advantage=advantage * mask,
         entropy_weight=0.05 * mask,
         behaviour=behaviour,
+        proximal=proximal,
         decision=decision,
         is_thought=mask & ~decision,
     )
