@@ -106,7 +106,8 @@ class StdinTests:
 
     Outputs are equal when their tokens are; numbers within `tolerance`, absolutely or relative to the expected one, if
     it is not 0. checker: trusted source instead, which defines check(input, expected, output) -> bool; what it raises
-    means a wrong output. Raises UserError without a case, and for a checker that is no Python or defines no check.
+    means a wrong output. Raises UserError without a case, for one that no UTF-8 can hold (JSON knows lone surrogates),
+    and for a checker that is no Python or defines no check.
     """
 
     cases: tuple[tuple[str, str], ...]
@@ -116,6 +117,11 @@ class StdinTests:
     def __post_init__(self) -> None:
         if not self.cases:
             raise UserError("tests of a whole program: there is no case")
+        for number, case in enumerate(self.cases, 1):
+            try:
+                "".join(case).encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"case {number} of a whole program: {error}") from None
         if self.checker is not None and "check" not in _check_source(self.checker, "checker of outputs").co_names:
             raise UserError("checker of outputs: it defines no function check(input, expected, output)")
 

@@ -146,8 +146,12 @@ def _say(problems: Problems, progress: Any) -> None:
             progress.message(
                 f"{file}: {count} rows have neither a solution nor a prompt, and were compared with nothing"
             )
+        if report.not_read:
+            progress.message(f"no lines of JSON, compared with nothing: {', '.join(report.not_read)}")
         counts = ", ".join(f"{file}: {len(names)}" for file, names in report.dropped.items())
-        progress.message(f"{len(report.names)} problems share text with a benchmark and are left out ({counts})")
+        compared = " and ".join(f"{count} by their {kind}" for kind, count in report.compared.items() if count)
+        dropped = f"{len(report.names)} problems share text with a benchmark and are left out ({counts})"
+        progress.message(f"{dropped}; compared: {compared}")
 
 
 def _manifest(problems: Problems) -> dict[str, Any]:

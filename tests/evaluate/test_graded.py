@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import pickle
 import zlib
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ra3_megatron.rlvr.sandbox import Isolation
 
 PAIRS_RIGHT = (
     "class Solution:\n    def pairs(self, row: List[int], twice: bool) -> List[List[int]]:\n"
-    "        return [(a, b) for a, b in zip(row, row[1:])]\n"
+    "        return [[a, b] for a, b in zip(row, row[1:])]\n"
 )
 
 
@@ -46,6 +47,30 @@ def test_livecodebench_programs(tmp_path: Path) -> None:
     assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0], [s.detail for s in found]
     assert found[2].detail.startswith("wrong") and "case 2" in found[2].detail, "the private test"
     assert found[4].detail.startswith("crashed")
+
+
+def test_livecodebench_compares_as_its_own_code_does(tmp_path: Path) -> None:
+    """Lines as text or as exact decimals; results as they are, but for a tuple around them."""
+    case = {"input": "1\n", "output": "0.50 7\n\nyes no\n", "testtype": "stdin"}
+    write_rows(
+        tmp_path / "livecodebench" / "test.jsonl",
+        [{**ADD, "public_test_cases": json.dumps([case]), "private_test_cases": "[]"}, PAIRS],
+    )
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    tuples = "class Solution:\n    def pairs(self, row, twice): return "
+    right = [
+        ("made_a", "print('0.50 7\\n\\nyes no')"),
+        ("made_a", "print('5e-1  7.0\\n')\nprint(' yes no ')\nprint()"),
+        ("made_b", tuples + "tuple(map(list, zip(row, row[1:])))"),
+    ]
+    wrong = [
+        ("made_a", "print('0.50 7\\nyes no')"),
+        ("made_a", "print('0.5000001 7\\n\\nyes no')"),
+        ("made_a", "print('0.50 7\\n\\nyes  no')"),
+        ("made_b", tuples + "list(zip(row, row[1:]))"),
+    ]
+    found = [s.scores["passed"] for s in score(tasks, *right, *wrong)]
+    assert found == [1.0] * 3 + [0.0] * 4
 
 
 def test_livecodebench_prompts_and_windows(tmp_path: Path) -> None:

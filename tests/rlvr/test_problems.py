@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
         "codeforces/1/A",
         "codeforces/2/B",
     ]
-    of_pairs = "class Solution:\n    def pairs(self, row: List[int], twice): return list(zip(row, row[1:]))"
+    of_pairs = "class Solution:\n    def pairs(self, row: List[int], twice): return list(map(list, zip(row, row[1:])))"
     halves = "n = int(input())\nprint({}, n - {})"
     right = ["print(sum(map(int, input().split())))", of_pairs, halves.format(1, 1), halves.format("n // 2", "n // 2")]
     wrong = ["print(3)", of_pairs.replace("zip", "min"), halves.format(1, 2), halves.format(1, 1)]
@@ -192,7 +193,8 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
         ({"problem": "x", "tests": "[]"}, "there are no tests"),
         ({"problem": "x", "tests": '{"inputs": ["1"], "outputs": []}'}, "1 inputs and 0 outputs"),
         ({"problem": "x", "tests": "not json"}, "no row of deepcoder"),
-        ({"problem": "x", "tests": [{"type": "interactive", "input": "", "output": ""}]}, "unknown kind: interactive"),
+        ({"problem": "\ud800", "tests": {"inputs": ["1"], "outputs": ["1"]}}, "surrogates"),
+        ({"problem": "x", "tests": {"inputs": ["\ud800"], "outputs": ["1"]}}, "surrogates"),
         ({"problem": "x", "tests": {"fn_name": "f(1) or f", "inputs": [[1]], "outputs": [1]}}, "is no name"),
         ({"problem": "x", "tests": "[" * 100000}, "recursion"),
     ],
@@ -222,6 +224,13 @@ def test_rows_of_codeforces_that_cannot_be_graded_are_left_out_and_counted(tmp_p
         file = write_rows(tmp_path / "a.jsonl", wrong)
         with pytest.raises(UserError, match=said):
             competition_problems(str(file), "codeforces", None, 0)
+
+
+def test_rows_of_deepcoder_with_tests_of_another_kind_are_left_out_and_counted(tmp_path: Path) -> None:
+    case = {"input": "", "output": ""}
+    rows = [DEEPCODER[0], {"problem": "x", "tests": [{**case, "type": "interactive"}, {**case, "type": "stdin"}]}]
+    train, held, left_out = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "deepcoder", None, 0)
+    assert len(train) == 1 and not held and left_out == {"tests of the kind interactive": 1}
 
 
 def test_a_checkers_score_is_the_only_number_that_it_prints(tmp_path: Path, sandbox: Sandbox) -> None:
@@ -323,6 +332,18 @@ def problem(name: str, solution: str | None, prompt: str = "p") -> Problem:
 LONG = "def f(a, b):\n    total = a + b\n    for item in range(total):\n        total += item * 2\n    return total\n"
 
 
+def test_mbpp_has_each_task_once(tmp_path: Path) -> None:
+    row = {
+        "task_id": 700,
+        "text": "t",
+        "code": "def f():\n    pass\n",
+        "test_list": ["assert f"],
+        "test_setup_code": "",
+    }
+    with pytest.raises(UserError, match=r"mbpp.jsonl:2: .*task_id 700 stands in a line before"):
+        mbpp_problems(str(write_rows(tmp_path / "mbpp.jsonl", [row, row])), None, 0)
+
+
 def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
     assert len(tokens_of(LONG)) > 2 * TOKENS
     (tmp_path / "bench").mkdir()
@@ -336,6 +357,7 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
         "".join(json.dumps({**mbpp, "task_id": number}) + "\n" for number in (10, 511))
         + json.dumps({**mbpp, "task_id": 11, "code": LONG.replace("total", "theirs")})
     )
+    (tmp_path / "bench" / "other.parquet").touch()
     part = LONG.replace("def f(a, b):", "def other(a, b, c, d):").replace("return total", "return -1")
     problems = [
         problem("the same", LONG),
@@ -347,13 +369,15 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
         problem("the same prompt", None, "Easy. " + asked),
         problem("trained on", LONG.replace("total", "mine")),
         problem("tested on", LONG.replace("total", "theirs")),
+        replace(problem("another solution", "x = 1"), more_solutions=("x = 2", LONG)),
     ]
     kept, report = decontaminate(problems, str(tmp_path / "bench"))
     assert [p.name for p in kept] == ["renamed", "short and another", "only a prompt", "trained on"]
     assert report.benchmarks == {"one.jsonl": 1, "two.jsonl.gz": 1, "prompts.jsonl": 1, "mbpp.jsonl": 1}
-    assert report.unread == {"prompts.jsonl": 1}
+    assert report.unread == {"prompts.jsonl": 1} and report.not_read == ["other.parquet"]
+    assert report.compared == {"solutions": 8, "prompts": 2}
     assert report.dropped == {
-        "one.jsonl": ["the same", "a long part"],
+        "one.jsonl": ["the same", "a long part", "another solution"],
         "two.jsonl.gz": ["short and the same"],
         "prompts.jsonl": ["the same prompt"],
         "mbpp.jsonl": ["tested on"],

@@ -101,7 +101,7 @@ def competition_problems(
                 if not line.strip():
                     continue
                 row = json.loads(line)
-                reason = codeforces.reason_left_out(row) if schema == "codeforces" else None
+                reason = _reason_left_out(row, schema)
                 if reason is not None:
                     left_out[reason] += 1
                     continue
@@ -116,6 +116,20 @@ def competition_problems(
         raise UserError(f"{path}:{number}: no row of {schema} ({said})") from error
     kept = min(held_out, max(len(found) - 1, 0))
     return found[: len(found) - kept][:limit], found[len(found) - kept :], dict(left_out)
+
+
+def _reason_left_out(row: dict[str, Any], schema: str) -> str | None:
+    """Why a row cannot be graded exactly."""
+    if schema == "codeforces":
+        return codeforces.reason_left_out(row)
+    if schema == "deepcoder" and not isinstance(tests := _loaded(row["tests"]), Mapping):
+        unknown = {_kind(case) for case in tests} - _FUNCTION_KINDS - _STDIN_KINDS
+        return f"tests of the kind {', '.join(sorted(unknown))}" if unknown else None
+    return None
+
+
+def _kind(case: Mapping[str, Any]) -> str:
+    return str(case.get("type") or case.get("testtype") or "stdin")
 
 
 def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
@@ -140,8 +154,8 @@ def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
     function = function or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
     starter = row.get("starter_code") or ""
     problem = contest_problem(name, str(text), function, cases, starter)
-    solutions = [each for each in _list(row.get("solutions")) if isinstance(each, str)]
-    return replace(problem, solution=solutions[0]) if solutions else problem
+    solutions = tuple(each for each in _list(row.get("solutions")) if isinstance(each, str))
+    return replace(problem, solution=solutions[0], more_solutions=solutions[1:]) if solutions else problem
 
 
 def cases_of(tests: Any) -> tuple[str | None, list[tuple[Any, Any]]]:
@@ -151,9 +165,7 @@ def cases_of(tests: Any) -> tuple[str | None, list[tuple[Any, Any]]]:
         if len(inputs) != len(outputs):
             raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
         return tests.get("fn_name"), list(zip(inputs, outputs, strict=True))
-    kinds = {case.get("type") or case.get("testtype") or "stdin" for case in tests}
-    if unknown := kinds - _FUNCTION_KINDS - _STDIN_KINDS:
-        raise ValueError(f"tests of an unknown kind: {', '.join(sorted(map(str, unknown)))}")
+    kinds = {_kind(case) for case in tests}
     if len(kinds & _FUNCTION_KINDS) and len(kinds) > 1:
         raise ValueError(f"tests of several kinds: {', '.join(sorted(kinds))}")
     named = (case.get("fn_name") or (case.get("metadata") or {}).get("func_name") for case in tests)

@@ -1,8 +1,8 @@
 """Training problems that share text with a benchmark are left out, and counted.
 
-Text is cut into tokens (names, numbers, single signs); a problem is contaminated when its solution shares a run of 13
-tokens with a benchmark's solution, or its whole solution is one (solutions shorter than that). A problem without a
-solution is compared by its prompt, with the benchmark's prompts. Of MBPP's own file only the test split is a benchmark.
+Text is cut into tokens (names, numbers, single signs); a problem is contaminated when a solution of it shares a run of
+13 tokens with a benchmark's solution, or is one as a whole (solutions shorter than that). A problem without a solution
+is compared by its prompt, with the benchmark's prompts. Of MBPP's own file only the test split is a benchmark.
 """
 
 import re
@@ -21,6 +21,8 @@ SOLUTIONS = ("canonical_solution", "solution", "code")
 """Keys of a benchmark's rows that hold a solution, the first that there is."""
 PROMPTS = ("prompt", "text", "question", "question_content", "description", "problem")
 """Keys that hold what is asked."""
+_DATA = (".json", ".json.gz", ".parquet", ".csv", ".arrow")
+"""Ends of names of data that is not read."""
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -32,6 +34,10 @@ class Report:
     """Rows with a solution or a prompt in each file of benchmarks."""
     unread: dict[str, int]
     """Rows of each file that have neither."""
+    not_read: list[str]
+    """Files of data there that are no lines of JSON."""
+    compared: dict[str, int]
+    """How many problems were compared by their solutions, and how many by their prompts."""
     dropped: dict[str, list[str]]
     """File -> names of the problems that share text with it (a problem may stand in several)."""
 
@@ -63,10 +69,9 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
     benchmarks: dict[str, int] = {}
     unread: dict[str, int] = {}
     dropped: dict[str, list[str]] = {}
-    mine = {
-        problem.name: (problem.solution is None, runs_of(problem.solution or problem.prompt)) for problem in problems
-    }
-    for file in _files(Path(folder)):
+    mine = {problem.name: (problem.solution is None, _runs_of_problem(problem)) for problem in problems}
+    files, others = _files(Path(folder))
+    for file in files:
         solutions: set[tuple[str, ...]] = set()
         prompts: set[tuple[str, ...]] = set()
         count = 0
@@ -89,14 +94,30 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
             f"rlvr.problems.benchmarks={folder}: holds no benchmark: *.jsonl or *.jsonl.gz files whose rows have "
             f"{', '.join(SOLUTIONS)} or a prompt"
         )
-    report = Report(benchmarks, {file: count for file, count in unread.items() if count}, dropped)
+    asked = sum(by_prompt for by_prompt, _ in mine.values())
+    report = Report(
+        benchmarks,
+        {file: count for file, count in unread.items() if count},
+        others,
+        {"solutions": len(mine) - asked, "prompts": asked},
+        dropped,
+    )
     return [problem for problem in problems if problem.name not in report.names], report
 
 
-def _files(folder: Path) -> list[Path]:
+def _runs_of_problem(problem: Problem) -> frozenset[tuple[str, ...]]:
+    if problem.solution is None:
+        return runs_of(problem.prompt)
+    return frozenset[tuple[str, ...]]().union(*map(runs_of, (problem.solution, *problem.more_solutions)))
+
+
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Files of benchmarks, and the names of other files of data."""
     if folder.is_file():
-        return [folder]
-    return sorted([*folder.rglob("*.jsonl"), *folder.rglob("*.jsonl.gz")])
+        return [folder], []
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    read = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz"))]
+    return read, [file.name for file in found if file.name.endswith(_DATA)]
 
 
 def _of_benchmark(row: Row) -> bool:

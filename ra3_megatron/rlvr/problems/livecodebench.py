@@ -44,19 +44,28 @@ PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
 """What LiveCodeBench imports before a program: starter codes use `List` without an import."""
 
 _SETUP = """
-import json
 from math import inf, nan
 
 def same(found, wanted):
-    return plain(found) == wanted
-
-def plain(value):
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return value
+    return (list(found) if isinstance(found, tuple) else found) == wanted
 """
+_CHECKER = """
+from decimal import Decimal, InvalidOperation
+
+def check(input, expected, output):
+    wanted, found = ([line.strip() for line in text.strip().split("\\n")] for text in (expected, output))
+    return len(wanted) == len(found) and all(map(_same, wanted, found))
+
+def _same(wanted, found):
+    if wanted == found:
+        return True
+    try:
+        return [Decimal(word) for word in wanted.split()] == [Decimal(word) for word in found.split()]
+    except InvalidOperation:
+        return False
+"""
+"""As LiveCodeBench compares: results as they are, but for a tuple around them; lines of an output as text, or as exact
+decimals."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -138,7 +147,8 @@ def program(row: dict[str, Any], code: str) -> Program:
         raise UserError(f"livecodebench, {name}: tests cannot be read: {error}") from error
     kinds = {test["testtype"] for test in tests}
     if kinds == {"stdin"}:
-        return Program(PRELUDE + code, StdinTests(tuple((test["input"], test["output"]) for test in tests)))
+        cases = tuple((test["input"], test["output"]) for test in tests)
+        return Program(PRELUDE + code, StdinTests(cases, checker=_CHECKER))
     if kinds != {"functional"}:
         raise UserError(f"livecodebench, {name}: tests of kind {', '.join(sorted(kinds)) or 'none'} are not graded")
     try:

@@ -41,7 +41,8 @@ def mbpp_problems(folder: str, limit: int | None, held_out: int) -> tuple[list[P
     for number, line in enumerate(_lines(file), 1):
         try:
             row = json.loads(line)
-            rows[int(row["task_id"])] = row
+            if rows.setdefault(int(row["task_id"]), row) is not row:
+                raise ValueError(f"task_id {row['task_id']} stands in a line before")
             problem_of(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}:{number}: no row of MBPP ({type(error).__name__}: {error})") from error

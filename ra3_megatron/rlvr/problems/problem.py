@@ -25,8 +25,14 @@ class Problem:
     """The response ends before the first of these texts."""
     solution: str | None = None
     """A response that passes, where one is known."""
+    more_solutions: tuple[str, ...] = ()
+    """Other ones, for decontamination."""
     prelude: str = ""
     """Code before the program, such as imports that everybody may take for granted."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for text that is none (lone surrogates, which JSON can hold): nothing could encode it."""
+        self.prompt.encode()
 
     def program(self, text: str) -> Program:
         """What is executed for a response. text: what is left of it without thoughts and before its stop
