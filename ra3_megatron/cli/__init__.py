@@ -3,7 +3,8 @@
 Exit codes (2 is final, after 69, 70 and 75 the same command with `--resume` goes on):
 
     0    done
-    1    a defect (with its traceback); what was asked for does not hold (inspect --verify, convert check, study run)
+    1    a defect (with its traceback); what was asked for does not hold (inspect --verify, convert check, study run,
+         doctor)
     2    what only the user can mend: a mistake, a full disk, a loss that diverged (one line on stderr for each problem)
     3    nodes that are not fit to train on (preflight; a line for each problem on stdout)
     69   something beside the run failed: a rollout engine died, hung or did not start
@@ -106,6 +107,7 @@ app.add_typer(studies.study, name="study")
 app.command()(planning.plan)
 app.command()(planning.launch)
 app.command("config")(settings.config)
+app.command()(settings.doctor)
 
 
 def prepare_threads() -> None:

@@ -33,6 +33,22 @@ def config(
     typer.echo(dump_config(resolved), nl=False)
 
 
+def doctor(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this machine has, what is missing, what that costs and how to get it.
+
+    With a configuration: exit with 1 when it cannot run here, with a line for each reason.
+    """
+    path, settings = split(config, overrides)
+    resolved = load(path, settings) if path or settings else None
+    from ra3_megatron.verbs.doctor import doctor as examine
+
+    raise typer.Exit(examine(resolved, as_json))
+
+
 def _describe(markdown: bool) -> None:
     from ra3_megatron.config import describe
 

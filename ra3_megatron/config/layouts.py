@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.config.precision import key_problems
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.config.yaml_io import scalar_text
 
@@ -23,8 +24,7 @@ Batches = Mapping[str, PackedTraining]
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """One line for each rule by which `model` cannot be laid out like this."""
     yield from _tensor_problems(model, parallel)
-    if model.fp8_recipe:
-        yield from _fp8_problems(model, parallel)
+    yield from key_problems(model, parallel)
     if parallel.pipeline > 1:
         yield from _pipeline_problems(model, parallel)
     yield from _sequence_problems(model, parallel)
@@ -132,31 +132,6 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[s
         listed = " and ".join([", ".join(wrong[:-1]), wrong[-1]] if len(wrong) > 1 else wrong)
         fitting = _dividing(split.values(), parallel.tensor)
         yield f"parallel.tensor={parallel.tensor} does not divide {listed}: {fitting} would"
-
-
-def _fp8_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """Dimensions of FP8 products are multiples of 16 on each process."""
-    head = model.head_dim or model.hidden_size // model.num_attention_heads
-    shares = {
-        "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor),
-        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor),
-        "the channels of queries, keys and values": (
-            (model.num_attention_heads + 2 * model.num_query_groups) * head,
-            parallel.tensor,
-        ),
-    }
-    for name, (size, parts) in shares.items():
-        if size % (16 * parts):
-            yield (
-                f"{name}={size} does not go with model.precision={model.precision} and parallel.tensor="
-                f"{parallel.tensor}: a process's share must be a multiple of 16 (or use model.precision=bf16)"
-            )
-    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
-        yield (
-            f"parallel.recompute_modules=[…, layernorm] does not go with model.precision={model.precision}: "
-            "Transformer Engine's norms are part of the layers behind them; leave it out"
-        )
 
 
 def _split_by_tensor(model: ModelConfig) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
+from ra3_megatron.config.precision import RECIPES, Fp8Config, Precision
 
 _RECOMPUTE_KEYS = {"selective": ("recompute_modules",), "full": ("recompute_method", "recompute_layers")}
 """Keys that are read only with one value of `parallel.recompute`."""
@@ -106,9 +107,13 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
-    precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
-    """Arithmetic of forward and backward passes; the optimizer keeps fp32 weights and moments. `fp8_…`: products with
-    the weights of the layers in FP8 by this recipe of Transformer Engine, all else in bf16; on GPUs that have it."""
+    precision: Precision = "fp32"
+    """Arithmetic of forward and backward passes; the optimizer keeps fp32 weights and moments. `fp8_…` and `mxfp8`:
+    products with the weights of the layers in FP8 by this recipe of Transformer Engine, all else in bf16; on GPUs that
+    have it (docs/gpu.md)."""
+
+    fp8: Fp8Config = Fp8Config()
+    """More on FP8 recipes."""
 
     @property
     def weight_type(self) -> Literal["fp32", "bf16"]:
@@ -118,13 +123,13 @@ class ModelConfig(Section):
     @property
     def fp8_recipe(self) -> str | None:
         """Megatron's name of the recipe; None: no FP8."""
-        return self.precision.removeprefix("fp8_") if self.precision.startswith("fp8_") else None
+        return RECIPES[self.precision].megatron if self.precision in RECIPES else None
 
     @property
     def row_multiple(self) -> int:
         """What the length of a row must be a multiple of on each process, whatever the layout: FP8 products have
-        dimensions of multiples of 16."""
-        return 16 if self.fp8_recipe else 1
+        dimensions of such multiples."""
+        return RECIPES[self.precision].multiple if self.precision in RECIPES else 1
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

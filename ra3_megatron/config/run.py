@@ -102,7 +102,7 @@ class RunConfig(Section):
         if self.model.fp8_recipe and self.model.num_experts is not None:
             yield (
                 f"model.precision={self.model.precision} does not go with model.num_experts={self.model.num_experts}: "
-                "tokens of an expert are no multiple of 16; use model.precision=bf16"
+                f"tokens of an expert are no multiple of {self.model.row_multiple}; use model.precision=bf16"
             )
         lines = list(layout_problems(self.model, self.parallel))
         if lines:

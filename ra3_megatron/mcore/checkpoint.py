@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -37,6 +38,7 @@ from ra3_megatron import __version__
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.mcore import optimizer_state
 from ra3_megatron.mcore.checkpoint_files import facts_of, force_to_disk, wrong_contents, wrong_sizes
+from ra3_megatron.mcore.fp8 import keep_exact
 from ra3_megatron.mcore.model import SHARDING, chunks_of
 from ra3_megatron.mcore.names import EXTRA_STATE
 from ra3_megatron.mcore.shard_writer import ShardWriter
@@ -303,6 +305,7 @@ def _state(
     if trainer is not None:
         state["optimizer"] = optimizer_state.sharded_state(trainer.optimizer, weights, metadata, loading)
         state["scheduler"] = trainer.scheduler.state_dict()
+    force_all_tensors_to_non_fp8(weights)  # checkpoints hold no FP8; behind the optimizer's, which knows the weights
     if trainer is not None and generators:
         place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
         shape = (
@@ -382,6 +385,9 @@ def _put_in(chunk: torch.nn.Module, weights: dict[str, Any]) -> None:
     wrong = [name for name in [*missing, *unexpected] if EXTRA_STATE not in name]
     if wrong:
         raise RuntimeError(f"weights that should have been loaded, or should not: {', '.join(wrong)}")
+    for name, parameter in chunk.named_parameters():
+        if name in weights:
+            keep_exact(parameter, weights[name])
 
 
 # -- errors, alike on every process -----------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,7 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
-from ra3_megatron.mcore.fp8 import fp8_settings, require_fp8, require_fp8_layers, transformer_engine_spec
+from ra3_megatron.mcore.fp8 import fp8_settings, keep_exact, require_fp8, require_fp8_layers
+from ra3_megatron.mcore.fp8_attention import Fp8Attention
+from ra3_megatron.mcore.hardware import has_transformer_engine
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.rotary import inverse_frequencies
@@ -55,6 +60,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     """Megatron's configuration of this architecture in this layout."""
     bf16 = model.weight_type == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    cuda = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -98,14 +104,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
         calculate_per_token_loss=True,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not cuda,
         # drawn in initial_weights. (perform_initialization=False would leave out the attributes that mark sharded
         # weights, and every gradient norm under tensor parallelism would be wrong.)
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=cuda,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -273,6 +279,9 @@ def build_model(
     bf16 each chunk is wrapped in Float16Module. Raises UserError when `model.precision` asks for FP8 that is not there.
     """
     require_fp8(model, runtime.device)
+    if model.fp8.parameter_gather:  # weights are drawn, or loaded, before they are rounded
+        rounded = model.model_copy(update={"fp8": model.fp8.model_copy(update={"parameter_gather": False})})
+        exact = build_model(rounded, parallel, runtime, vocab_size, sets, seed)
     seed_everything(seed or 0)
     config = transformer_config(model, parallel)
     size = padded_vocabulary(vocab_size, parallel.tensor)
@@ -283,7 +292,7 @@ def build_model(
         stage = number if parallel.virtual_pipeline > 1 else None
         chunk = LanguageModel(
             config=config,
-            transformer_layer_spec=_layer_spec(model),
+            transformer_layer_spec=_layer_spec(model, runtime.device),
             vocab_size=size,
             max_sequence_length=model.context_length,
             pre_process=runtime.pipeline_rank == 0 and number == 0,
@@ -299,7 +308,9 @@ def build_model(
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
         require_fp8_layers(model, chunk)
-    if seed is not None:
+    if model.fp8.parameter_gather:
+        _round(chunks, chunks_of(exact))
+    elif seed is not None:
         draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
     return torch.nn.ModuleList(Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks)
 
@@ -321,7 +332,7 @@ def language_model(model: torch.nn.Module) -> LanguageModel:
 
 def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """What weights must agree on to fit: configuration keys and their values."""
-    keys = model.model_dump(exclude={"hf", "vocab_size", "context_length", "init_std", "precision"})
+    keys = model.model_dump(exclude={"hf", "vocab_size", "context_length", "init_std", "precision", "fp8"})
     keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
     if model.num_experts is None:
         keys["experts_per_token"] = keys["expert_ffn_hidden_size"] = keys["normalize_expert_weights"] = None
@@ -330,13 +341,26 @@ def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}
 
 
-def _layer_spec(model: ModelConfig) -> ModuleSpec:
-    if model.fp8_recipe:
-        spec = transformer_engine_spec(model)  # its names are those of checkpoints
+@torch.no_grad()
+def _round(chunks: list[LanguageModel], exact: list[LanguageModel]) -> None:
+    """Give weights in FP8 the values of the same model in bf16."""
+    for chunk, other in zip(chunks, exact, strict=True):
+        values = dict(other.named_parameters())
+        for name, parameter in chunk.named_parameters():
+            parameter.copy_(values[name])
+            keep_exact(parameter, values[name])
+
+
+def _layer_spec(model: ModelConfig, device: torch.device) -> ModuleSpec:
+    if has_transformer_engine(device):  # its names are those of checkpoints
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+        )
     else:
         spec = get_gpt_layer_local_spec(
             num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
         )
         spec.submodules.sharded_state_dict_keys_map = keys_map(experts=model.num_experts is not None)
-    spec.submodules.self_attention.submodules.core_attention = CachedAttention
+    attention = Fp8Attention if model.fp8.attention else CachedAttention
+    spec.submodules.self_attention.submodules.core_attention = attention
     return spec

@@ -84,26 +84,28 @@ class Trainer:
         runtime: Runtime,
         steps: int,
     ) -> None:
+        inner = _chunks(model)
+        config = get_model_config(inner[0])
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.distributed_optimizer,
             bucket_size=parallel.grad_bucket_size,
+            fp8_param_gather=config.fp8_param,
             average_in_collective=False,
         )
         self.runtime = runtime
         self.clock = StepClock(runtime.device)
         """Says where the seconds of a step went, to whoever opens one on it."""
         self.judge: Judge = refuse_nonfinite
-        inner = _chunks(model)
-        config = get_model_config(inner[0])
         self.chunks = [
             # as Megatron does it: only the first chunk's gradients are worth reducing in parts
             DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(inner)
         ]
         self.model = torch.nn.ModuleList(self.chunks)
+        fuse_weight_gradients(self.model)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -116,6 +118,7 @@ class Trainer:
                 clip_grad=optimizer.clip_grad,
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
+                fp8_recipe=config.fp8_recipe if config.fp8 else None,
                 use_distributed_optimizer=parallel.distributed_optimizer,
             ),
             self.chunks,
@@ -275,6 +278,19 @@ def _keep(out: Tensor, batch: TokenBatch, non_loss_data: bool) -> Tensor:
 def _finalize(model: list[Any], num_tokens: Any = None, *, clock: StepClock, **kwargs: Any) -> None:
     with clock.part("grad_reduce"):
         finalize_model_grads(model, None, **kwargs)  # the loss is normalised by global counts already
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> int:
+    """Let Transformer Engine's layers of a model in DDP add weight gradients to the fp32 buffers in their matrix
+    products; how many do.
+
+    (Megatron's key for it, `gradient_accumulation_fusion`, would also ask for apex's kernel in the output layer, which
+    is not computed that way here.)
+    """
+    fused = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    for module in fused:
+        setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010
+    return len(fused)
 
 
 def _is_vector(parameter: torch.nn.Parameter) -> bool:

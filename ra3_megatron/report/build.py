@@ -91,6 +91,7 @@ def _render(
         config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
         manifest=None if manifest is None else rows_of(manifest),
         versions=None if versions is None else rows_of(versions),
+        precision=read_json(folder.precision) if folder.precision.exists() else None,
         code_style=Markup(code_style()),
         number=number,
         count=count,

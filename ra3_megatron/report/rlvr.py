@@ -95,6 +95,7 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         problems=rows_of(read_json(folder.problems)),
         config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
         versions=None if versions is None else rows_of(versions),
+        precision=read_json(folder.precision) if folder.precision.exists() else None,
         code_style=Markup(code_style()),
     )
     write_text(folder.report, page)

@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "versions.json"
 
     @property
+    def precision(self) -> Path:
+        """In which precision the layers computed, and with whose kernels."""
+        return self.path / "precision.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON line a logged step."""
         return self.path / "metrics.jsonl"

@@ -29,6 +29,7 @@ from ra3_megatron.mcore.trainer import RefusedStep, Trainer
 from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.alarms import Alarm
 from ra3_megatron.training.context import RunContext
+from ra3_megatron.training.precision import record_precision
 from ra3_megatron.training.profiling import Profiler
 from ra3_megatron.training.spikes import Spikes, skipped_step
 from ra3_megatron.training.step_times import StepTimes
@@ -159,6 +160,8 @@ def train_phase(
                 except UserError as failure:
                     run.progress.message(f"warning: {failure}", style="yellow")
                 _stop(run, phase, step, problem, work, latest_checkpoint(folder) or start)
+            if step in (first, steps - 1):
+                record_precision(run, phase.key, trainer)
             tokens += int(metrics["tokens"])
             watchdog.beat(f"{phase.key} step {step + 1}")
             task.advance(1, units=int(metrics["tokens"]), loss=metrics["loss"])

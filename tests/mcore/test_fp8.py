@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,23 +12,24 @@ import ra3_megatron.mcore  # noqa: F401
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.mcore.fp8 import require_fp8, require_fp8_layers
-from ra3_megatron.mcore.model import transformer_config
-from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, require_fp8, require_fp8_layers
+from ra3_megatron.mcore.model import chunks_of, transformer_config
+from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
+from tests.mcore.small_models import build
 
-RECIPES = ("fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 
-
-def model(precision: str = "fp8_tensorwise", **keys: int) -> ModelConfig:
+def model(precision: str = "fp8_tensorwise", **keys: Any) -> ModelConfig:
     return ModelConfig.model_validate({"precision": precision, **keys})
 
 
 @pytest.mark.parametrize("precision", RECIPES)
 def test_megatron_is_asked_for_the_recipe_in_bf16(precision: str) -> None:
     config = transformer_config(model(precision), ParallelConfig())
-    assert config.fp8_recipe == precision.removeprefix("fp8_") and config.fp8 in ("hybrid", "e4m3")
+    assert config.fp8_recipe == precision.removeprefix("fp8_")
+    assert config.fp8 == ("hybrid" if precision in ("fp8_delayed", "fp8_tensorwise") else "e4m3")
     assert config.bf16 and config.params_dtype == torch.bfloat16
     assert model(precision).weight_type == "bf16"
     plain = transformer_config(model("bf16"), ParallelConfig())
@@ -40,27 +43,89 @@ def test_a_cpu_is_refused(precision: str) -> None:
     require_fp8(model("bf16"), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "fp8_tensorwise"), ((8, 9), "fp8_blockwise")])
-def test_an_older_gpu_is_refused(capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with pytest.raises(UserError, match=f"this one has {capability[0]}.{capability[1]}"):
-        require_fp8(model(precision), torch.device("cuda"))
+class Product(torch.nn.Module):
+    """The attributes with which Transformer Engine's modules say what they computed in."""
+
+    def __init__(self, recipe: type | None, ran: bool = True) -> None:
+        super().__init__()
+        self.fp8, self.fp8_meta = recipe is not None, {"recipe": recipe and recipe()}
+        self.activation_dtype = torch.bfloat16 if ran else None
 
 
-def test_a_gpu_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)  # as if it were not installed
-    with pytest.raises(UserError, match="needs Transformer Engine, which does not load"):
-        require_fp8(model(), torch.device("cuda"))
+class Float8CurrentScaling:
+    pass
 
 
-def test_layers_that_are_not_transformer_engines_are_found() -> None:
+class DelayedScaling:
+    pass
+
+
+class TEDelayedScaling(DelayedScaling):
+    """As Megatron-Core derives one."""
+
+
+def layers(*recipes: type | None, ran: bool = True) -> torch.nn.Module:
+    """A chunk of a model with one product a layer."""
+    chunk = torch.nn.Module()
+    chunk.layers = torch.nn.ModuleList(torch.nn.Module() for _ in recipes)
+    for number, (layer, recipe) in enumerate(zip(chunk.layers, recipes, strict=True)):
+        layer.layer_number = number + 1
+        layer.linear_qkv = Product(recipe, ran)
+    return chunk
+
+
+def test_layers_that_cannot_say_what_they_compute_in_are_refused() -> None:
     layer = torch.nn.ModuleDict({"linear_qkv": torch.nn.Linear(2, 2)})
     with pytest.raises(RuntimeError, match=r"not Transformer Engine's: \['Linear'\]"):
         require_fp8_layers(model(), layer)
     with pytest.raises(RuntimeError, match="not Transformer Engine's: all"):
         require_fp8_layers(model(), torch.nn.ModuleDict())
+    require_fp8_layers(model(), layers(Float8CurrentScaling))
     require_fp8_layers(model("bf16"), layer)
+
+
+def test_layers_that_did_not_compute_as_asked_end_the_run() -> None:
+    asked = model("fp8_tensorwise", num_layers=3, fp8={"last_layers_bf16": 1})
+    found = computed([layers(Float8CurrentScaling, Float8CurrentScaling, None)])
+    assert found == {"0.linear_qkv": "fp8_tensorwise", "1.linear_qkv": "fp8_tensorwise", "2.linear_qkv": "bf16"}
+    require_computed(asked, found)
+    with pytest.raises(RuntimeError, match=r"=fp8_tensorwise: computed layer 1.linear_qkv in bf16$"):
+        require_computed(asked, computed([layers(Float8CurrentScaling, None, None)]))
+    with pytest.raises(RuntimeError, match=r"computed layer 2.linear_qkv in fp8_delayed$"):
+        require_computed(asked, computed([layers(Float8CurrentScaling, Float8CurrentScaling, TEDelayedScaling)]))
+    assert computed([layers(None, None, ran=False)]) == {}, "what never ran has computed in nothing"
+    require_computed(model("bf16"), {"0.linear_qkv": "bf16"})
+
+
+def test_layers_of_megatron_core_say_nothing() -> None:
+    """On a CPU nothing is listed, and nothing is an error without FP8."""
+    parallel = ParallelConfig(threads=1)
+    assert computed(chunks_of(build(parallel, initialize(parallel, seed=1)))) == {}
+
+
+def test_weights_in_fp8_keep_what_they_were_made_of() -> None:
+    rounded, plain = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    rounded._high_precision_init_val = torch.zeros(2)  # type: ignore[attr-defined]
+    value = torch.tensor([1.0, 2.0])
+    keep_exact(rounded, value)
+    keep_exact(plain, value)
+    value.zero_()
+    assert rounded._high_precision_init_val.tolist() == [1.0, 2.0]  # type: ignore[attr-defined]
+    assert not hasattr(plain, "_high_precision_init_val")
+
+
+def test_keys_of_fp8_reach_megatron() -> None:
+    ends = transformer_config(
+        model(fp8={"first_layers_bf16": 1, "last_layers_bf16": 2}, num_layers=4), ParallelConfig()
+    )
+    assert ends.first_last_layers_bf16
+    assert (ends.num_layers_at_start_in_bf16, ends.num_layers_at_end_in_bf16) == (1, 2)
+    delayed = transformer_config(
+        model("fp8_delayed", fp8={"attention": True, "amax_history": 16, "parameter_gather": True}), ParallelConfig()
+    )
+    assert delayed.fp8_dot_product_attention and delayed.fp8_param and delayed.fp8_amax_history_len == 16
+    plain = transformer_config(model(), ParallelConfig())
+    assert not (plain.fp8_param or plain.fp8_dot_product_attention or plain.first_last_layers_bf16)
 
 
 def test_dimensions_are_multiples_of_16_on_each_process() -> None:
@@ -92,7 +157,7 @@ def test_rows_are_multiples_of_16() -> None:
             {"model": {"precision": "fp8_tensorwise", "num_experts": 4}, "rollout": {"engine": "vllm"}},
             "does not go with model.num_experts=4",
         ),
-        ({"model": {"precision": "mxfp8"}}, "fp8_blockwise"),
+        ({"model": {"precision": "fp8"}}, "fp8_blockwise"),
     ],
 )
 def test_what_fp8_does_not_go_with(keys: dict[str, dict[str, object]], message: str) -> None:

@@ -150,6 +150,10 @@ def make_run(run_dir: Path, tensorboard: bool = False) -> Path:
         "files": [{"path": f"m{i}.py", "hash": "0a"} for i in range(99)],
     }
     write_json(run_dir / "manifest.json", manifest)
+    layers = {"fp8_tensorwise": ["1.linear_qkv", "1.linear_proj"], "bf16": ["0.linear_qkv"]}
+    phases = {"warm_start": layers, "estep-1": {}}
+    kernels = {"linear layers": "Transformer Engine"}
+    write_json(run_dir / "precision.json", {"asked": "fp8_tensorwise", "kernels": kernels, "phases": phases})
     write_json(run_dir / "versions.json", {"python": "3.11.9", "packages": {"torch": "2.13.0", "vllm": None}})
     write_made_metrics(run_dir, tensorboard)
     write_transcripts(run_dir, "estep-1-0020", make_transcripts())

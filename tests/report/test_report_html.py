@@ -67,6 +67,10 @@ def test_finished_run_has_all_parts(run: Path) -> None:
     assert "raise estep.latent_price" in page.text["monitors"]
     assert "latent_price: 0.05  # <nats>" in page.text["configuration"]
     assert "2.13.0" in page.text["versions"]
+    precision = " ".join(page.text["versions"].split())
+    assert "asked for fp8_tensorwise linear layers Transformer Engine" in precision
+    assert "warm_start: products with weights 2 in fp8_tensorwise, 1 in bf16" in precision
+    assert "fp8_tensorwise: 1.linear_qkv, 1.linear_proj" in precision and "estep-1" not in precision
     assert "1,402,554" in page.text["data"]
     assert "E-step 1" in page.text["timings"]
     times = " ".join(page.text["where-the-time-goes"].split())
@@ -108,6 +112,7 @@ def test_long_lists_of_the_manifest_are_cut(run: Path) -> None:
 def test_run_that_was_killed_says_what_is_missing(run: Path) -> None:
     (run / "summary.json").unlink()
     (run / "versions.json").unlink()
+    (run / "precision.json").unlink()
     with MetricsWriter(run, tensorboard=False) as writer:
         writer.rewind(lambda record: record["phase"] in ("warm_start", "evaluation"))
         writer.write("estep", 1, 1, {"monitor": "entropy", "message": "0.001 nats", "advice": "raise it"})

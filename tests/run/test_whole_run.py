@@ -44,6 +44,23 @@ def test_the_resolved_configuration_describes_the_run(finished: Path, ra3: Ra3) 
     assert f"run_dir: {finished}" in shown
 
 
+def test_the_run_says_whose_kernels_computed_and_in_what(finished: Path) -> None:
+    """On a CPU without a word on FP8: Megatron-Core's own layers do not say in what they compute."""
+    found = read(finished, "precision.json")
+    assert found["asked"] == "fp32" and "fp8" not in found
+    assert found["phases"] == {path.name: {} for path in (finished / "checkpoints").iterdir()}
+    assert found["kernels"] == {
+        "linear layers": "Megatron-Core",
+        "norms": "torch",
+        "attention": "ra3_megatron",
+        "optimizer": "torch",
+        "gradient norm and clipping": "Megatron-Core",
+        "weight gradients": "added behind them",
+    }
+    page = (finished / "report.html").read_text()
+    assert "Precision and kernels" in page and "added behind them" in page
+
+
 def test_metrics_hold_every_step_in_order(finished: Path) -> None:
     steps = [(row["phase"], row["iteration"], row["step"]) for row in rows(finished) if "monitor" not in row]
     expected = [("warm_start", 0, step) for step in range(1, 25)] + [("evaluation", 0, 0)]

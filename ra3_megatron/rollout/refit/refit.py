@@ -25,7 +25,7 @@ from ra3_megatron.rollout.refit.errors import RefitError
 from ra3_megatron.rollout.refit.gather import gathered
 from ra3_megatron.rollout.refit.plan import leaders, make_plan, with_output_layer
 from ra3_megatron.rollout.refit.sending import Sending, Update
-from ra3_megatron.rollout.refit.shards import Holdings, addresses, local_pieces, wire_dtype
+from ra3_megatron.rollout.refit.shards import Holdings, addresses, follow_training, local_pieces, wire_dtype
 from ra3_megatron.rollout.refit.stream import Stream
 
 
@@ -95,7 +95,7 @@ class Refit:
         process (`Trainer.synchronize`). Raises RefitError on every process when an engine did not take them.
         """
         begin = time.perf_counter()
-        if addresses(self._chunks) != self._addresses:
+        if not all(map(follow_training, self._chunks)) or addresses(self._chunks) != self._addresses:
             self._read_pieces()
         failure, totals = self._unfit(updates), None
         sending = None

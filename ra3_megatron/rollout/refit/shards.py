@@ -34,13 +34,17 @@ class Holdings:
 
 
 def local_pieces(chunks: Sequence[LanguageModel]) -> list[tuple[Piece, Tensor]]:
-    """Every piece of this process's chunks, with the memory of the weights that it is.
+    """Every piece of this process's chunks, with the memory of the weights that it is, or a copy of weights in FP8.
 
-    Raises RuntimeError when a piece is a copy: it would not follow the training.
+    Raises RuntimeError when a piece of other weights is a copy: it would not follow the training.
     """
     pieces = []
     for chunk in chunks:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+        weights = (
+            {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+            if follow_training(chunk)
+            else set()
+        )
         for shard in shards_of(chunk, SHARDING):
             fixed = shard.prepend_axis_num
             piece = Piece(
@@ -49,10 +53,18 @@ def local_pieces(chunks: Sequence[LanguageModel]) -> list[tuple[Piece, Tensor]]:
                 start=tuple(shard.global_offset[fixed:]),
                 shape=tuple(shard.data.shape),
             )
+            if not follow_training(chunk):
+                pieces.append((piece, shard.data.detach()))
+                continue
             if shard.data.untyped_storage().data_ptr() not in weights:
                 raise RuntimeError(f"the shard {piece.key} at {piece.place} is a copy of the weight, not the weight")
             pieces.append((piece, shard.data.detach()))
     return pieces
+
+
+def follow_training(chunk: LanguageModel) -> bool:
+    """Whether the tensors of `local_pieces` are the weights themselves; in FP8 they are copies, to be read anew."""
+    return not chunk.config.fp8_param
 
 
 def addresses(chunks: Sequence[LanguageModel]) -> list[int]:

@@ -1,0 +1,56 @@
+"""What this machine has to compute with: the GPU, Transformer Engine, apex, and which kernels Megatron-Core takes."""
+
+import importlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ra3_megatron.config.precision import Hardware
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that is used where it is found."""
+
+    version: str | None
+    """None: it does not load."""
+    why_not: str = ""
+
+
+def hardware_of(device: torch.device) -> Hardware:
+    """What processes on this device have. Transformer Engine is looked for beside a GPU alone: it needs CUDA."""
+    if device.type != "cuda":
+        return Hardware("the CPU", None)
+    engine = package("transformer_engine", "transformer_engine.pytorch")
+    return Hardware(
+        device=torch.cuda.get_device_name(device),
+        capability=torch.cuda.get_device_capability(device),
+        cuda=numbers(torch.version.cuda),
+        transformer_engine=numbers(engine.version),
+        why_not=engine.why_not,
+    )
+
+
+def package(name: str, module: str) -> Package:
+    """A package by its name on the index, and the module whose import tells whether it works."""
+    try:
+        loaded = importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Package(None, str(error).split("\n")[0] or type(error).__name__)
+    try:
+        return Package(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Package(str(getattr(loaded, "__version__", "unknown")))
+
+
+def numbers(version: str | None) -> tuple[int, int] | None:
+    """The first two numbers of a version; None when it has none."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def has_transformer_engine(device: torch.device) -> bool:
+    """Whether layers on this device are Transformer Engine's."""
+    return device.type == "cuda" and package("transformer_engine", "transformer_engine.pytorch").version is not None
