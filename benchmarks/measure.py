@@ -23,13 +23,23 @@ class Timing:
         return f"{work / self.median:,.1f} ({low:,.1f} to {high:,.1f})"
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, Timing]:
-    """Time every side `repeats` times, one after the other in turn, after `warm_up` rounds that do not count."""
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every side `repeats` times, one after the other in turn, after `warm_up` rounds that do not count.
+
+    wait: until the device has done what it was told; before and behind every repeat.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + repeats):
         for name, action in sides.items():
+            wait()
             begin = time.perf_counter()
             action()
+            wait()
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: Timing(values) for name, values in seconds.items()}

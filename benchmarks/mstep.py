@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ra3_megatron.mcore  # noqa: F401
 from benchmarks.measure import Timing, alternate
@@ -85,19 +84,7 @@ def packed_batches(ids: torch.Tensor) -> list[TokenBatch]:
 
 
 def _hugging_face(config: ModelConfig, ids: np.ndarray):  # type: ignore[no-untyped-def]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_query_groups,
-            max_position_embeddings=config.context_length,
-            tie_word_embeddings=config.tied_embeddings,
-            attn_implementation="sdpa",
-        )
-    )
+    model = hugging_face_model(config, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = list(torch.from_numpy(ids))
 
@@ -109,3 +96,23 @@ def _hugging_face(config: ModelConfig, ids: np.ndarray):  # type: ignore[no-unty
         optimizer.step()
 
     return step
+
+
+def hugging_face_model(config: ModelConfig, vocab_size: int) -> torch.nn.Module:
+    """transformers' Llama of the same architecture, with random weights in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds, and not needed for the constants above
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_query_groups,
+            max_position_embeddings=config.context_length,
+            tie_word_embeddings=config.tied_embeddings,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    )

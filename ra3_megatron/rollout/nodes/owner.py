@@ -8,8 +8,6 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import psutil
-
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rollout.nodes.meeting import Meeting
 from ra3_megatron.rollout.nodes.messages import Answer, Begin, Begun, Done, End, Ended, Failed, Offer
@@ -217,6 +215,8 @@ class _Node:
 
 def own_addresses() -> list[str]:
     """Addresses at which other machines may reach this one, the likeliest first."""
+    import psutil  # sampling without nodes does without it
+
     found = [os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
     local = [
         address.address
