@@ -32,7 +32,8 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
     yield f"| processor | {machine['processor']}, {machine['cores']} cores |"
     named = ("torch", "transformer-engine", "megatron-core", "transformers", "triton")
     found = machine["packages"]
-    yield f"| packages | Python {machine['python']}, {', '.join(f'{n} {found[n] or "none"}' for n in named)} |"
+    versions = ", ".join(f"{name} {found[name] or 'none'}" for name in named)
+    yield f"| packages | Python {machine['python']}, {versions} |"
     changed = " with changes" if machine["modified"] else ""
     yield f"| commit | {machine['commit'] or 'unknown'}{changed} |"
 
