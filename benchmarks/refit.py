@@ -52,15 +52,26 @@ def measure(repeats: int) -> RefitResult:
     parameters = nbytes = 0
     for label, (processes, keys) in LAYOUTS.items():
         transport = "broadcast" if "broadcast" in label else "shared"
-        timings[label], parameters, nbytes = launch(processes, _in_process, keys, transport, repeats)
+        timings[label], parameters, nbytes = launch(processes, in_process, keys, transport, repeats)
     return RefitResult(parameters, nbytes, timings)
 
 
-def _in_process(keys: dict[str, Any], transport: Any, repeats: int) -> tuple[dict[str, Timing], int, int]:
+def in_process(
+    keys: dict[str, Any],
+    transport: Any,
+    repeats: int,
+    config: ModelConfig = MODEL,
+    vocab_size: int = VOCABULARY,
+    bucket: int = BUCKET,
+) -> tuple[dict[str, Timing], int, int]:
+    """What one process of a layout measures: timings of refits and copies, parameters, bytes that were sent.
+
+    It joins process groups and leaves them.
+    """
     parallel = ParallelConfig(threads=1, **keys)
     runtime = startup.initialize(parallel, seed=1)
-    model = build_model(MODEL, parallel, runtime, VOCABULARY, np.ones((1, VOCABULARY), dtype=bool), seed=1)
-    links = family_for(MODEL).links(MODEL, VOCABULARY)
+    model = build_model(config, parallel, runtime, vocab_size, np.ones((1, vocab_size), dtype=bool), seed=1)
+    links = family_for(config).links(config, vocab_size)
     refit = Refit(
         model,
         runtime,
@@ -68,13 +79,13 @@ def _in_process(keys: dict[str, Any], transport: Any, repeats: int) -> tuple[dic
         placement="server",
         receivers=1,
         transport=transport,
-        bucket_bytes=BUCKET,
+        bucket_bytes=bucket,
         host="127.0.0.1",
     )
     receiver = _Receiver() if refit.is_sender else None
     updates = [receiver.update] if receiver else []
     stats = refit.send(updates, 0)
-    source = torch.ones(stats.nbytes // 4)
+    source = torch.ones(stats.nbytes // 4, device=runtime.device)
     target = torch.empty_like(source)
 
     def copy() -> None:
@@ -82,7 +93,11 @@ def _in_process(keys: dict[str, Any], transport: Any, repeats: int) -> tuple[dic
             target.copy_(source)
         runtime.barrier()
 
-    timings = alternate({REFIT: lambda: refit.send(updates, 1), COPY: copy}, repeats)
+    def wait() -> None:
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+
+    timings = alternate({REFIT: lambda: refit.send(updates, 1), COPY: copy}, repeats, wait=wait)
     refit.close()
     if receiver:
         receiver.close()

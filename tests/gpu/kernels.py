@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.config.precision import RECIPES
-from ra3_megatron.mcore.model import chunks_of
+from ra3_megatron.mcore.model import LanguageModel, chunks_of
 from tests.gpu.evidence import Evidence
 from tests.gpu.setting import NEEDS_GPU, Setting, relative, release
 
@@ -74,9 +74,12 @@ def run(evidence: Evidence, setting: Setting) -> None:
         if setting.cuda:
             with evidence.attempt(f"te.Linear {precision}"):
                 plain(evidence, setting, model, tokens, precision)
-        for kind in ("linear_qkv", "linear_fc1"):
-            with evidence.attempt(f"Megatron's {kind} {precision}"):
-                megatron(evidence, setting, model, tokens, precision, kind)
+        with evidence.attempt(f"Megatron's layers {precision}"):
+            chunk = chunks_of(setting.build(model, VOCABULARY, precision))[0]
+            for kind in ("linear_qkv", "linear_fc1"):
+                with evidence.attempt(f"Megatron's {kind} {precision}"):
+                    megatron(evidence, setting, chunk, (tokens, 1, model.hidden_size), precision, kind)
+            del chunk
         release()
     with evidence.attempt("Adam"):
         adam(evidence, setting, model)
@@ -96,13 +99,12 @@ def plain(evidence: Evidence, setting: Setting, model: ModelConfig, tokens: int,
 
 
 def megatron(
-    evidence: Evidence, setting: Setting, model: ModelConfig, tokens: int, precision: str, kind: str
+    evidence: Evidence, setting: Setting, chunk: LanguageModel, shape: Sequence[int], precision: str, kind: str
 ) -> None:
     """A norm with the product behind it, as the model of this project has it (under Transformer Engine's spec:
     TELayerNormColumnParallelLinear), in the FP8 context that Megatron opens around a layer."""
     from megatron.core.fp8_utils import get_fp8_context
 
-    chunk = chunks_of(setting.build(model, VOCABULARY, precision))[0]
     layer = chunk.decoder.layers[0]
     module, norm = {
         "linear_qkv": (layer.self_attention.linear_qkv, layer.input_layernorm),
@@ -116,9 +118,9 @@ def megatron(
 
     weights = {"weight": module.weight, "norm": module.layer_norm_weight if fused else norm.weight}
     case = Case(forward, weights, lambda: get_fp8_context(chunk.config), chunk.set_is_first_microbatch)
-    reference = partial(reference_norm_linear, epsilon=model.norm_epsilon)
+    reference = partial(reference_norm_linear, epsilon=chunk.config.layernorm_epsilon)
     name = f"{type(module).__name__} ({kind}) {precision}"
-    judge(evidence, name, case, reference, (tokens, 1, model.hidden_size), precision, setting)
+    judge(evidence, name, case, reference, shape, precision, setting)
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:

@@ -1,0 +1,84 @@
+"""Rollouts of rollout.engine=megatron: jump-ahead against one request per line, and plain decoding.
+
+All samplers draw from the same uniforms and sample the same transcripts (`benchmarks/rollout.py`); the thinking rate is
+forced, so that it does not depend on random weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from benchmarks import rollout
+from benchmarks.measure import alternate
+from benchmarks.rollout import Workload
+from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.rollout.protocol import GenerateRequest
+from tests.gpu.evidence import Evidence
+from tests.gpu.setting import Setting, release, with_precision
+
+RATES = (0.1, 0.3)
+"""Share of lines with a thought."""
+MODELS = {
+    "28M": ModelConfig(num_layers=8, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4),
+    "1B-shaped": ModelConfig(
+        num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8
+    ),
+}
+TOKENS, ROWS = 64, (1, 32, 256)
+"""Tokens that are decoded behind each prompt; prompts at once."""
+
+
+def run(evidence: Evidence, setting: Setting) -> None:
+    """Every model."""
+    work = toy(setting) if setting.small else rollout.load("28M", setting.folder, 16)
+    shapes = {"toy": work.config} if setting.small else MODELS
+    for name, shape in shapes.items():
+        if evidence.enough(name, setting.pick(60.0, 1.0)):
+            with evidence.attempt(name):
+                precision = "bf16" if setting.cuda else "fp32"
+                mine = replace(work, config=with_precision(shape, precision))
+                decode(evidence, setting, name, mine)
+                sample(evidence, setting, name, mine)
+            release()
+
+
+def sample(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
+    """Documents a second of each sampler, `rollout.GROUP` transcripts each."""
+    for rate in setting.pick(RATES, RATES[1:]):
+        repeats = setting.pick(3, 1)
+        if not evidence.enough(f"{name}, thoughts on {rate:.0%} of lines", setting.pick(40.0, 1.0)):
+            continue
+        result = rollout.measure(work, setting.runtime, repeats, (rate,))[0]
+        for sampler, timing in result.timings.items():
+            text = f"{name}, thoughts on {rate:.0%} of lines, {sampler}"
+            evidence.rate(text, timing, result.documents, "documents/s")
+        fast, slow = result.timings["jump-ahead"], result.timings["naive"]
+        evidence.figure(
+            f"{name}, thoughts on {rate:.0%} of lines: jump-ahead, of one request per line", slow.median / fast.median
+        )
+
+
+def decode(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
+    """Tokens a second behind short prompts, one token of each row at a time."""
+    engine = MegatronEngine(work.model(setting.runtime), setting.runtime, work.latents, work.tokenizer.vocab_size)
+    draw = np.random.default_rng(1)
+    tokens = setting.pick(TOKENS, 8)
+    for rows in setting.pick(ROWS, (2,)):
+        prompts = [work.documents[n % len(work.documents)] for n in range(rows)]
+        requests = [
+            GenerateRequest([work.tokenizer.bos, *prompt.lines[0].body], draw.random(tokens)) for prompt in prompts
+        ]
+        timing = alternate({"": lambda asked=requests: engine.generate(asked)}, 3, wait=setting.wait)[""]
+        evidence.rate(f"{name}: decoding, {rows} rows", timing, rows * tokens, "tokens/s")
+
+
+def toy(setting: Setting) -> Workload:
+    """A few documents of a few tokens, for the small form."""
+    from tests.toy import LARGE, Toy
+
+    made = Toy(setting.runtime, "comment", LARGE, max_latent_tokens=3)
+    documents = [made.document(code, f"document {n}") for n, code in enumerate(("a = b\n ab(c):\n  b\n", "b\nab(a)\n"))]
+    return Workload(made.architecture, made.tokenizer, made.latents, documents)
