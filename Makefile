@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-vllm-cpu install-slurm install-sandbox install-eval hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
+.PHONY: help quickstart gpu install install-vllm-cpu install-slurm install-sandbox install-eval hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -125,6 +125,13 @@ test-parallel: install ## Test every parallel layout (make test runs a subset of
 
 test-extended: install ## Run the tests that `make test` leaves out for their time; ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --extended -m extended $(ARGS)
+
+# The environment of `make install` where it is there, PYTHON otherwise or where it is given: a GPU machine may have
+# packages of its own. Nothing is installed.
+GPU_PYTHON = $(if $(filter command line environment,$(origin PYTHON)),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
+
+gpu: ## Turn half an hour of this machine's GPU into evidence (docs/gpu.md); ARGS='PART … --minutes 10 --out DIR'
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 lint: install ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from tests.gpu.table import table
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 20.0
 """Seconds that a part gets beyond those that it is told of."""
-LOG = 9000
-"""Characters of parts' progress on standard output, all parts together; the rest is in their log files."""
+LOG = 8000
+"""Characters of parts' progress on standard output, all parts together, and as many / 4 of failures; whatever is not
+shown is in the results."""
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> int:
     results: dict[str, Any] = {"machine": machine, "evidence": not given.small, "parts": {}}
     for name in parts:
         say(f"[{time.monotonic() - begin:5.0f} s] {name}: {PARTS[name]}")
-        results["parts"][name] = _part(name, out, given.minutes * 60.0, given.small, LOG // len(parts))
+        results["parts"][name] = run_part(name, out, given.minutes * 60.0, given.small, LOG // len(parts))
         write_json(out / "results.json", results)
         (out / "results.md").write_text(table(results), encoding="utf-8")
         say(f"[{time.monotonic() - begin:5.0f} s] {name}: {verdict(results['parts'][name])}")
@@ -100,24 +102,23 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def _part(name: str, out: Path, seconds: float, small: bool, characters: int) -> dict[str, Any]:
-    """Run one part; what it left. Lines of its progress are shown up to so many characters, failures always."""
+def run_part(name: str, out: Path, seconds: float, small: bool, characters: int) -> dict[str, Any]:
+    """Run one part; what it left. Lines of its progress are shown up to so many characters."""
     file, log = out / f"{name}.json", out / f"{name}.log"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.gpu.part", name, str(file), "--seconds", str(seconds)]
-    with log.open("wb") as errors:
+    with log.open("wb") as errors, tempfile.TemporaryDirectory(prefix="ra3-gpu-") as folder:
         process = subprocess.Popen(
-            [*command, *(["--small"] if small else [])],
+            command_of(name, file, seconds, small),
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env={**_environment(), "TMPDIR": folder},
             cwd=ROOT,
             start_new_session=True,
         )
-        killed = _follow(process, seconds + GRACE, characters, log)
+        killed = _follow(process, seconds + GRACE, characters)
     if not file.is_file():
-        blank = {"part": name, "title": PARTS[name], "evidence": not small, "seconds": 0.0}
-        return {**blank, "status": "crashed", "rows": [], "series": {}, "missing": [], "errors": [_ending(process, log)]}
+        blank = {"part": name, "title": PARTS[name], "evidence": not small, "seconds": 0.0, "rows": [], "series": {}}
+        return {**blank, "status": "crashed", "missing": [], "errors": [_ending(process, log)]}
     part: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if part["status"] == "running":
         part["status"] = "out of time" if killed else "crashed"
@@ -127,21 +128,28 @@ def _part(name: str, out: Path, seconds: float, small: bool, characters: int) ->
     return part
 
 
-def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int, log: Path) -> bool:
+def command_of(name: str, file: Path, seconds: float, small: bool) -> list[str]:
+    """The command of a part's process."""
+    command = [sys.executable, "-m", "tests.gpu.part", name, str(file), "--seconds", str(seconds)]
+    return [*command, "--small"] if small else command
+
+
+def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int) -> bool:
     """Show what a part says until it ends; whether it had to be ended."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    end, left, hidden, rest, killed = time.monotonic() + seconds, characters, 0, b"", False
+    end, hidden, rest, killed = time.monotonic() + seconds, 0, b"", False
+    left = {False: characters, True: characters // 4}  # failures: True
     while True:
         ended = process.poll() is not None
         rest += process.stdout.read() or b""
         *lines, rest = rest.split(b"\n")
         for line in lines:
-            text = line.decode(errors="replace")
-            important = "FAILED" in text or "DOES NOT HOLD" in text
-            if important or left >= len(text):
-                say(text[:160])
-                left -= 0 if important else len(text)
+            text = line.decode(errors="replace")[:160]
+            failure = "FAILED" in text or "DOES NOT HOLD" in text
+            if left[failure] >= len(text):
+                say(text)
+                left[failure] -= len(text)
             else:
                 hidden += 1
         if ended:

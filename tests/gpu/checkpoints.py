@@ -85,7 +85,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
     from megatron.core import dist_checkpointing
 
     loaded = dist_checkpointing.load_plain_tensors(str(folder))
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor) and "_extra_state" not in name}
+    tensors = {n: value for n, value in loaded.items() if isinstance(value, Tensor) and "_extra_state" not in n}
     if not any(name.startswith("optimizer.") for name in tensors):
         raise RuntimeError(f"{folder.name}: holds no optimizer state")
     return {**tensors, "steps": torch.tensor(loaded["optimizer"]["step"])}

@@ -102,14 +102,22 @@ class Evidence:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Within it, an error is written down, and the part goes on. One that spoils the GPU ends the part."""
+        """Within it, an error is written down, and the part goes on. One that spoils the GPU ends the part.
+
+        What does not fit the memory has not run; that is no error.
+        """
         try:
             yield
         except Exception as error:
-            self.fail(name, error)
-            if any(sign in str(error) for sign in STICKY):
-                raise
-            _free()
+            if type(error).__name__ == "OutOfMemoryError":
+                self.missing(name, "out of memory")
+            else:
+                self.fail(name, error)
+                if any(sign in str(error) for sign in STICKY):
+                    raise
+        else:
+            return
+        _free()  # behind the error, which holds what it was raised in
 
     def fail(self, name: str, error: BaseException | str) -> None:
         """An error, in one line."""
@@ -164,7 +172,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Numbers with as many digits as mean something; those that are not finite as text, which JSON has no numbers for."""
+    """Numbers with as many digits as mean something; what is not finite, for which JSON has no numbers, as text."""
     if isinstance(value, bool) or not isinstance(value, float):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)

@@ -140,7 +140,8 @@ def warm_start(stage: Stage, model: Any, name: str, rate: float) -> None:
     """Next-token prediction in place, for its share of the time."""
     course, setting = stage.course, stage.course.setting
     settings = stage.config.warm_start
-    optimizer = settings.optimizer.model_copy(update={"learning_rate": setting.pick(rate, 3e-3), "min_learning_rate": 0.0})
+    changed = {"learning_rate": setting.pick(rate, 3e-3), "min_learning_rate": 0.0}
+    optimizer = settings.optimizer.model_copy(update=changed)
     rows, micro = setting.pick((32, 32), (4, 4))
     settings = settings.model_copy(
         update={"global_batch_size": rows, "micro_batch_size": micro, "optimizer": optimizer, "steps": 10**6}
@@ -149,7 +150,7 @@ def warm_start(stage: Stage, model: Any, name: str, rate: float) -> None:
     probe = stage.copy(model)  # its weights are thrown away
     trial = trainer_of(stage, probe, settings, 10)
     mstep = MStep(stage.config, settings, trial, store)
-    count = steps_in(SHARES[name] * course.seconds, mstep.step, setting, least=4, most=setting.pick(20_000, 6))
+    count = steps_in(SHARES[name] * course.seconds, mstep.step, setting, least=4, most=setting.pick(8_000, 6))
     del trial, mstep, probe
     trainer = trainer_of(stage, model, settings, count)
     mstep = MStep(stage.config, settings, trainer, shuffled(stage, store, settings, count))
@@ -167,7 +168,9 @@ def trainer_of(stage: Stage, model: Any, settings: Any, steps: int) -> Trainer:
 def shuffled(stage: Stage, store: Any, settings: Any, steps: int) -> Ordered:
     """The documents of so many steps in the order of the seed."""
     counted = settings.model_copy(update={"steps": steps})
-    order = DocumentOrder(store, counted, stage.config.model.context_length, order_seed(stage.config.seed, 1))
+    order = DocumentOrder(
+        store, counted, stage.config.model.context_length, order_seed(stage.config.seed, Stream.WARM_ORDER)
+    )
     return Ordered(store, order.of(1))
 
 
@@ -226,7 +229,8 @@ def held_out(stage: Stage, model: Any, name: str, gate: bool = False) -> None:
     found = evaluate(model, stage.policy(model), documents, keys, config, blank_tokens(stage.corpus.tokenizer))
     lines = measures.lines_of(found.by_line(stage.corpus.tokenizer), Tasks(config.corpus).task_named)
     chosen = measures.selectivity(lines)
-    evidence.figure(f"{name}: nats a line of an item", measures.nats_a_line(lines), "nats", note=f"{count} held-out tasks")
+    note = f"{count} held-out tasks"
+    evidence.figure(f"{name}: nats a line of an item", measures.nats_a_line(lines), "nats", note=note)
     evidence.figure(f"{name}: nats a line without thoughts", measures.nats_a_line(lines, raw=True), "nats")
     evidence.figure(f"{name}: thoughts at true boundaries, F1", chosen.f1, note=f"{chosen.think_rate:.3f} of lines")
     if gate:

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +33,8 @@ def main(arguments: list[str]) -> int:
     try:
         prepare()
         run = importlib.import_module(f"tests.gpu.{given.name}").run
-        folder = given.file.with_suffix(".files")
-        folder.mkdir(parents=True, exist_ok=True)
-        run(evidence, setting_of(given.small, folder))
+        with tempfile.TemporaryDirectory(prefix="ra3-gpu-") as folder:
+            run(evidence, setting_of(given.small, Path(folder), given.file.parent))
     except BaseException as error:
         traceback.print_exc()
         evidence.fail(given.name, error)
@@ -62,14 +62,14 @@ def prepare() -> None:
         filesystem_async._process_memory = _resident
 
 
-def setting_of(small: bool, folder: Path) -> Setting:
+def setting_of(small: bool, folder: Path, out: Path) -> Setting:
     """Join a process group of one, and say where it runs."""
     from ra3_megatron.config.model import ParallelConfig
     from ra3_megatron.mcore import startup
     from tests.gpu.setting import Setting
 
     parallel = ParallelConfig(threads=1) if small else ParallelConfig()
-    return Setting(small, folder, parallel, startup.initialize(parallel, seed=1))
+    return Setting(small, folder, out, parallel, startup.initialize(parallel, seed=1))
 
 
 def _resident() -> int:

@@ -12,7 +12,7 @@ import torch
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention|attn",
     "optimizer": r"multi_?tensor|adam|l2norm|_foreach|lpnorm",
-    "casts and scales of FP8": r"cast_transpose|quantize_|amax_kernel|block_scal|blockwise_scal|scale_from|delayed_scal",
+    "casts and scales of FP8": r"cast_transpose|quantize_|amax_kernel|block_?(wise_)?scal|scale_from|delayed_scal",
     "matrix products": r"gemm|nvjet|cutlass|xmma|wgmma|splitk|matmul|\bmm\b|addmm|bmm|aten::linear|cublas",
     "messages": r"nccl",
     "copies": r"\bmemcpy|\bmemset|aten::copy_|aten::_to_copy",

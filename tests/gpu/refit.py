@@ -25,7 +25,8 @@ def run(evidence: Evidence, setting: Setting) -> None:
     name, shape, size = setting.pick(("1B-shaped", made.model, made.vocab_size), ("tiny", TINY, 256))
     shape = with_precision(shape, "bf16" if setting.cuda else "fp32")
     with evidence.attempt(name):
-        timings, parameters, sent = refit.in_process({}, "shared", setting.pick(5, 2), shape, size, setting.pick(BUCKET, 2**20))
+        repeats, bucket = setting.pick((5, BUCKET), (2, 2**20))
+        timings, parameters, sent = refit.in_process({}, "shared", repeats, shape, size, bucket)
         evidence.figure(f"{name}: sent", sent / 1e9, "GB", note=f"{parameters / 1e6:.1f} million parameters")
         evidence.rate(f"{name}: refit", timings[refit.REFIT], sent / 1e9, "GB/s")
         evidence.rate(f"{name}: copy within the device", timings[refit.COPY], sent / 1e9, "GB/s")

@@ -34,7 +34,9 @@ class Setting:
     small: bool
     """Tiny shapes, to exercise the code: figures are no evidence."""
     folder: Path
-    """For files of this part."""
+    """For files that this part needs for itself."""
+    out: Path
+    """For files beside its results."""
     parallel: ParallelConfig
     runtime: Runtime
 
@@ -71,9 +73,7 @@ class Setting:
     def build(self, model: ModelConfig, vocab_size: int, precision: str, seed: int = 1) -> torch.nn.Module:
         """A model with the same initial weights in every precision, before rounding."""
         config = with_precision(model, precision)
-        return build_model(
-            config, self.parallel, self.runtime, vocab_size, np.ones((1, vocab_size), dtype=bool), seed
-        )
+        return build_model(config, self.parallel, self.runtime, vocab_size, np.ones((1, vocab_size), dtype=bool), seed)
 
     def trainer(
         self, model: ModelConfig, vocab_size: int, precision: str, optimizer: OptimizerConfig | None = None

@@ -2,7 +2,7 @@
 
 FLOPs of a step are counted by `ra3_megatron.scaling.counts.token_flops`, as everywhere in this project:
 
-    3 * tokens * (2 * weights of the layers + 4 * layers * query channels * (sequence + 1) / 2 + 2 * hidden * vocabulary)
+    3 * tokens * (2 * layer weights + 4 * layers * query channels * (sequence + 1) / 2 + 2 * hidden * vocabulary)
 
 (backward is twice forward; causal attention sees half; nothing that is computed again counts). A step is
 `Trainer.step`: forward, backward, gradient norm, clipping, Adam, on rows that one document fills each. The baseline is
@@ -39,9 +39,9 @@ from tests.gpu.setting import Setting, full_rows, release, with_precision
 
 GIB = 2**30
 SEQUENCE = 8192
-ROOM = 0.92
+ROOM = 0.85
 """Share of the device's memory that as many layers as fit may take, by the plan."""
-FORMULA = "3 * tokens * (2 * layer weights + 4 * layers * query channels * (sequence + 1) / 2 + 2 * hidden * vocabulary)"
+FORMULA = "3 tokens (2 layer weights + 4 layers * query channels * (sequence + 1) / 2 + 2 hidden * vocabulary)"
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,7 @@ def measured(
     return timing
 
 
-def _memory(
-    evidence: Evidence, setting: Setting, case: Case, name: str, precision: str, gpu: Gpu | None
-) -> None:
+def _memory(evidence: Evidence, setting: Setting, case: Case, name: str, precision: str, gpu: Gpu | None) -> None:
     """Peak memory of the steps against the plan."""
     if not setting.cuda:
         evidence.missing(f"{name}: peak memory", "needs a GPU")
@@ -256,13 +254,17 @@ def _memory(
     evidence.figure(f"{name}: peak memory of the device", whole, "GiB", note=f"planned {planned:.1f} GiB")
 
 
-def plain(
-    evidence: Evidence, setting: Setting, case: Case, best: dict[str, float], ours: Timing | None
-) -> None:
+def plain(evidence: Evidence, setting: Setting, case: Case, best: dict[str, float], ours: Timing | None) -> None:
     """The same work by transformers and torch alone."""
     name = f"{case.made.name}: plain PyTorch"
+    try:
+        from transformers import LlamaForCausalLM  # noqa: F401
+    except ImportError as error:
+        evidence.missing(name, f"transformers does not load: {error}")
+        return
     with torch.device(setting.device):
-        model = hugging_face_model(case.made.model.model_copy(update={"context_length": case.sequence}), case.made.vocab_size)
+        shape = case.made.model.model_copy(update={"context_length": case.sequence})
+        model = hugging_face_model(shape, case.made.vocab_size)
     compiled: Any = torch.compile(model) if setting.cuda else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     rows = [batch.ids.to(setting.device) for batch in case.batches()]
@@ -276,10 +278,6 @@ def plain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    try:
-        timing = measured(evidence, setting, case, name, step, best)
-    except torch.OutOfMemoryError:
-        evidence.missing(name, "out of memory")
-        return
+    timing = measured(evidence, setting, case, name, step, best)
     if ours is not None:
         evidence.figure(f"{case.made.name}: bf16 tokens/s, of plain PyTorch's", timing.median / ours.median)

@@ -1,0 +1,438 @@
+"""The suite's own code, on a CPU: every part in its small form, and what decides whether its results can be believed.
+
+What only a GPU can run (Transformer Engine, CUDA's profiler, IPC) is not here: `make gpu` is that test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import alternate
+from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.mcore.trainer import forward
+from ra3_megatron.scaling.tables import Architecture, architecture_named
+from tests.gpu import __main__ as runner
+from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, throughput, training
+from tests.gpu.evidence import Evidence
+from tests.gpu.part import setting_of
+from tests.gpu.parts import PARTS
+from tests.gpu.setting import Setting, full_rows, release
+from tests.gpu.table import table
+
+ROOT = Path(__file__).parents[2]
+ROW = {"name", "value", "unit", "low", "high", "at_most", "at_least", "holds", "note"}
+SLOW = ("equality", "checkpoints", "hopprog")
+BLOCKED = ("typer", "rich", "jinja2", "pygments", "psutil", "matplotlib", "scipy", "datasets")
+"""Packages that a bare machine may lack."""
+
+Run = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a part in its small form, once; what it left on disk."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def once(name: str) -> dict[str, Any]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            file = folder / f"{name}.json"
+            evidence = Evidence(file, name, PARTS[name], small=True, seconds=600)
+            import_module(f"tests.gpu.{name}").run(evidence, setting_of(True, folder, folder))
+            evidence.end("complete")
+            assert file.stat().st_size < 50_000
+            done[name] = json.loads(file.read_text())
+        return done[name]
+
+    return once
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return setting_of(True, tmp_path, tmp_path)
+
+
+@pytest.fixture
+def evidence(tmp_path: Path) -> Evidence:
+    return Evidence(tmp_path / "part.json", "kernels", "a title", small=True)
+
+
+def rows(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in content["rows"]}
+
+
+# -- every part -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PARTS])
+def test_a_part_in_its_small_form(run: Run, name: str) -> None:
+    """It comes to its end without an error, its checks hold, nothing is called evidence, and it forms a table."""
+    found = run(name)
+    assert found["status"] == "complete" and found["errors"] == [] and found["evidence"] is False
+    assert found["part"] == name and found["title"] == PARTS[name] and found["rows"]
+    for row in found["rows"]:
+        assert row.keys() <= ROW and row.keys() >= {"name", "value"}
+        if isinstance(row["value"], float):
+            assert math.isfinite(row["value"])
+        if "holds" in row:
+            assert row["holds"] is True and ("at_most" in row or "at_least" in row)
+        if "low" in row:
+            assert row["low"] <= row["value"] <= row["high"]
+    assert len(rows(found)) == len(found["rows"]), "names are unique"
+    assert all(entry["name"] and entry["why"] for entry in found["missing"])
+    text = table({"machine": MACHINE, "evidence": False, "parts": {name: found}})
+    assert "No figure here is evidence" in text and all(row["name"] in text for row in found["rows"])
+
+
+def test_what_needs_a_gpu_is_named_and_has_no_number(run: Run) -> None:
+    for name in ("kernels", "fp8", "training", "throughput"):
+        found = run(name)
+        missing = {entry["name"] for entry in found["missing"]}
+        assert {"fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"} <= missing
+        assert not any("fp8_" in row["name"] or "mxfp8" in row["name"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_equal_sides_are_equal_and_identical_checkpoints_are_identical(run: Run) -> None:
+    found = [row["value"] for row in run("equality")["rows"]]
+    assert len(found) == 6 and max(found) == 0.0  # the same program twice: to the bit
+    counts = [row for row in run("checkpoints")["rows"] if "bit for bit" in row["name"]]
+    assert len(counts) == 5 and all(row["value"] == 0 for row in counts)
+
+
+def test_rounding_to_bf16_is_seen_by_as_much_as_it_is(run: Run) -> None:
+    for row in run("kernels")["rows"]:
+        if "Adam" not in row["name"]:
+            assert 1e-3 < row["value"] < 5e-3  # 8 bits of significand
+
+
+def test_training_learns_in_every_precision(run: Run) -> None:
+    series = run("training")["series"]
+    for precision in ("fp32", "bf16"):
+        loss = series[f"M-step loss, {precision}"]
+        assert loss[-1] < 0.9 * loss[0]
+        assert len(series[f"E-step reward, {precision}"]) == 2
+    assert series["M-step loss, fp32"] != series["M-step loss, bf16"]
+
+
+# -- what the parts judge by ------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_computes_wrong_does_not_pass(evidence: Evidence, setting: Setting) -> None:
+    layer = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+
+    def judged(forward: Callable[[torch.Tensor], torch.Tensor]) -> list[bool]:
+        evidence.content["rows"].clear()
+        case = kernels.Case(forward, {"weight": layer.weight}, torch.enable_grad)
+        kernels.judge(evidence, "a layer", case, kernels.reference_linear, (64, 32), "bf16", setting)
+        return [row["holds"] for row in evidence.content["rows"]]
+
+    assert judged(layer) == [True, True, True]
+    assert judged(lambda x: 1.02 * layer(x)) == [False, False, False]
+    assert judged(lambda x: torch.nn.functional.linear(x.float(), layer.weight.float())) != [True, True, True]
+
+
+@pytest.mark.parametrize("precision", ["fp8_delayed", "fp8_blockwise"])
+def test_bounds_of_fp8_leave_no_room_for_bf16(precision: str) -> None:
+    for what in ("output", "input gradient", "weight gradient"):
+        least, most = kernels.bounds(precision, what)
+        assert 0.005 < least < most  # bf16 is at 0.003, as measured above
+    exact = torch.randn(200_000, generator=torch.Generator().manual_seed(1))
+    error = float((exact.to(torch.float8_e4m3fn).float() - exact).norm() / exact.norm())
+    coarse = float((exact.to(torch.float8_e5m2).float() - exact).norm() / exact.norm())
+    assert kernels.LEAST < math.hypot(error, error) < kernels.MOST["e4m3"]
+    assert kernels.LEAST < math.hypot(error, coarse) < kernels.MOST["e5m2"]
+
+
+def test_a_wrong_optimizer_does_not_pass(evidence: Evidence, setting: Setting) -> None:
+    settings = {"lr": 1e-3, "weight_decay": 0.1}
+
+    def differs(make: Any) -> float:
+        one, other = (
+            kernels.changes(each, [(8, 8)], settings, 2, setting.device) for each in (make, torch.optim.AdamW)
+        )
+        return max(kernels.relative(a, b) for a, b in zip(one, other, strict=True))
+
+    assert differs(torch.optim.AdamW) == 0.0
+    assert differs(torch.optim.Adam) > kernels.ADAM_MOST  # decay that is part of the gradient
+
+
+def test_a_difference_between_the_sides_is_seen() -> None:
+    one: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
+    other: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
+    assert equality.differences(one, other) == {"logits": 0.0, "weights": 0.0}
+    other["weights"]["b"] = torch.tensor([1.0, 1.0, 1.001])
+    assert equality.differences(one, other)["weights"] > equality.MOST["weights"]
+    del other["weights"]["a"]
+    with pytest.raises(ValueError, match="different tensors"):
+        equality.differences(one, other)
+
+
+def test_bits_are_compared_as_bits() -> None:
+    first = {"a": torch.tensor([1.0, math.nan, 0.0]), "b": torch.ones(2, dtype=torch.bfloat16)}
+    assert checkpoints.unequal({k: v.clone() for k, v in first.items()}, first) == 0
+    assert checkpoints.unequal({**first, "a": torch.tensor([1.0, math.nan, -0.0])}, first) == 1
+    assert checkpoints.unequal({**first, "b": torch.ones(2)}, first) == 1
+    assert checkpoints.unequal({"a": first["a"]}, first) == 1
+
+
+class Float8TensorStorage:
+    """Called as Transformer Engine's class is, which is no tensor."""
+
+
+def test_products_are_counted_by_what_they_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stand-ins for the modules that hold Transformer Engine's call; the call itself is not replaced."""
+    for name in ("", ".pytorch", ".pytorch.module", *(f".pytorch.module.{each}" for each in fp8.MODULES)):
+        module = types.ModuleType(f"transformer_engine{name}")
+        module.general_gemm = lambda one, other, layout="TN": layout  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    linear = sys.modules["transformer_engine.pytorch.module.linear"]
+    before = linear.general_gemm
+    plain, rounded = torch.ones(2, dtype=torch.bfloat16), Float8TensorStorage()
+    with fp8.products() as seen:
+        assert linear.general_gemm(rounded, rounded, layout="NN") == "NN"
+        linear.general_gemm(torch.nn.Parameter(plain), plain)
+    assert seen == {("Float8TensorStorage",) * 2: 1, ("bfloat16",) * 2: 1}
+    assert linear.general_gemm is before
+    assert fp8.is_quantized("Float8BlockwiseQTensorStorage") and fp8.is_quantized("MXFP8TensorStorage")
+    assert not fp8.is_quantized("bfloat16") and not fp8.is_quantized("float8_e4m3fn")
+
+
+def test_an_fp8_recipe_that_trains_worse_is_told(evidence: Evidence) -> None:
+    def curves(end: float, mismatch: float) -> dict[str, list[float]]:
+        loss = [4.0, 4.0, 4.0, *[end] * 20]
+        return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [mismatch]}
+
+    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.2, False)):
+        evidence.content["rows"].clear()
+        found = {"bf16": curves(2.0, 0.01), "fp8_tensorwise": curves(end, mismatch)}
+        training.judge(evidence, found, "fp8_tensorwise", "bf16")
+        assert all(row.get("holds", True) for row in evidence.content["rows"]) is holds
+
+
+# -- throughput -------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_torch_counts_and_those_by_hand(evidence: Evidence, setting: Setting) -> None:
+    case = throughput.cases_of(evidence, setting, None)["tiny"]
+    model, sequence, size = case.made.model, case.sequence, case.made.vocab_size
+    # by hand: 64 wide, 4 heads and 2 groups of 16 channels, 96 wide feed-forward, 2 layers, 256 tokens
+    layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 96
+    attention = 4 * 64 * (sequence + 1) / 2
+    assert case.tokens == 2 * 2 * 64
+    assert case.flops == 3 * case.tokens * (2 * (2 * layer + attention) + 2 * 64 * 256)
+    network = setting.build(model, size, "fp32")
+    batch = full_rows(2, sequence, size, seed=1)
+    with FlopCounterMode(display=False) as counted:
+        forward(network, [batch], setting.runtime)
+    products = sum(value for name, value in counted.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    scored = 2 * (sequence - 1)  # the last token of a row predicts nothing
+    assert products == 2 * 2 * 2 * sequence * layer + 2 * scored * 64 * 256
+    release()
+
+
+def test_the_formula_knows_llama() -> None:
+    """Against the number of weights that the model is published with: 6 FLOPs a weight and token, and attention."""
+    made = architecture_named("llama3.1-8b", 8192)
+    tokens = 8192
+    found = throughput.step_flops(made, 8192, tokens)
+    weights = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # without the embedding's look-up and the norms
+    attention = 3 * tokens * 4 * 32 * 4096 * 8193 / 2
+    assert found == pytest.approx(6 * weights * tokens + attention, rel=1e-9)
+
+
+def test_tokens_per_second_and_mfu_of_a_step_that_takes_a_known_time(evidence: Evidence, setting: Setting) -> None:
+    case = throughput.cases_of(evidence, setting, None)["tiny"]
+    steps = []
+
+    def step() -> None:
+        steps.append(1)
+        time.sleep(0.05)
+
+    throughput.measured(evidence, setting, case, "sleep", step, {"bf16": 2 * case.flops / 0.05})
+    found = rows(evidence.content)
+    assert len(steps) == 1 + 3  # a warm-up that does not count
+    assert 0.6 * case.tokens / 0.05 < found["sleep: tokens/s"]["value"] <= case.tokens / 0.05
+    assert 0.3 < found["sleep: MFU, of torch's bf16 product"]["value"] <= 0.5
+
+
+def test_the_device_is_waited_for_before_and_behind_every_repeat() -> None:
+    order: list[str] = []
+    timings = alternate({"a": lambda: order.append("a")}, repeats=2, warm_up=1, wait=lambda: order.append("wait"))
+    assert order == ["wait", "a", "wait"] * 3 and len(timings["a"].seconds) == 2
+
+
+def test_as_many_layers_as_fit(setting: Setting) -> None:
+    case = throughput.Case(architecture_named("llama3.1-8b", 8192), 8192, 1, 2)
+    sizes = [throughput.fitting(case, setting, room, None) for room in (1.0, 68.0, 119.0, 1000.0)]
+    assert sizes[0] == 0 < sizes[1] < sizes[2] < sizes[3] == 32
+    fits, more = (
+        throughput.planned_gib(throughput.with_layers(case, n), setting, "bf16", None) for n in (sizes[1], sizes[1] + 1)
+    )
+    assert fits <= 68.0 < more
+
+
+def test_the_products_that_are_measured_are_those_of_the_model() -> None:
+    shape = ModelConfig(
+        num_layers=1, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, context_length=32
+    )
+    found = rates.shapes_of(Architecture("x", shape, 200), tokens=10)
+    assert found["qkv"] == (10, 64, 128) and found["fc1"] == (10, 64, 192) and found["fc2"] == (10, 96, 64)
+    assert found["attention's output"] == (10, 64, 64) and found["output layer"] == (10, 64, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNN", "matrix products"),
+        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128_warpgroupsize1x1x1_execute", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>(Params)", "matrix products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, cutlass::bfloat16_t>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x128x128", "attention"),
+        ("void transformer_engine::multi_tensor_adam::AdamFunctorMaster<float>", "optimizer"),
+        ("void multi_tensor_apply_kernel<TensorListMetadata<1>, L2NormFunctor<float>>", "optimizer"),
+        ("void transformer_engine::detail::cast_transpose_general_kernel<8, 8>", "casts and scales of FP8"),
+        ("block_scaled_1d_cast_transpose_kernel", "casts and scales of FP8"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::SiluFunctor>", "elementwise and rest"),
+        ("transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "elementwise and rest"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("aten::mm", "matrix products"),
+    ],
+)
+def test_kernels_are_grouped_by_their_names(name: str, group: str) -> None:
+    assert profiles.group_of(name) == group
+
+
+def test_idle_is_what_no_kernel_covers() -> None:
+    assert profiles.covered([(0, 2), (1, 3), (5, 6)]) == 4
+    kernels_ = [("nvjet_a", 0.0, 2.0), ("flash_fwd", 1.0, 3.0), ("elementwise", 5.0, 6.0)]
+    groups, longest = profiles.by_group(kernels_, total=10.0, busy=4.0)
+    assert groups == {"matrix products": 0.2, "attention": 0.2, "elementwise and rest": 0.1, "idle": 0.6}
+    assert list(longest) == ["nvjet_a", "flash_fwd", "elementwise"]
+
+
+# -- rows on disk -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_known(evidence: Evidence) -> None:
+    def disk() -> Any:
+        return json.loads(evidence.file.read_text())
+
+    assert disk()["status"] == "running"
+    evidence.figure("a rate", 12.3456789, "GB/s", 12.0, 13.0)
+    assert disk()["rows"] == [{"name": "a rate", "value": 12.346, "unit": "GB/s", "low": 12.0, "high": 13.0}]
+    assert not evidence.check("an error", math.nan, at_most=1.0)
+    assert not evidence.check("too small", 0.5, at_least=1.0, at_most=2.0)
+    assert evidence.check("right", 0, 0)
+    assert [row.get("holds") for row in disk()["rows"]] == [None, False, False, True]
+    assert disk()["rows"][1]["value"] == "nan"
+
+
+def test_an_error_loses_nothing_but_one_of_the_gpu_ends_the_part(evidence: Evidence) -> None:
+    with evidence.attempt("first"):
+        raise ValueError("no good")
+    with evidence.attempt("large"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError), evidence.attempt("second"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    names = [(entry["name"], entry["error"]) for entry in evidence.content["errors"]]
+    assert names[0] == ("first", "ValueError: no good") and names[1][0] == "second"
+    assert evidence.content["missing"] == [{"name": "large", "why": "out of memory"}]
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    evidence = Evidence(tmp_path / "part.json", "kernels", "a title", small=False, seconds=5.0)
+    assert evidence.enough("short", 1.0) and not evidence.enough("long", 60.0)
+    assert evidence.content["missing"][0]["name"] == "long"
+
+
+# -- the runner -------------------------------------------------------------------------------------------------------
+
+WRITES = """
+import os, sys, time
+from pathlib import Path
+from tests.gpu.evidence import Evidence
+evidence = Evidence(Path(sys.argv[1]), "kernels", "a title", small=True)
+evidence.figure("before", 1.0)
+"""
+MACHINE = {
+    "date": "today",
+    "commit": None,
+    "modified": None,
+    "gpu": None,
+    "processor": "a processor",
+    "cores": 2,
+    "python": "3.11",
+    "cuda": None,
+    "packages": dict.fromkeys(("torch", "transformer-engine", "megatron-core", "transformers", "triton")),
+}
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("os.abort()", "crashed"), ("time.sleep(60)", "out of time"), ("evidence.end('complete')", "complete")],
+)
+@pytest.mark.multiprocess
+def test_a_part_that_dies_or_hangs_leaves_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str, status: str
+) -> None:
+    def command_of(name: str, file: Path, seconds: float, small: bool) -> list[str]:
+        return [sys.executable, "-c", WRITES + ending, str(file)]
+
+    monkeypatch.setattr(runner, "command_of", command_of)
+    monkeypatch.setattr(runner, "GRACE", 0.0)
+    found = runner.run_part("kernels", tmp_path, seconds=4.0, small=True, characters=1000)
+    assert found["status"] == status and [row["name"] for row in found["rows"]] == ["before"]
+    assert runner.is_good(found) is (status == "complete")
+    assert bool(found["errors"]) is (status == "crashed")
+    assert json.loads((tmp_path / "kernels.json").read_text())["status"] == status
+
+
+@pytest.mark.multiprocess
+def test_a_part_that_cannot_begin_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit('no such thing')"])
+    found = runner.run_part("kernels", tmp_path, seconds=10.0, small=True, characters=1000)
+    assert found["status"] == "crashed" and "no such thing" in found["errors"][0]["error"]
+    assert not runner.is_good(found)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_the_command_on_a_bare_machine(tmp_path: Path) -> None:
+    """Without the packages that one may lack; progress is short, the table is there, and a GPU is asked for."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in BLOCKED:
+        (bare / f"{name}.py").write_text(f'raise ModuleNotFoundError("No module named {name}")\n')
+    environment = {**os.environ, "PYTHONPATH": str(bare), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+
+    def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.gpu", *arguments, "--out", str(out)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+
+    done = suite("training", "--small", "--minutes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "missing: " in done.stdout and len(done.stdout) < 12_000
+    results = json.loads((out / "results.json").read_text())
+    assert results["evidence"] is False and results["parts"]["training"]["status"] == "complete"
+    assert {"name": "curves.png", "why": "matplotlib is not there"} in results["parts"]["training"]["missing"]
+    assert "## training" in (out / "results.md").read_text()
+    if not torch.cuda.is_available():
+        refused = suite("kernels")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--small" in refused.stderr
