@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from benchmarks.refit import RefitResult
     from benchmarks.rollout import RolloutResult
     from benchmarks.sandbox import SandboxResult
+    from benchmarks.shares import Shares
 
 prepare_threads()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ["mstep", "packing", "rollouts", "estep", "engines", "layouts", "refit", "conversion", "sandbox"]
+SECTIONS = ["mstep", "shares", "packing", "rollouts", "estep", "engines", "layouts", "refit", "conversion", "sandbox"]
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # imported here: --help needs no torch
-    from benchmarks import conversion, engines, estep, layouts, mstep, packing, refit, rollout, sandbox
+    from benchmarks import conversion, engines, estep, layouts, mstep, packing, refit, rollout, sandbox, shares
     from ra3_megatron.config.model import ParallelConfig
     from ra3_megatron.mcore import startup
 
@@ -63,6 +64,9 @@ def main() -> None:
             console.print("M-step …")
             steps = [mstep.measure(size, runtime, repeats) for size in arguments.models]
             parts.append(_mstep(steps, mstep.matrix_rate()))
+        if "shares" in arguments.sections:
+            console.print("shares of a step …")
+            parts += [_shares(size, shares.measure(size, runtime, repeats)) for size in arguments.models]
         if "packing" in arguments.sections:
             console.print("packing …")
             parts.append(_packing(packing.measure(name, runtime, repeats), name))
@@ -140,6 +144,22 @@ def _mstep(steps: "list[MStepResult]", rate: float) -> str:
         "The share counts 6 FLOP a parameter and token plus causal attention over whole rows (Megatron's side attends",
         "within documents only). bf16 can exceed 100%: the matrix rate is fp32's.",
     )
+
+
+def _shares(model: str, sides: "dict[str, Shares]") -> str:
+    lines = [
+        f"## Where the time of an optimizer step goes, {model} model, one thread, fp32",
+        "",
+        "| part | " + " | ".join(sides) + " |",
+        "|---|" + "---|" * len(sides),
+    ]
+    for kind in next(iter(sides.values())).of:
+        lines.append(f"| {kind} | " + " | ".join(f"{each.of[kind]:.1%}" for each in sides.values()) + " |")
+    lines.append("| seconds | " + " | ".join(f"{each.seconds:.2f}" for each in sides.values()) + " |")
+    for side, each in sides.items():
+        largest = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in each.largest)
+        lines += ["", f"The largest operations of {side} that are no matrix products: {largest}."]
+    return _text(*lines)
 
 
 def _packing(results: "list[PackingResult]", model: str) -> str:

@@ -46,12 +46,9 @@ def measure(name: str, runtime: Runtime, repeats: int, micro_batches: int = 2, r
     sides = {}
     trainers = {}
     for label, model in (("mcore fp32", config), ("mcore bf16", config.model_copy(update={"precision": "bf16"}))):
-        network = build_model(
-            model, ParallelConfig(), runtime, VOCABULARY, np.ones((1, VOCABULARY), dtype=bool), seed=1
-        )
-        trainers[label] = Trainer(network, OptimizerConfig(), ParallelConfig(), runtime, steps=1000)
-        sides[label] = _megatron(trainers[label], ids)
-    sides["HF fp32"] = _hugging_face(config, ids)
+        trainers[label] = build(model, runtime)
+        sides[label] = megatron(trainers[label], ids)
+    sides["HF fp32"] = hugging_face(config, ids)
     parameters = sum(p.numel() for p in trainers["mcore fp32"].model.parameters())
     head = config.hidden_size // config.num_attention_heads
     # attention scores and values of causal rows, forward and backward, half of them masked
@@ -67,7 +64,15 @@ def matrix_rate(size: int = 1024, repeats: int = 10) -> float:
     return 2 * size**3 / min(timing.seconds)
 
 
-def _megatron(trainer: Trainer, ids: np.ndarray):  # type: ignore[no-untyped-def]
+def build(model: ModelConfig, runtime: Runtime) -> Trainer:
+    """A trainer of a freshly drawn model."""
+    sets = np.ones((1, VOCABULARY), dtype=bool)
+    network = build_model(model, ParallelConfig(), runtime, VOCABULARY, sets, seed=1)
+    return Trainer(network, OptimizerConfig(), ParallelConfig(), runtime, steps=1000)
+
+
+def megatron(trainer: Trainer, ids: np.ndarray):  # type: ignore[no-untyped-def]
+    """One optimizer step on ids [micro-batches, rows, tokens]."""
     batches = packed_batches(torch.from_numpy(ids))
     return lambda: trainer.step(batches)
 
@@ -83,7 +88,8 @@ def packed_batches(ids: torch.Tensor) -> list[TokenBatch]:
     return batches
 
 
-def _hugging_face(config: ModelConfig, ids: np.ndarray):  # type: ignore[no-untyped-def]
+def hugging_face(config: ModelConfig, ids: np.ndarray):  # type: ignore[no-untyped-def]
+    """The same of transformers' Llama and torch's AdamW."""
     model = hugging_face_model(config, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = list(torch.from_numpy(ids))

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
+from ra3_megatron.mcore import elementwise
 from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.fp8 import fp8_settings, keep_exact, require_fp8, require_fp8_layers
@@ -39,6 +40,8 @@ from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.rotary import inverse_frequencies
 from ra3_megatron.mcore.startup import Runtime, seed_everything
 from ra3_megatron.mcore.vocab_parallel import VocabularyShard, event_log_probs, shard_sets
+
+elementwise.install()
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this; padding tokens have probability 0."""
@@ -111,7 +114,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         masked_softmax_fusion=False,
-        bias_activation_fusion=cuda,
+        bias_activation_fusion=cuda or model.num_experts is None,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -200,8 +203,7 @@ class LanguageModel(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
         decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = position_ids.t()[:, :, None, None].float() * self.frequencies  # [s, b, 1, d / 2]
-        rotary = torch.cat((angles, angles), dim=-1)
-        return decoder_input, rotary, None, None, None, None
+        return decoder_input, elementwise.turns(angles, self.config.params_dtype), None, None, None, None
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         if not self.post_process or self._batch is None:
