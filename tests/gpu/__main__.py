@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.evidence import say, write_json
-from tests.gpu.machine import packages
+from tests.gpu.machine import compiler, packages
 from tests.gpu.parts import PARTS
 from tests.gpu.table import table
 
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
     found = packages()
     say("packages: " + ", ".join(f"{name} {version}" for name, version in found.items() if version))
     say("missing: " + (", ".join(name for name, version in found.items() if not version) or "none"))
+    if compiler() is None:
+        say("no C compiler: what torch.compile and Triton make will fail")
     machine = _machine(out)
     if machine is None:
         return 2
@@ -99,7 +101,9 @@ def _environment() -> dict[str, str]:
     """Of child processes: they find this checkout, and libraries keep quiet."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return {**os.environ, **quiet, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # all processes are on this machine, whose name need not resolve to an address
+    here = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return {**here, **os.environ, **quiet, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def run_part(name: str, out: Path, seconds: float, small: bool, characters: int) -> dict[str, Any]:

@@ -127,11 +127,11 @@ def resume(evidence: Evidence, setting: Setting, precision: str, strict: bool = 
 
 
 def architecture(precision: str) -> ModelConfig:
-    """Tiny, with dimensions that FP8 products can have."""
+    """Tiny, with dimensions that FP8 products can have, in whole blocks of 128 values."""
     from ra3_megatron.config.model import ModelConfig
     from tests.mcore.small_models import MODEL
 
-    shape = {"hidden_size": 64, "ffn_hidden_size": 96, "head_dim": 16, "precision": precision}
+    shape = {"hidden_size": 128, "ffn_hidden_size": 128, "head_dim": 32, "precision": precision}
     return ModelConfig(**{**MODEL.model_dump(), **shape})
 
 
@@ -151,7 +151,7 @@ def train(trainer: Trainer, runtime: Runtime, first: int, last: int) -> dict[str
     results = []
     for step in range(first, last):
         rows = put_in_rows(make_documents(12, seed=200 + step))
-        result = trainer.step(micro_batches(rows, runtime, 2), PolicyLoss())
+        result = trainer.step(micro_batches(rows, runtime, 4), PolicyLoss())
         results.append([result.loss, result.grad_norm])
     return {**weights(trainer.model, runtime), "results": torch.tensor(results, dtype=torch.float64)}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -38,6 +39,12 @@ def packages() -> dict[str, str | None]:
     return {name: _version(name, module) for name, module in ASKED.items()}
 
 
+def compiler() -> str | None:
+    """The C compiler that Triton would take; None: there is none."""
+    named = os.environ.get("CC")
+    return next(filter(None, (shutil.which(each) for each in filter(None, (named, "gcc", "clang", "cc")))), None)
+
+
 def _version(name: str, module: str) -> str | None:
     try:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -64,6 +71,7 @@ def describe() -> dict[str, Any]:
         "cores": versions["cores"],
         "python": versions["python"],
         "cuda": torch.version.cuda,
+        "compiler": compiler(),
         "packages": packages(),
     }
     if torch.cuda.is_available():

@@ -35,6 +35,7 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {found[name] or 'none'}" for name in named)
     yield f"| packages | Python {machine['python']}, {versions} |"
     changed = " with changes" if machine["modified"] else ""
+    yield f"| C compiler, for torch.compile and Triton | {machine['compiler'] or 'none'} |"
     yield f"| commit | {machine['commit'] or 'unknown'}{changed} |"
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import alternate
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.precision import RECIPES, key_problems
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.scaling.tables import Architecture, architecture_named
 from tests.gpu import __main__ as runner
@@ -30,7 +32,7 @@ from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, thro
 from tests.gpu.evidence import Evidence
 from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
-from tests.gpu.setting import Setting, full_rows, release
+from tests.gpu.setting import Setting, full_rows, release, with_precision
 from tests.gpu.table import table
 
 ROOT = Path(__file__).parents[2]
@@ -228,7 +230,7 @@ def test_an_fp8_recipe_that_trains_worse_is_told(evidence: Evidence) -> None:
 
 
 def test_flops_are_those_that_torch_counts_and_those_by_hand(evidence: Evidence, setting: Setting) -> None:
-    case = throughput.cases_of(evidence, setting, None)["tiny"]
+    case = throughput.cases_of(small=True)["tiny"]
     model, sequence, size = case.made.model, case.sequence, case.made.vocab_size
     # by hand: 64 wide, 4 heads and 2 groups of 16 channels, 96 wide feed-forward, 2 layers, 256 tokens
     layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 96
@@ -256,7 +258,7 @@ def test_the_formula_knows_llama() -> None:
 
 
 def test_tokens_per_second_and_mfu_of_a_step_that_takes_a_known_time(evidence: Evidence, setting: Setting) -> None:
-    case = throughput.cases_of(evidence, setting, None)["tiny"]
+    case = throughput.cases_of(small=True)["tiny"]
     steps = []
 
     def step() -> None:
@@ -286,6 +288,19 @@ def test_as_many_layers_as_fit(setting: Setting) -> None:
     assert fits <= 68.0 < more
 
 
+@pytest.mark.parametrize("precision", RECIPES)
+def test_the_full_sizes_go_with_every_recipe(setting: Setting, precision: str) -> None:
+    """What only a GPU runs can at least be asked for."""
+    full = replace(setting, small=False)
+    material = replace(training.toy(setting), model=training.MODEL)
+    config = training.configuration(full, material, precision)
+    assert config.model.precision == precision and config.mstep.steps == 200
+    shapes = [kernels.WIDTHS, fp8.MODEL, checkpoints.architecture("bf16")]
+    shapes += [case.made.model for case in throughput.cases_of(small=False).values()]
+    for shape in shapes:
+        assert list(key_problems(with_precision(shape, precision), setting.parallel)) == []
+
+
 def test_the_products_that_are_measured_are_those_of_the_model() -> None:
     shape = ModelConfig(
         num_layers=1, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, context_length=32
@@ -311,7 +326,6 @@ def test_the_products_that_are_measured_are_those_of_the_model() -> None:
         ("void at::native::vectorized_elementwise_kernel<4, at::native::SiluFunctor>", "elementwise and rest"),
         ("transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "elementwise and rest"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
-        ("aten::mm", "matrix products"),
     ],
 )
 def test_kernels_are_grouped_by_their_names(name: str, group: str) -> None:
@@ -379,6 +393,7 @@ MACHINE = {
     "cores": 2,
     "python": "3.11",
     "cuda": None,
+    "compiler": None,
     "packages": dict.fromkeys(("torch", "transformer-engine", "megatron-core", "transformers", "triton")),
 }
 
