@@ -145,7 +145,8 @@ def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int) -
     end, hidden, rest, killed = time.monotonic() + seconds, 0, b"", False
     left = {False: characters, True: characters // 4}  # failures: True
     while True:
-        ended = process.poll() is not None
+        # not reaped yet: its number stays that of its group
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         rest += process.stdout.read() or b""
         *lines, rest = rest.split(b"\n")
         for line in lines:
@@ -165,6 +166,7 @@ def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int) -
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what it may have started
+    process.wait()
     if hidden:
         say(f"  … {hidden} more lines: in the results")
     return killed

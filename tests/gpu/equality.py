@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def compute() -> Numbers:
     shape = {"hidden_size": 64, "ffn_hidden_size": 96, "head_dim": 16}
     trainer = make_trainer(parallel, runtime, STEPS, ModelConfig(**{**MODEL.model_dump(), **shape}))
 
-    def batches(step: int) -> list:  # type: ignore[type-arg]
+    def batches(step: int) -> list[Any]:
         return micro_batches(put_in_rows(make_documents(24, seed=100 + step)), runtime, 2)
 
     model = language_model(trainer.model)

@@ -187,9 +187,10 @@ def judge(
     right = {"output": expected, "input gradient": exact.grad}
     right |= {f"{kind} gradient": weight.grad for kind, weight in weights.items()}
     for what, value in found.items():
-        assert right[what] is not None
+        true = right[what]
+        assert true is not None
         least, most = bounds(precision, what)
-        evidence.check(f"{name}: {what}", relative(value, right[what]), most, least, "relative error")
+        evidence.check(f"{name}: {what}", relative(value, true), most, least, "relative error")
 
 
 def bounds(precision: str, what: str) -> tuple[float, float]:
@@ -216,7 +217,7 @@ def adam(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
 
         name, make = "Transformer Engine's FusedAdam", FusedAdam
     else:
-        name, make = "torch's fused AdamW", partial(torch.optim.AdamW, fused=True)  # type: ignore[assignment]
+        name, make = "torch's fused AdamW", partial(torch.optim.AdamW, fused=True)
     for steps in (1, ADAM_STEPS):
         one = changes(make, shapes, settings, steps, setting.device)
         other = changes(partial(torch.optim.AdamW, foreach=False), shapes, settings, steps, setting.device)

@@ -32,7 +32,7 @@ from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, thro
 from tests.gpu.evidence import Evidence
 from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
-from tests.gpu.setting import Setting, full_rows, release, with_precision
+from tests.gpu.setting import Setting, full_rows, relative, release, with_precision
 from tests.gpu.table import table
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_a_wrong_optimizer_does_not_pass(evidence: Evidence, setting: Setting) -
         one, other = (
             kernels.changes(each, [(8, 8)], settings, 2, setting.device) for each in (make, torch.optim.AdamW)
         )
-        return max(kernels.relative(a, b) for a, b in zip(one, other, strict=True))
+        return max(relative(a, b) for a, b in zip(one, other, strict=True))
 
     assert differs(torch.optim.AdamW) == 0.0
     assert differs(torch.optim.Adam) > kernels.ADAM_MOST  # decay that is part of the gradient
