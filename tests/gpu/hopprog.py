@@ -10,7 +10,9 @@ right at 0 hops, wrong at 3, thoughts right) is reported with it: without it, th
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,9 @@ SECOND = [
     "corpus.tasks.plain_drill_share=0.5",
 ]
 """What the base of the study changes of hopprog-base.yaml."""
+GATE_TASKS = ["corpus.tasks.min_hops=0", "corpus.tasks.first=2000000"]
+"""The gate is judged on tasks of 0 hops, too."""
+BASE = "hopprog-base.yaml"
 
 
 @dataclass
@@ -64,15 +69,37 @@ class Course:
     setting: Setting
     seconds: float
 
-    def stage(self, file: str, name: str, count: int, *overrides: str, tokenizer: Path | None = None) -> Stage:
-        """A configuration with its corpus."""
+    def configuration(self, file: str, count: int, *overrides: str, tokenizer: Path | None = None) -> RunConfig:
+        """An example with a larger model and its own tasks; tokenizer: the one to take, None: it trains one."""
         precision = "bf16" if self.setting.cuda else "fp32"
         values = [f"model.precision={precision}", f"corpus.tasks.count={count}", *overrides]
         values += self.setting.pick(MODEL, SMALL)
         if tokenizer is not None:
             values.append(f"tokenizer.path={tokenizer}")
-        config = load_config(EXAMPLES / file, values)
-        return Stage(self, config, build_corpus(config, self.setting.folder / name))
+        return load_config(EXAMPLES / file, values)
+
+    def stages(self) -> dict[str, Stage]:
+        """Every stage with its corpus; all use one tokenizer. Corpora are made beside each other but in the small
+        form."""
+        first = self.configuration(BASE, self.setting.pick(2_000, 300))
+        tokenizer = build_corpus(first, self.setting.folder / "tokens").folder / "tokenizer"
+        counts = self.setting.pick((20_000, 12_000, 4_000, 2_000), (200, 200, 200, 100))
+        configs = {
+            "first": self.configuration(BASE, counts[0], tokenizer=tokenizer),
+            "second": self.configuration(BASE, counts[1], *SECOND, tokenizer=tokenizer),
+            "third": self.configuration("hopprog.yaml", counts[2], tokenizer=tokenizer),
+            "gate": self.configuration("hopprog.yaml", counts[3], *GATE_TASKS, tokenizer=tokenizer),
+        }
+        folders = {name: self.setting.folder / name for name in configs}
+        if not self.setting.small:
+            with ProcessPoolExecutor(len(configs), get_context("spawn")) as pool:
+                for made in [pool.submit(_build, configs[name], folders[name]) for name in configs]:
+                    made.result()
+        return {name: Stage(self, config, build_corpus(config, folders[name])) for name, config in configs.items()}
+
+
+def _build(config: RunConfig, folder: Path) -> None:
+    build_corpus(config, folder)
 
 
 @dataclass
@@ -104,15 +131,7 @@ class Stage:
 def run(evidence: Evidence, setting: Setting) -> None:
     """All stages."""
     course = Course(evidence, setting, evidence.left if setting.cuda and not setting.small else 10.0)
-    counts = setting.pick((12_000, 8_000, 4_000), (400, 200, 200))
-    first = course.stage("hopprog-base.yaml", "first", counts[0])
-    tokenizer = first.corpus.folder / "tokenizer"
-    second = course.stage("hopprog-base.yaml", "second", counts[1], *SECOND, tokenizer=tokenizer)
-    third = course.stage("hopprog.yaml", "third", counts[2], tokenizer=tokenizer)
-    gate = course.stage(
-        "hopprog.yaml", "gate", counts[2] // 2, "corpus.tasks.min_hops=0", "corpus.tasks.first=2000000",
-        tokenizer=tokenizer,
-    )  # fmt: skip
+    first, second, third, gate = course.stages().values()
     size = total_parameters(first.config.model, first.corpus.tokenizer.vocab_size)
     evidence.figure("parameters", size / 1e6, "million", note="a short run, one seed")
     base = first.model()
@@ -142,7 +161,7 @@ def warm_start(stage: Stage, model: Any, name: str, rate: float) -> None:
     settings = stage.config.warm_start
     changed = {"learning_rate": setting.pick(rate, 3e-3), "min_learning_rate": 0.0}
     optimizer = settings.optimizer.model_copy(update=changed)
-    rows, micro = setting.pick((32, 32), (4, 4))
+    rows, micro = setting.pick((16, 16), (4, 4))
     settings = settings.model_copy(
         update={"global_batch_size": rows, "micro_batch_size": micro, "optimizer": optimizer, "steps": 10**6}
     )
@@ -204,7 +223,7 @@ def compare(stage: Stage, base: Any, q: Any) -> int:
     rate = setting.pick(1e-4, 3e-4)
     section = stage.config.mstep
     section = section.model_copy(update={"optimizer": section.optimizer.model_copy(update={"learning_rate": rate})})
-    raw_store, limit = stage.corpus.store("mid", "train"), setting.pick(1500, 24)
+    raw_store, limit = stage.corpus.store("mid", "train"), setting.pick(3000, 24)
     raw = Documents(raw_store[n] for n in range(min(limit, len(raw_store))))
     keys = [(stage.config.seed, Stream.INFUSE, 1, n) for n in range(len(raw))]
     infused = Documents(stage.policy(q).sample(raw, keys, 1))
