@@ -33,6 +33,11 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
     else:
         yield from _expert_problems(model, model.num_experts, parallel)
     yield from _recompute_problems(model, parallel)
+    if parallel.offload_activations >= model.num_layers:
+        yield (
+            f"parallel.offload_activations={parallel.offload_activations} must be below model.num_layers="
+            f"{model.num_layers}: the last layer's activations are needed at once"
+        )
 
 
 def batch_problems(parallel: ParallelConfig, batches: Batches) -> Iterator[str]:

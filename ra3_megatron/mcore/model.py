@@ -101,6 +101,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         moe_router_dtype="fp32" if model.num_experts else None,
         moe_token_dispatcher_type="alltoall",
         **_recompute(parallel),
+        cpu_offloading=parallel.offload_activations > 0,
+        cpu_offloading_num_layers=parallel.offload_activations,
         **fp8_settings(model),
         bf16=bf16,
         params_dtype=dtype,
