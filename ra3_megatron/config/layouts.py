@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
+from ra3_megatron.config.compatibility import key_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import key_problems
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.config.yaml_io import scalar_text
 

@@ -2,7 +2,7 @@
 
 Megatron-Core trains in bf16 without a word when FP8 is asked for and Transformer Engine is missing, or not in the
 layers' specification. So a model is refused when the recipe, the GPU or Transformer Engine is missing
-(`config.precision` has the rules), when a layer is not Transformer Engine's, and when a layer turns out to have
+(`config.compatibility` has the rules), when a layer is not Transformer Engine's, and when a layer turns out to have
 computed in another precision than it was asked for (`require_computed`). Norms, embedding and output layer stay bf16,
 and so does attention unless `model.fp8.attention` asks for it.
 """
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
-from ra3_megatron.config.precision import RECIPES, hardware_problems
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.hardware import hardware_of
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

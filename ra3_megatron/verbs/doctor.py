@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.precision import RECIPES, Hardware, hardware_problems
+from ra3_megatron.config.precision import RECIPES, Hardware
 from ra3_megatron.config.run import RunConfig
 
 CANNOT_RUN = 1
