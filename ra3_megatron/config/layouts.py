@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
+from ra3_megatron.config.compatibility import key_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import key_problems
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.config.yaml_io import scalar_text
 
@@ -33,6 +33,11 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
     else:
         yield from _expert_problems(model, model.num_experts, parallel)
     yield from _recompute_problems(model, parallel)
+    if parallel.offload_activations >= model.num_layers:
+        yield (
+            f"parallel.offload_activations={parallel.offload_activations} must be below model.num_layers="
+            f"{model.num_layers}: the last layer's activations are needed at once"
+        )
 
 
 def batch_problems(parallel: ParallelConfig, batches: Batches) -> Iterator[str]:

@@ -228,6 +228,17 @@ class ParallelConfig(Section):
     recompute_layers: int = Field(default=1, ge=1)
     """See `recompute_method`."""
 
+    offload_optimizer: bool = False
+    """Keep the optimizer's fp32 weights and moments in host memory but during its step (on GPUs)."""
+
+    offload_scorer: bool = False
+    """Keep frozen models (the E-step's scorer, the reference of RLVR's KL) in host memory but while they score (on
+    GPUs)."""
+
+    offload_activations: int = Field(default=0, ge=0)
+    """Layers, the first ones, whose activations are moved to host memory and back for the backward pass (on GPUs, with
+    Transformer Engine)."""
+
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process; none: cores / processes."""
 
@@ -280,6 +291,16 @@ class ParallelConfig(Section):
             for name in ("distributed_optimizer", "overlap_grad_reduce"):
                 if not getattr(self, name):
                     yield f"parallel.overlap_param_gather=true needs parallel.{name}=true"
+        if self.offload_activations and self.pipeline > 1:
+            yield (
+                f"parallel.offload_activations={self.offload_activations} does not go with parallel.pipeline="
+                f"{self.pipeline}: leave one out"
+            )
+        if self.offload_activations and self.recompute != "none":
+            yield (
+                f"parallel.offload_activations={self.offload_activations} does not go with parallel.recompute="
+                f"{self.recompute}: activations are kept or computed again"
+            )
         if self.recompute == "selective" and not self.recompute_modules:
             yield "parallel.recompute_modules=[] with parallel.recompute=selective: name a module (core_attn, say)"
         for mode, names in _RECOMPUTE_KEYS.items():

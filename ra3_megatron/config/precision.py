@@ -1,20 +1,15 @@
-"""Which precision goes with which hardware, Transformer Engine and other keys: the matrix of docs/gpu.md.
+"""The precisions by name: what each FP8 recipe of Transformer Engine is, and what hardware and versions have it.
 
-Pure functions of the configuration and of what a machine has, so that a combination is refused by name before anything
-starts. Sources: Transformer Engine 2.9 to 2.11 (`quantization.py`, `attention/dot_product_attention/utils.py`) and
-Megatron-Core 0.16.1 (`fp8_utils.py`, `transformer_config.py`).
+`compatibility` has the rules. Sources: Transformer Engine 2.9 to 2.11 (`quantization.py`,
+`attention/dot_product_attention/utils.py`) and Megatron-Core 0.16.1 (`fp8_utils.py`, `transformer_config.py`).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ra3_megatron.config.base import Section
-
-if TYPE_CHECKING:
-    from ra3_megatron.config.model import ModelConfig, ParallelConfig
 
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"]
 Capability = tuple[int, int]
@@ -100,93 +95,6 @@ class Hardware:
     """Why Transformer Engine does not load."""
 
 
-def key_problems(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    """One line for each combination of keys that cannot be, whatever the hardware."""
-    name = f"model.precision={model.precision}"
-    asked = model.fp8
-    recipe = RECIPES.get(model.precision)
-    if recipe is None:
-        for key, value in asked.model_dump().items():
-            if value != type(asked).model_fields[key].default:
-                yield f"model.fp8.{key}={_text(value)} is not read with {name}: it goes with {', '.join(RECIPES)}"
-        return
-    yield from _dimension_problems(model, parallel, recipe.multiple)
-    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
-        yield (
-            f"parallel.recompute_modules=[…, layernorm] does not go with {name}: Transformer Engine's norms are part "
-            "of the layers behind them; leave it out"
-        )
-    for key in ("first_layers_bf16", "last_layers_bf16"):
-        count = getattr(asked, key)
-        most = model.num_layers // parallel.pipeline
-        if count and not recipe.layers_in_bf16:
-            yield (
-                f"model.fp8.{key}={count} does not go with {name}: its scales are kept over all layers together; use "
-                "fp8_tensorwise or fp8_blockwise"
-            )
-        elif count > most:
-            yield f"model.fp8.{key}={count} is more than the {most} layers of a pipeline stage"
-    if recipe.layers_in_bf16 and asked.first_layers_bf16 + asked.last_layers_bf16 >= model.num_layers:
-        yield (
-            f"model.fp8.first_layers_bf16={asked.first_layers_bf16} and last_layers_bf16={asked.last_layers_bf16} "
-            f"leave none of model.num_layers={model.num_layers} in FP8: use model.precision=bf16"
-        )
-    default = Fp8Config.model_fields["amax_history"].default
-    if asked.amax_history != default and model.precision != "fp8_delayed":
-        yield f"model.fp8.amax_history={asked.amax_history} is not read with {name}: it goes with fp8_delayed"
-    if asked.parameter_gather and not parallel.distributed_optimizer:
-        yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
-    if asked.parameter_gather and parallel.overlap_param_gather and not recipe.gather_overlapped:
-        yield (
-            f"parallel.overlap_param_gather=true does not go with {name} and model.fp8.parameter_gather=true "
-            "(gradient norms become NaN): switch one off"
-        )
-    if asked.attention and recipe.attention is None:
-        yield f"model.fp8.attention=true does not go with {name}: no hardware has it; {_with_attention()}"
-    if asked.attention and parallel.context > 1:
-        yield f"model.fp8.attention=true does not go with parallel.context={parallel.context}: switch one off"
-
-
-def hardware_problems(model: "ModelConfig", hardware: Hardware) -> Iterator[str]:
-    """One line for each reason why this precision cannot run on this hardware."""
-    recipe = RECIPES.get(model.precision)
-    if recipe is None:
-        return
-    name = f"model.precision={model.precision}"
-    if hardware.capability is None:
-        yield f"{name}: needs an NVIDIA GPU, and this process runs on the CPU: use model.precision=bf16"
-        return
-    has = _dotted(hardware.capability)
-    if hardware.capability < recipe.capability:
-        other = next((other for other, each in RECIPES.items() if each.capability <= hardware.capability), "bf16")
-        yield (
-            f"{name}: needs a GPU of compute capability {_dotted(recipe.capability)}, and this one "
-            f"({hardware.device}) has {has}: use model.precision={other}"
-        )
-    elif recipe.before is not None and hardware.capability >= recipe.before:
-        yield (
-            f"{name}: Transformer Engine does not have it for compute capability {has} ({hardware.device}): use "
-            "model.precision=fp8_tensorwise"
-        )
-    if hardware.cuda is not None and hardware.cuda < recipe.cuda:
-        yield f"{name}: needs CUDA {_dotted(recipe.cuda)}, and torch is built with {_dotted(hardware.cuda)}"
-    if hardware.transformer_engine is None:
-        yield (
-            f"{name}: needs Transformer Engine, which does not load ({hardware.why_not or 'not installed'}): "
-            "docs/gpu.md says how to install it"
-        )
-    elif hardware.transformer_engine < recipe.transformer_engine:
-        yield (
-            f"{name}: needs Transformer Engine {_dotted(recipe.transformer_engine)}, and this is "
-            f"{_dotted(hardware.transformer_engine)}"
-        )
-    if model.fp8.attention and recipe.attention is not None and hardware.capability < recipe.attention:
-        yield (
-            f"model.fp8.attention=true with {name}: needs compute capability {_dotted(recipe.attention)}, and this one "
-            f"({hardware.device}) has {has}; {_with_attention()}"
-        )
-
-
 def matrix() -> list[tuple[str, ...]]:
     """The recipes as a table, its head first."""
     head = (
@@ -206,11 +114,11 @@ def matrix() -> list[tuple[str, ...]]:
             f"`{name}`",
             each.scales,
             "e4m3, gradients e5m2" if each.formats == "hybrid" else "e4m3",
-            f"from {_dotted(each.capability)}" + (f", below {_dotted(each.before)}" if each.before else ""),
-            f"from {_dotted(each.cuda)}",
-            f"from {_dotted(each.transformer_engine)}",
+            f"from {dotted(each.capability)}" + (f", below {dotted(each.before)}" if each.before else ""),
+            f"from {dotted(each.cuda)}",
+            f"from {dotted(each.transformer_engine)}",
             "yes" if each.layers_in_bf16 else "no",
-            f"from {_dotted(each.attention)}" if each.attention else "no",
+            f"from {dotted(each.attention)}" if each.attention else "no",
             "yes" if each.gather_overlapped else "not overlapped",
             f"multiples of {each.multiple}",
         )
@@ -219,34 +127,6 @@ def matrix() -> list[tuple[str, ...]]:
     return [head, *rows]
 
 
-def _dimension_problems(model: "ModelConfig", parallel: "ParallelConfig", multiple: int) -> Iterator[str]:
-    """Dimensions of FP8 products are multiples of 16 or 32 on each process."""
-    head = model.head_dim or model.hidden_size // model.num_attention_heads
-    shares = {
-        "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor),
-        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor),
-        "the channels of queries, keys and values": (
-            (model.num_attention_heads + 2 * model.num_query_groups) * head,
-            parallel.tensor,
-        ),
-    }
-    for name, (size, parts) in shares.items():
-        if size % (multiple * parts):
-            yield (
-                f"{name}={size} does not go with model.precision={model.precision} and parallel.tensor="
-                f"{parallel.tensor}: a process's share must be a multiple of {multiple} (or use model.precision=bf16)"
-            )
-
-
-def _with_attention() -> str:
-    has = [f"{name} from {_dotted(each.attention)}" for name, each in RECIPES.items() if each.attention]
-    return f"FP8 attention: {', '.join(has)}"
-
-
-def _dotted(version: tuple[int, int]) -> str:
+def dotted(version: tuple[int, int]) -> str:
+    """As text."""
     return ".".join(map(str, version))
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

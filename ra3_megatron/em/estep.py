@@ -25,6 +25,7 @@ from ra3_megatron.em.packing import policy_batches
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import line_log_likelihoods, malformed_thoughts, token_log_probs
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
+from ra3_megatron.mcore.offload import on_device
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.text.latents import raw
 from ra3_megatron.text.transcript import Transcript
@@ -109,7 +110,10 @@ class EStep:
         different = different or distinct(transcripts)
         contexts = self._contexts(different.transcripts)
         plan = self.planner.plan(contexts.sequences)
-        found = token_log_probs(self.scorer, different.transcripts, plan, self.runtime, self.latents, contexts=contexts)
+        with on_device(self.scorer):
+            found = token_log_probs(
+                self.scorer, different.transcripts, plan, self.runtime, self.latents, contexts=contexts
+            )
         scores = [found[place] for place in different.which]
         without = self._without_thoughts(transcripts) if self.config.baseline == "no_thought" else None
         likelihoods, rewards, advantages = [], [], []
@@ -150,7 +154,8 @@ class EStep:
             raw(to_document(t, self.latents, tokenizer), self.latents, tokenizer)
             for t in transcripts[:: self.config.group_size]
         ]
-        scores = token_log_probs(self.scorer, documents, self.planner.plan(documents), self.runtime, self.latents)
+        with on_device(self.scorer):
+            scores = token_log_probs(self.scorer, documents, self.planner.plan(documents), self.runtime, self.latents)
         return [
             torch.from_numpy(line_log_likelihoods(document, values, self.config.likelihood))
             for document, values in zip(documents, scores, strict=True)

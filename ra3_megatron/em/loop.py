@@ -29,6 +29,7 @@ from ra3_megatron.em.readable import SHOWN_DOCUMENTS, transcript_records
 from ra3_megatron.em.rollouts import RolloutQueue
 from ra3_megatron.em.steps import EStepSteps, PackedSteps
 from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.offload import park
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.held_out import lines_file, read_held_out, write_held_out
 from ra3_megatron.report.run_folder import read_json, write_json
@@ -121,6 +122,8 @@ class EM:
         scorer = run.new_model(drawn=False)
         checkpoint.load(pi, scorer, run.runtime, verify=self.config.checkpoint.verify)
         scorer.requires_grad_(False)
+        if self.config.parallel.offload_scorer:
+            park(scorer, run.runtime.device)
 
         sampler = DocumentSampler(len(self.train), order_seed(self.config.seed, Stream.ESTEP_ORDER, iteration))
         key = (self.config.seed, Stream.ESTEP, iteration)

@@ -19,6 +19,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,16 @@ def begin(
     writer: ShardWriter | None = None
     request: AsyncRequest | None = None
     try:
-        request = dist_checkpointing.save(
-            _state(model, trainer),
-            str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            async_sharded_save=True,
-            content_metadata=dict(SHARDING),
-        )
-        writer = ShardWriter(request)
-        writer.start(background)
+        with _resident(trainer):
+            request = dist_checkpointing.save(
+                _state(model, trainer),
+                str(partial),
+                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                async_sharded_save=True,
+                content_metadata=dict(SHARDING),
+            )
+            writer = ShardWriter(request)
+            writer.start(background)
     except (Exception, CheckpointException) as problem:  # the latter is a BaseException
         error = _cause(problem)
     try:
@@ -213,20 +215,26 @@ def load(
     _check_files(folder, record, runtime, verify)
     layout = record["layout"]
     same_ranks = (layout["tensor"], layout["pipeline"]) == (runtime.tensor_size, runtime.pipeline_size)
-    try:
-        template = _only_extra_state_of(folder, _state(model, trainer, loading=True, generators=same_ranks))
-        state = dist_checkpointing.load(template, str(folder))
-    except (Exception, CheckpointException) as problem:
-        raise UserError(f"{folder}: cannot be loaded: {_cause(problem)}") from problem
-    for key, chunk in _chunks(model).items():
-        _put_in(chunk, state[key])
+    with _resident(trainer):
+        try:
+            template = _only_extra_state_of(folder, _state(model, trainer, loading=True, generators=same_ranks))
+            state = dist_checkpointing.load(template, str(folder))
+        except (Exception, CheckpointException) as problem:
+            raise UserError(f"{folder}: cannot be loaded: {_cause(problem)}") from problem
+        for key, chunk in _chunks(model).items():
+            _put_in(chunk, state[key])
+        if trainer is not None:
+            optimizer_state.load_state(trainer.optimizer, state["optimizer"])
     if trainer is not None:
-        optimizer_state.load_state(trainer.optimizer, state["optimizer"])
         trainer.scheduler.num_steps = 0  # Megatron adds the saved number
         trainer.scheduler.load_state_dict(state["scheduler"])
         if same_ranks:
             _set_generators(state["generators"])
     return record
+
+
+def _resident(trainer: Trainer | None) -> AbstractContextManager[None]:
+    return nullcontext() if trainer is None else trainer.optimizer_resident()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Megatron-Core trains in bf16 without a word when FP8 is asked for and Transformer Engine is missing, or not in the
 layers' specification. So a model is refused when the recipe, the GPU or Transformer Engine is missing
-(`config.precision` has the rules), when a layer is not Transformer Engine's, and when a layer turns out to have
+(`config.compatibility` has the rules), when a layer is not Transformer Engine's, and when a layer turns out to have
 computed in another precision than it was asked for (`require_computed`). Norms, embedding and output layer stay bf16,
 and so does attention unless `model.fp8.attention` asks for it.
 """
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
-from ra3_megatron.config.precision import RECIPES, hardware_problems
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.hardware import hardware_of
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """How the modules are called whose products are in FP8."""
+ATTENTION = "core_attention.kernel"
+"""The module of `Fp8Attention` whose products are."""
 _RECIPE_CLASSES = {
     "DelayedScaling": "fp8_delayed",
     "Float8CurrentScaling": "fp8_tensorwise",
@@ -82,12 +85,13 @@ def expected(model: ModelConfig, layer: int) -> str:
 
 
 def computed(chunks: Iterable[torch.nn.Module]) -> dict[str, str]:
-    """In which precision each product of the layers was computed the last time: `3.linear_qkv` -> `fp8_tensorwise`.
+    """In which precision each product of the layers was computed the last time: `3.linear_qkv` -> `fp8_tensorwise`;
+    `3.attention` where attention was asked to be in FP8.
 
     What Transformer Engine's modules say of their last forward pass; one that never ran, or is not Transformer
     Engine's, is not listed. Layers are numbered from 0 over the whole model.
     """
-    return {f"{number}.{kind}": _precision(module) for number, kind, module in _products(chunks)}
+    return {f"{number}.{kind}": _precision(kind, module) for number, kind, module in _products(chunks)}
 
 
 def require_computed(model: ModelConfig, found: dict[str, str]) -> None:
@@ -121,7 +125,9 @@ def _products(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[int, str, Any
                 continue
             for inner, module in layer.named_modules():
                 kind = inner.rsplit(".", 1)[-1]
-                if kind in LINEAR and _tells(module) and module.activation_dtype is not None:
+                if inner.endswith(ATTENTION):
+                    kind = "attention"
+                if kind in (*LINEAR, "attention") and _tells(module) and module.activation_dtype is not None:
                     yield int(layer.layer_number) - 1, kind, module
 
 
@@ -130,8 +136,9 @@ def _tells(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("fp8", "fp8_meta", "activation_dtype"))
 
 
-def _precision(module: Any) -> str:
-    if not module.fp8:
+def _precision(kind: str, module: Any) -> str:
+    recipe = module.fp8_meta["recipe"] if module.fp8 else None
+    if recipe is None or (kind == "attention" and not recipe.fp8_dpa):
         return "bf16"
-    names = [each.__name__ for each in type(module.fp8_meta["recipe"]).__mro__]
+    names = [each.__name__ for each in type(recipe).__mro__]
     return next((_RECIPE_CLASSES[name] for name in names if name in _RECIPE_CLASSES), names[0])

@@ -64,6 +64,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     bf16 = model.weight_type == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     cuda = torch.cuda.is_available()
+    # what memory happens to hold must not be the first value that the scales of weights in FP8 have seen
+    empty = torch.nn.init.zeros_ if model.fp8.parameter_gather else _leave
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -101,6 +103,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         moe_router_dtype="fp32" if model.num_experts else None,
         moe_token_dispatcher_type="alltoall",
         **_recompute(parallel),
+        cpu_offloading=parallel.offload_activations > 0,
+        cpu_offloading_num_layers=parallel.offload_activations,
         **fp8_settings(model),
         bf16=bf16,
         params_dtype=dtype,
@@ -110,9 +114,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         use_cpu_initialization=not cuda,
         # drawn in initial_weights. (perform_initialization=False would leave out the attributes that mark sharded
         # weights, and every gradient norm under tensor parallelism would be wrong.)
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=empty,
+        output_layer_init_method=empty,
+        embedding_init_method=empty,
         masked_softmax_fusion=False,
         bias_activation_fusion=cuda or model.num_experts is None,
         bias_dropout_fusion=False,

@@ -7,6 +7,7 @@ already. Callers hand over whole rows; this module splits them over the context-
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from ra3_megatron.mcore import optimizer_step, watchdog
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_counts, stream_loss
 from ra3_megatron.mcore.model import STREAMS
+from ra3_megatron.mcore.offload import Parking, optimizer_tensors
 from ra3_megatron.mcore.sequence_split import gather_outputs
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.step_clock import StepClock
@@ -125,6 +127,11 @@ class Trainer:
             # no decay on vectors: norms (and biases, where an architecture has them)
             {ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=_is_vector)): {"wd_mult": 0.0}},
         )
+        self._parking: Parking | None = None
+        if parallel.offload_optimizer:
+            self._parking = Parking(lambda: optimizer_tensors(self.optimizer, self.model), runtime.device)
+            with self._parking.resident():
+                pass
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -170,14 +177,15 @@ class Trainer:
         sums = self.runtime.from_last_stage(sums)
         stats = {stat: float(sums[stat]) for stat in Stat}
         loss_seen = stats[Stat.LOSS] if bool(torch.isfinite(sums).all()) else math.nan
-        with self.clock.part("optimizer"):
-            grad_norm = optimizer_step.prepare(self.optimizer)
-        skipped = self.judge(*optimizer_step.agreed([loss_seen, grad_norm], self.runtime))
-        self.scheduler.step(increment=1)
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        if not skipped:
+        with self.optimizer_resident():
             with self.clock.part("optimizer"):
-                optimizer_step.move(self.optimizer, grad_norm)
+                grad_norm = optimizer_step.prepare(self.optimizer)
+            skipped = self.judge(*optimizer_step.agreed([loss_seen, grad_norm], self.runtime))
+            self.scheduler.step(increment=1)
+            learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+            if not skipped:
+                with self.clock.part("optimizer"):
+                    optimizer_step.move(self.optimizer, grad_norm)
         return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats, skipped)
 
     def passes(self, batches: Sequence[TokenBatch], policy: PolicyLoss, count: int) -> list[StepResult]:
@@ -194,6 +202,15 @@ class Trainer:
         """Steps with nothing to learn from: weights and optimizer stay, the learning rate goes on and is returned."""
         self.scheduler.step(increment=count)
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    @contextmanager
+    def optimizer_resident(self) -> Iterator[None]:
+        """Within it the optimizer's state is on the device: whoever reads or writes it opens this."""
+        if self._parking is None:
+            yield
+            return
+        with self._parking.resident():
+            yield
 
     def synchronize(self) -> None:
         """Finish what `parallel.overlap_param_gather` leaves to the next step: before weights are read. Collective."""

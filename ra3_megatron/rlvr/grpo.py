@@ -15,6 +15,7 @@ import torch
 
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.loss import PolicyLoss, Stat
+from ra3_megatron.mcore.offload import on_device
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.rlvr.advantages import advantages, recipe_of
 from ra3_megatron.rlvr.batches import log_probs_of, policy_batches
@@ -62,7 +63,7 @@ class GRPO:
             plan = self.planner.plan(kept)
         reference = None
         if self.reference is not None:
-            with clock.part("scoring"):
+            with clock.part("scoring"), on_device(self.reference):
                 reference = log_probs_of(self.reference, kept, plan, self.runtime, self.temperature, self.allowed)
         with clock.part("data"):
             batches = policy_batches(

@@ -9,6 +9,7 @@ import torch
 
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.offload import park
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.responses import write_responses
 from ra3_megatron.rlvr.cutting import Cuts
@@ -142,4 +143,6 @@ class Rlvr:
         model = self.run.new_model(drawn=False)
         checkpoint.load(start, model, self.run.runtime, verify=self.run.config.checkpoint.verify)
         model.requires_grad_(False)
+        if self.run.config.parallel.offload_scorer:
+            park(model, self.run.runtime.device)
         return model

@@ -33,6 +33,8 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    """With `parallel.offload_optimizer` what it needs beyond the memory of activations and logits, in whose turn it is
+    there."""
     activations: float
     logits: float
     rollouts: float
@@ -110,7 +112,7 @@ def _of_stage(
     replicas = parallel.data * parallel.context
     expert_replicas = parallel.tensor * replicas // ((parallel.expert_tensor or parallel.tensor) * parallel.expert)
     shares = (replicas, expert_replicas) if parallel.distributed_optimizer else (1, 1)
-    optimizer = work.state_bytes * (stage.dense / shares[0] + stage.sparse / shares[1])
+    state = work.state_bytes * (stage.dense / shares[0] + stage.sparse / shares[1]) / GIB
     tokens = work.micro_batch * work.sequence // parallel.context
     kept, again = activation_bytes(model, parallel)
     layers = _layers_in_flight(number, model, parallel, work.micro_batches(parallel))
@@ -119,11 +121,15 @@ def _of_stage(
         rows = padded(vocab_size, parallel.tensor) // parallel.tensor
         each = LOGIT_BYTES + (0 if work.precision == "fp32" else work.element_bytes)
         logits = min(tokens, CHUNK_POSITIONS) * rows * each + 2 * tokens * work.element_bytes * model.hidden_size
+    offloaded = min(parallel.offload_activations, layers)
+    activations = tokens * ((layers - offloaded) * kept + again) * work.element_bytes / 2 / GIB
+    if parallel.offload_optimizer:  # there in turn with activations and logits
+        state = max(0.0, state - activations - logits / GIB)
     return Memory(
         weights=work.element_bytes * stage.parameters / GIB,
         gradients=work.gradient_bytes * stage.parameters / GIB,
-        optimizer=optimizer / GIB,
-        activations=tokens * (layers * kept + again) * work.element_bytes / 2 / GIB,
+        optimizer=state,
+        activations=activations,
         logits=logits / GIB,
         rollouts=rollouts_gib,
         buffers=context_gib,

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.precision import RECIPES, Hardware, hardware_problems
+from ra3_megatron.config.precision import RECIPES, Hardware
 from ra3_megatron.config.run import RunConfig
 
 CANNOT_RUN = 1
@@ -225,9 +226,16 @@ def _bubblewrap() -> str | None:
 
 def _problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """Why the configuration cannot run on this machine."""
+    import torch
+
+    from ra3_megatron.mcore.offload import require_offload
     from ra3_megatron.rlvr.sandbox import Isolation, require_bubblewrap
 
     yield from hardware_problems(config.model, hardware)
+    try:
+        require_offload(config.parallel, torch.device("cpu" if hardware.capability is None else "cuda"))
+    except UserError as error:
+        yield str(error)
     if config.rollout.engine == "vllm" and config.rollout.placement != "nodes" and not importlib.util.find_spec("vllm"):
         yield "rollout.engine=vllm: vLLM is not installed"
     if config.method == "rlvr" or config.benchmarks.suites:

@@ -102,7 +102,8 @@ def expectation(config: RunConfig, gpu: Gpu) -> Expected:
     work = Work(config.model.context_length, batch.global_batch_size, batch.micro_batch_size, kind)
     planned = evaluate(made, config.parallel, work, gpu, _engine_gib(config, made))
     thinks = config.method == "ra3" and not math.isinf(config.estep.latent_price)
-    held = replace(planned.memory, scorer=planned.memory.weights if thinks else 0.0)
+    scores = thinks and not config.parallel.offload_scorer
+    held = replace(planned.memory, scorer=planned.memory.weights if scores else 0.0)
     iterations, gpus = config.em.iterations, config.parallel.world_size
     tokens = float(iterations * batch.steps * work.global_batch * work.sequence)
     thinking = replace(THINKING, documents=config.estep.documents_per_step, group=config.estep.group_size)

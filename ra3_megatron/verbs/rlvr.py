@@ -43,6 +43,7 @@ def _rlvr_here(config: RunConfig, resume: bool) -> None:
 def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     from ra3_megatron.evaluate.during import load_suites, training_suites
     from ra3_megatron.mcore.fp8 import require_fp8
+    from ra3_megatron.mcore.offload import require_offload
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.metrics import MetricsWriter
     from ra3_megatron.report.progress import Progress
@@ -59,6 +60,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     console = Console()
     folder = RunFolder(Path(config.run_dir))
     require_fp8(config.model, runtime.device)
+    require_offload(config.parallel, runtime.device)
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):

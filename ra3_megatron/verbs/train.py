@@ -36,6 +36,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.em.outcome import summarize
     from ra3_megatron.evaluate.during import load_suites, training_suites
     from ra3_megatron.mcore.fp8 import require_fp8
+    from ra3_megatron.mcore.offload import require_offload
     from ra3_megatron.mcore.watchdog import watching
     from ra3_megatron.report.build import build_report
     from ra3_megatron.report.metrics import MetricsWriter
@@ -53,6 +54,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     folder = RunFolder(Path(config.run_dir))
     check_export(config)
     require_fp8(config.model, runtime.device)
+    require_offload(config.parallel, runtime.device)
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):

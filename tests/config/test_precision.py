@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import RECIPES, Hardware, hardware_problems, matrix
+from ra3_megatron.config.precision import RECIPES, Hardware, matrix
 
 H100 = Hardware("H100", (9, 0), (13, 0), (2, 11))
 B200 = Hardware("B200", (10, 0), (13, 0), (2, 11))

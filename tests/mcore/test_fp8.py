@@ -97,6 +97,23 @@ def test_layers_that_did_not_compute_as_asked_end_the_run() -> None:
     require_computed(model("bf16"), {"0.linear_qkv": "bf16"})
 
 
+def test_attention_that_was_asked_for_in_fp8_is_asked_too() -> None:
+    class Recipe(TEDelayedScaling):
+        fp8_dpa = True
+
+    chunk = layers(Recipe)
+    inner = torch.nn.Module()
+    inner.core_attention = torch.nn.Module()
+    inner.core_attention.kernel = Product(Recipe)
+    chunk.layers[0].self_attention = inner
+    asked = model("fp8_delayed", num_layers=1, fp8={"attention": True})
+    assert computed([chunk]) == {"0.linear_qkv": "fp8_delayed", "0.attention": "fp8_delayed"}
+    require_computed(asked, computed([chunk]))
+    Recipe.fp8_dpa = False
+    with pytest.raises(RuntimeError, match=r"computed layer 0\.attention in bf16"):
+        require_computed(asked, computed([chunk]))
+
+
 def test_layers_of_megatron_core_say_nothing() -> None:
     """On a CPU nothing is listed, and nothing is an error without FP8."""
     parallel = ParallelConfig(threads=1)

@@ -70,3 +70,16 @@ def test_rings_use_the_ports_of_all_their_ranks_in_a_node() -> None:
     assert group_bandwidth(gpu, 1, 16) == 400e9 * RATES.link
     assert group_bandwidth(gpu, 4, 16) == 100e9 * RATES.link
     assert group_bandwidth(gpu, 8, 16) == 50e9 * RATES.link
+
+
+def test_memory_that_is_offloaded() -> None:
+    """The optimizer's state is there in turn with activations; so many layers' activations are not there at all."""
+    made = architecture_named("llama3.1-8b", 8192)
+    parallel = ParallelConfig(context=2, data=4, distributed_optimizer=True)
+    work = Work(8192, 128, 1, "bf16", 2)
+    plain = memory(made.model, made.vocab_size, parallel, work)
+    off = memory(made.model, made.vocab_size, parallel.model_copy(update={"offload_optimizer": True}), work)
+    assert off.optimizer == pytest.approx(max(0.0, plain.optimizer - plain.activations - plain.logits))
+    assert off.total < plain.total and off.activations == plain.activations
+    some = memory(made.model, made.vocab_size, parallel.model_copy(update={"offload_activations": 8}), work)
+    assert some.activations == pytest.approx(plain.activations * 24 / 32) and some.optimizer == plain.optimizer
