@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 import ra3_megatron.mcore  # noqa: F401
+from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import RECIPES, hardware_problems
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.hardware import hardware_of

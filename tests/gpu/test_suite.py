@@ -23,8 +23,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import alternate
+from ra3_megatron.config.compatibility import key_problems
 from ra3_megatron.config.model import ModelConfig
-from ra3_megatron.config.precision import RECIPES, key_problems
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.scaling.tables import Architecture, architecture_named
 from tests.gpu import __main__ as runner
