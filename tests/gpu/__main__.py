@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tests.gpu.evidence import say, write_json
 from tests.gpu.machine import compiler, packages
@@ -109,8 +109,9 @@ def _environment() -> dict[str, str]:
 def run_part(name: str, out: Path, seconds: float, small: bool, characters: int) -> dict[str, Any]:
     """Run one part; what it left. Lines of its progress are shown up to so many characters."""
     file, log = out / f"{name}.json", out / f"{name}.log"
-    file.unlink(missing_ok=True)
-    with log.open("wb") as errors, tempfile.TemporaryDirectory(prefix="ra3-gpu-") as folder:
+    for old in (file, log):
+        old.unlink(missing_ok=True)
+    with log.open("ab") as errors, tempfile.TemporaryDirectory(prefix="ra3-gpu-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             command_of(name, file, seconds, small),
             stdout=subprocess.PIPE,
@@ -119,7 +120,7 @@ def run_part(name: str, out: Path, seconds: float, small: bool, characters: int)
             cwd=ROOT,
             start_new_session=True,
         )
-        killed = _follow(process, seconds + GRACE, characters)
+        killed = _follow(process, seconds + GRACE, characters, errors)
     if not file.is_file():
         blank = {"part": name, "title": PARTS[name], "evidence": not small, "seconds": 0.0, "rows": [], "series": {}}
         return {**blank, "status": "crashed", "missing": [], "errors": [_ending(process, log)]}
@@ -138,7 +139,7 @@ def command_of(name: str, file: Path, seconds: float, small: bool) -> list[str]:
     return [*command, "--small"] if small else command
 
 
-def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int) -> bool:
+def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int, log: BinaryIO) -> bool:
     """Show what a part says until it ends; whether it had to be ended."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
@@ -150,6 +151,9 @@ def _follow(process: subprocess.Popen[bytes], seconds: float, characters: int) -
         rest += process.stdout.read() or b""
         *lines, rest = rest.split(b"\n")
         for line in lines:
+            if not line.startswith(b"  "):  # what a library prints
+                log.write(line + b"\n")
+                continue
             text = line.decode(errors="replace")[:160]
             failure = "FAILED" in text or "DOES NOT HOLD" in text
             if left[failure] >= len(text):

@@ -89,8 +89,10 @@ class Side:
             code = self._process.wait(SECONDS)
         finally:
             self._process.kill()
+        said = self._log.read_text(errors="replace").strip()
         if code:
-            raise RuntimeError((self._log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1])
+            sys.stderr.write(f"{said}\n")
+            raise RuntimeError((said.splitlines() or ["no message"])[-1])
         numbers: Numbers = torch.load(self._file)
         return numbers
 

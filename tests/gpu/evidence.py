@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,7 @@ class Evidence:
         try:
             yield
         except Exception as error:
+            traceback.print_exception(error)  # in the part's log file
             if type(error).__name__ == "OutOfMemoryError":
                 self.missing(name, "out of memory")
             else:
@@ -160,7 +162,7 @@ def bounds_of(row: Mapping[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """A line of progress."""
+    """A line of progress; those of a part begin with two spaces."""
     os.write(1, f"{line}\n".encode())
 
 
