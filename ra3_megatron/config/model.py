@@ -126,6 +126,15 @@ class ModelConfig(Section):
         return RECIPES[self.precision].megatron if self.precision in RECIPES else None
 
     @property
+    def frozen(self) -> "ModelConfig":
+        """The same for a model that is not trained: it has no earlier steps that scales could come from (`fp8_delayed`)
+        and takes its tensors' own; and it gathers no weights."""
+        delayed = self.precision == "fp8_delayed"
+        less = {"parameter_gather": False, **({"attention": False, "amax_history": 1024} if delayed else {})}
+        update = {"fp8": self.fp8.model_copy(update=less), **({"precision": "fp8_tensorwise"} if delayed else {})}
+        return self if self.fp8_recipe is None else self.model_copy(update=update)
+
+    @property
     def row_multiple(self) -> int:
         """What the length of a row must be a multiple of on each process, whatever the layout: FP8 products have
         dimensions of such multiples."""

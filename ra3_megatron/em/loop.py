@@ -119,7 +119,7 @@ class EM:
             return Path(settings.policy)
         if is_done(run, phase):
             return final_of(run, phase)
-        scorer = run.new_model(drawn=False)
+        scorer = run.new_model(drawn=False, trained=False)
         checkpoint.load(pi, scorer, run.runtime, verify=self.config.checkpoint.verify)
         scorer.requires_grad_(False)
         if self.config.parallel.offload_scorer:
@@ -152,7 +152,7 @@ class EM:
             return InfusedCorpus(folder)
         self._stop_if_asked(f"before {phase.key}")
         documents = self._documents(iteration)
-        model = run.new_model(drawn=False)
+        model = run.new_model(drawn=False, trained=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
         policy, how, longest = run.policy(model, record["weight_version"]), self.config.mstep.latents, self._length
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
@@ -193,7 +193,7 @@ class EM:
         if run.runtime.broadcast(path.is_file()):
             return dict(read_json(path))
         self._stop_if_asked(f"before the evaluation of {arm} {iteration}")
-        model = run.new_model(drawn=False)
+        model = run.new_model(drawn=False, trained=False)
         record = checkpoint.load(model_of, model, run.runtime, verify=self.config.checkpoint.verify)
         count = min(self.config.evaluation.documents, len(self.valid))
         documents = [self.valid[index] for index in range(count)]

@@ -357,8 +357,13 @@ def _round(chunks: list[LanguageModel], exact: list[LanguageModel]) -> None:
             keep_exact(parameter, values[name])
 
 
+def has_layers_of_transformer_engine(model: ModelConfig, device: torch.device) -> bool:
+    """Whether the layers of this model are Transformer Engine's. In fp32 they are not: it would multiply in TF32."""
+    return model.precision != "fp32" and has_transformer_engine(device)
+
+
 def _layer_spec(model: ModelConfig, device: torch.device) -> ModuleSpec:
-    if has_transformer_engine(device):  # its names are those of checkpoints
+    if has_layers_of_transformer_engine(model, device):  # its names are those of checkpoints
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
         )

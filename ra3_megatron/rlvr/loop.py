@@ -98,7 +98,7 @@ class Rlvr:
         run, steps = self.run, self.run.config.rlvr.steps
         if run.has_logged(HELD_OUT, 0, step=steps):
             return
-        model = run.new_model(drawn=False)
+        model = run.new_model(drawn=False, trained=False)
         checkpoint.load(final_of(run, PHASE), model, run.runtime, verify=run.config.checkpoint.verify)
         sampling = run.sampling(model)
         sampling.publish(steps)
@@ -140,7 +140,7 @@ class Rlvr:
         """The frozen model of the KL term; None without one."""
         if not self.run.config.rlvr.kl_coefficient:
             return None
-        model = self.run.new_model(drawn=False)
+        model = self.run.new_model(drawn=False, trained=False)
         checkpoint.load(start, model, self.run.runtime, verify=self.run.config.checkpoint.verify)
         model.requires_grad_(False)
         if self.run.config.parallel.offload_scorer:

@@ -57,10 +57,13 @@ class RunContext:
     stop: StopRequest = field(default_factory=StopRequest)
     """Whether a signal asks to save and stop."""
 
-    def new_model(self, drawn: bool = True) -> torch.nn.Module:
-        """A model with the run's initial weights; with `drawn=False`, one to load weights into."""
+    def new_model(self, drawn: bool = True, trained: bool = True) -> torch.nn.Module:
+        """A model with the run's initial weights; with `drawn=False`, one to load weights into.
+
+        trained: whether it will be (`ModelConfig.frozen`).
+        """
         return build_model(
-            self.config.model,
+            self.config.model if trained else self.config.model.frozen,
             self.config.parallel,
             self.runtime,
             self.tokenizer.vocab_size,

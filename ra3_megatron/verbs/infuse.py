@@ -69,7 +69,9 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
             tokenizer = corpus.tokenizer
             record = check_fit(checkpoint, "--checkpoint", config, tokenizer)
             on_main(runtime, lambda: _describe(checkpoint, out, config))
-            model = build_model(config.model, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, None)
+            model = build_model(
+                config.model.frozen, config.parallel, runtime, tokenizer.vocab_size, corpus.format.sets, None
+            )
             checkpoints.load(checkpoint, model, runtime, verify=config.checkpoint.verify)
             documents = corpus.store("mid", "train")
             with (

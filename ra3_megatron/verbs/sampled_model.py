@@ -112,7 +112,7 @@ def open_engine(weights: Weights, out: Path) -> Iterator["RolloutEngine"]:
             folder = out / CONVERTED
             import_hf(weights.hf, folder, config.model.weight_type)
         check_fit(folder, "--checkpoint", config, tokenizer)
-        model = build_model(config.model, config.parallel, runtime, tokenizer.vocab_size, latents.sets, None)
+        model = build_model(config.model.frozen, config.parallel, runtime, tokenizer.vocab_size, latents.sets, None)
         checkpoints.load(folder, model, runtime)
         if config.rollout.engine == "megatron":
             yield MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.rollout.temperature)

@@ -1,9 +1,9 @@
 """The project's model on this device against the same model on a CPU, in fp32: logits, losses, gradients, weights.
 
 Each side is a process of its own (`python -m tests.gpu.equality FILE`), as Megatron-Core is prepared for a CPU only
-where no GPU is seen. On a GPU there are three: Megatron-Core's own layers, which multiply in fp32; Transformer Engine's
-with NVIDIA_TF32_OVERRIDE=0; and Transformer Engine's as they are. These multiply fp32 matrices in TF32 (10 bits of
-significand), whatever torch is told: how far that is off is a figure.
+where no GPU is seen. On a GPU there are four: without Transformer Engine; as the project has it, which in fp32 takes
+Megatron-Core's layers and Transformer Engine's optimizer; and with Transformer Engine's layers, which multiply fp32
+matrices in TF32 (10 bits of significand), whatever torch is told: once without that, once to say how far it is off.
 """
 
 from __future__ import annotations
@@ -38,17 +38,24 @@ MOST = {
 divides small gradients by their own size."""
 SECONDS = 240.0
 """That one side may take."""
-DEFAULT = "GPU, Transformer Engine as it is"
-WITHOUT = "RA3_WITHOUT_TE"
-"""Variable of a side that does without Transformer Engine."""
+TF32 = "GPU, Transformer Engine's layers with TF32"
+WITHOUT, WITH = "RA3_WITHOUT_TE", "RA3_WITH_TE"
+"""Variables of a side that does without Transformer Engine, and of one that takes its layers in fp32, too."""
 
 
 def run(evidence: Evidence, setting: Setting) -> None:
     """Compute both sides, compare."""
+    from ra3_megatron.mcore.hardware import has_transformer_engine
+
     cpu = Side(setting.folder / "cpu.pt", {"CUDA_VISIBLE_DEVICES": ""})
-    names = {"GPU, Megatron-Core's layers": {WITHOUT: "1"}} if setting.cuda else {"CPU again": {}}
+    names: dict[str, dict[str, str]] = {"CPU again": {}}
     if setting.cuda:
-        names |= {"GPU, Transformer Engine without TF32": {"NVIDIA_TF32_OVERRIDE": "0"}, DEFAULT: {}}
+        names = {"GPU": {}, "GPU, without Transformer Engine": {WITHOUT: "1"}}
+        if has_transformer_engine(setting.device):
+            exact = {WITH: "1", "NVIDIA_TF32_OVERRIDE": "0"}
+            names |= {"GPU, Transformer Engine's layers without TF32": exact, TF32: {WITH: "1"}}
+        else:
+            evidence.missing("Transformer Engine's layers", "it does not load")
     else:
         evidence.missing("both kinds of layers, with and without TF32", "needs a GPU")
     sides = {name: Side(setting.folder / f"{n}.pt", environment) for n, (name, environment) in enumerate(names.items())}
@@ -56,7 +63,7 @@ def run(evidence: Evidence, setting: Setting) -> None:
     for name, side in sides.items():
         with evidence.attempt(name):
             for kind, worst in differences(side.numbers(), expected).items():
-                if name == DEFAULT:
+                if name == TF32:
                     evidence.figure(f"{kind}: {name} against CPU", worst, "relative difference")
                 else:
                     evidence.check(f"{kind}: {name} against CPU", worst, MOST[kind], unit="relative difference")
@@ -141,4 +148,8 @@ if __name__ == "__main__":
     if os.environ.get(WITHOUT):
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     prepare()
+    if os.environ.get(WITH):
+        from ra3_megatron.mcore import model
+
+        model.has_layers_of_transformer_engine = lambda *_: True
     torch.save(compute(), sys.argv[1])

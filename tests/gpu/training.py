@@ -114,7 +114,7 @@ def both(evidence: Evidence, setting: Setting, material: Material, precision: st
     trainer = Trainer(pi, config.mstep.optimizer, setting.parallel, setting.runtime, config.mstep.steps)
     mstep = MStep(config, config.mstep, trainer, material.documents)
     found: dict[str, list[float]] = {"M-step loss": [mstep.step()["loss"] for _ in range(config.mstep.steps)]}
-    scorer = model(setting, material, config).requires_grad_(False)
+    scorer = model(setting, material, config.model_copy(update={"model": config.model.frozen})).requires_grad_(False)
     q = model(setting, material, config)
     for copy in (scorer, q):
         copy_weights(trainer.model, copy)

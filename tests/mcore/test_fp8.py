@@ -12,10 +12,10 @@ import ra3_megatron.mcore  # noqa: F401
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import RECIPES
+from ra3_megatron.config.precision import RECIPES, Fp8Config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, require_fp8, require_fp8_layers
-from ra3_megatron.mcore.model import chunks_of, transformer_config
+from ra3_megatron.mcore.model import chunks_of, has_layers_of_transformer_engine, transformer_config
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
 from tests.mcore.small_models import build
@@ -129,6 +129,25 @@ def test_weights_in_fp8_keep_what_they_were_made_of() -> None:
     value.zero_()
     assert rounded._high_precision_init_val.tolist() == [1.0, 2.0]  # type: ignore[attr-defined]
     assert not hasattr(plain, "_high_precision_init_val")
+
+
+def test_a_frozen_model_has_scales_without_a_history() -> None:
+    delayed = model("fp8_delayed", fp8={"attention": True, "amax_history": 16, "parameter_gather": True})
+    assert delayed.frozen.precision == "fp8_tensorwise" and delayed.frozen.fp8 == Fp8Config()
+    blockwise = model("fp8_blockwise", fp8={"first_layers_bf16": 1, "parameter_gather": True})
+    assert blockwise.frozen.precision == "fp8_blockwise" and blockwise.frozen.fp8 == Fp8Config(first_layers_bf16=1)
+    assert model("bf16").frozen == model("bf16")
+    for asked in (delayed, blockwise):
+        assert not list(layout_problems(asked.frozen, ParallelConfig(distributed_optimizer=True)))
+
+
+def test_layers_in_fp32_multiply_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's would in TF32, whatever torch is told."""
+    monkeypatch.setattr("ra3_megatron.mcore.model.has_transformer_engine", lambda device: device.type == "cuda")
+    cuda = torch.device("cuda")
+    assert not has_layers_of_transformer_engine(model("fp32"), cuda)
+    assert has_layers_of_transformer_engine(model("bf16"), cuda) and has_layers_of_transformer_engine(model(), cuda)
+    assert not has_layers_of_transformer_engine(model("bf16"), torch.device("cpu"))
 
 
 def test_keys_of_fp8_reach_megatron() -> None:
