@@ -292,4 +292,4 @@ def test_fp8_engines_need_a_correction_and_weights_that_vllm_quantises() -> None
     (line,) = problems(vllm, fp8, bf16, "estep.importance_cap=2", "model.num_experts=4")
     assert line == f"{fp8} does not go with model.num_experts=4: refits of experts are untested"
     (line,) = problems(fp8, bf16, "estep.importance_cap=2")
-    assert line == "rollout: vllm.quantization=fp8 needs rollout.engine=vllm"
+    assert line == "rollout.vllm.quantization=fp8 needs rollout.engine=vllm"

@@ -18,10 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import dump_config, load_config
+from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.corpus.build import build_corpus
 from ra3_megatron.hf.fp8.measure import Written, compare_weights, error_bound, fp8_model
 from ra3_megatron.hf.fp8.passages import CalibrationSettings, draw_passages
 from ra3_megatron.hf.importing import import_hf
 from ra3_megatron.hf.source import Source
+from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.model import build_model
+from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.training.identity import identity_of
 
 FP8 = torch.float8_e4m3fn
 DENSE = ("llama", "mistral", "qwen2", "qwen2-tied", "qwen3")
@@ -236,6 +243,38 @@ def test_a_checkpoint_by_the_script(exported: tuple[Path, Path, str], corpus: Pa
     mine, theirs = contents(tmp_path / "out"), contents(out)
     assert mine["model.safetensors"] == theirs["model.safetensors"] and mine.keys() == theirs.keys()
     assert mine["config.json"] == theirs["config.json"]
+
+
+@needs_modelopt
+def test_a_run_is_calibrated_on_its_own_corpus(tmp_path: Path, runtime: Runtime) -> None:
+    """A model trained from scratch, with its run's tokenizer, on the training documents of its run."""
+    code, run = tmp_path / "code", tmp_path / "run"
+    code.mkdir()
+    for n in range(30):
+        lines = "".join(f"    total = total * {k} + x - {n}\n" for k in range(8))
+        (code / f"part{n}.py").write_text(f"def f{n}(x):\n    total = 0\n{lines}    return total\n")
+    overrides = (
+        "corpus.source=folder", f"corpus.path={code}", "tokenizer.vocab_size=300", "model.num_layers=1",
+        "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2", "model.num_query_groups=1",
+        "model.context_length=256", "text.max_latent_tokens=16",
+    )  # fmt: skip
+    config = load_config(None, overrides)
+    corpus = build_corpus(config, run / "corpus")
+    (run / "config.yaml").write_text(dump_config(config))
+    sets = torch.ones(1, corpus.tokenizer.vocab_size, dtype=torch.bool)
+    single = ParallelConfig(threads=1)
+    network = build_model(config.model, single, runtime, corpus.tokenizer.vocab_size, sets, seed=3)
+    folder = run / "checkpoints" / "mstep-1" / "final"
+    checkpoint.save(folder, network, runtime, {"step": 9, **identity_of(corpus.tokenizer)})
+    printed = command("fp8", "--checkpoint", folder, "--out", tmp_path / "fp8", *SMALL)
+    assert "7 tensors in FP8" in printed and "outputs: KL" in printed
+    report = json.loads((tmp_path / "fp8" / "fp8_report.json").read_text())
+    assert report["calibration"]["sequences"] == 6 and report["corpus"] == f"the corpus of {folder}'s run"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "fp8")
+    assert tokenizer("total = 0\n", add_special_tokens=False)["input_ids"] == corpus.tokenizer.encode("total = 0\n")
+    import_hf(make("llama", tmp_path / "hf"), tmp_path / "alone")
+    error = command("fp8", "--checkpoint", tmp_path / "alone", "--out", tmp_path / "out", *SMALL, code=2)
+    assert error.endswith("stands in no run with a corpus: name texts to calibrate on with --corpus")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
