@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import EXPERT_FAMILIES, command, contents, make
+from hf_models import EXPERT_FAMILIES, VOCAB, command, contents, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,6 +38,12 @@ needs_modelopt = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """`make` draws a part of the weights from torch's generator."""
+    torch.manual_seed(1)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two files of texts: 40 rows, and a text of 200 lines."""
@@ -52,6 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """A Llama, the same in FP8, and what was printed."""
     folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
     make("llama", folder / "hf", torch.bfloat16, tokenizer=True)
     printed = command("fp8", "--hf", folder / "hf", "--out", folder / "fp8", "--corpus", corpus, *SMALL)
     return folder / "hf", folder / "fp8", printed
@@ -403,14 +410,15 @@ def test_vllm_loads_it(exported: tuple[Path, Path, str], tmp_path: Path) -> None
         parts = [written.read(f"{layer}.{name}_proj.weight").float() for name in "qkv"]
         assert numbers == pytest.approx([float(part.double().sum()) for part in parts])
     model, exact = fp8_model(written, hf, "cpu"), transformers.AutoModelForCausalLM.from_pretrained(hf).eval().float()
-    differences, distances = [], []
+    vllm, ours, original = [], [], []
     for prompt, tokens in zip(found["prompts"], found["log_probs"], strict=True):
+        ids = torch.tensor([prompt])
         with torch.no_grad():
-            expected, original = (m(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for m in (model, exact))
-        for token, value in tokens.items():
-            differences.append(abs(value - float(expected[int(token)])))
-            distances.append(abs(value - float(original[int(token)])))
-    assert len(differences) >= 30
-    # vLLM computes in bf16, which moves inputs over the edges of e4m3; still it is nearer to the FP8 model than to the
-    # original: 0.026 and 0.072 nats in the mean when this was written, 0.092 at most
-    assert sum(differences) < 0.6 * sum(distances) and max(differences) < 0.2
+            ours.append(model(ids).logits[0, -1].log_softmax(-1))
+            original.append(exact(ids).logits[0, -1].log_softmax(-1))
+        vllm.append(torch.tensor([tokens[str(token)] for token in range(VOCAB)]))
+    moved, difference = (torch.stack(a) - torch.stack(b) for a, b in ((ours, original), (vllm, ours)))
+    together = torch.corrcoef(torch.stack([moved.flatten(), (moved + difference).flatten()]))[0, 1]
+    # vLLM computes in bf16, which moves inputs over the edges of e4m3; still FP8's error is recognisably the same one.
+    # Measured: 0.061 and 0.030 nats in the mean, correlation 0.88
+    assert float(together) > 0.8 and float(difference.abs().mean()) < 0.7 * float(moved.abs().mean())

@@ -37,10 +37,10 @@ def main(folder: str, result: str) -> None:
         del fused_act_quant._FUSED_ACT_QUANT[SiluAndMul, kFp8StaticTensorSym]
     llm = LLM(
         folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, block_size=32, max_model_len=128,
-        logprobs_mode="processed_logprobs",
+        logprobs_mode="processed_logprobs", max_logprobs=-1,
     )  # fmt: skip
     found = llm.collective_rpc(held)[0]
-    parameters = SamplingParams(temperature=1.0, max_tokens=1, logprobs=10, detokenize=False, seed=1)
+    parameters = SamplingParams(temperature=1.0, max_tokens=1, logprobs=-1, detokenize=False, seed=1)
     values = []
     for prompt in PROMPTS:
         output = llm.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False)[0].outputs[0]
