@@ -110,7 +110,7 @@ $(EVAL_STAMP): $(STAMP)
 	@$(PIP) install -q --no-deps evalplus==0.3.1
 	@touch $@
 
-install-modelopt: $(MODELOPT_STAMP) ## Add NVIDIA's modelopt for FP8 export, `ra3 convert fp8` (80 MB more)
+install-modelopt: $(MODELOPT_STAMP) ## Add NVIDIA's modelopt for FP8 export, `ra3 convert fp8` (50 MB more)
 
 # modelopt asks for setuptools>=80 (to build CUDA extensions, which are not used), vLLM for CPU for setuptools==78.1.1.
 $(MODELOPT_STAMP): $(STAMP)

@@ -234,6 +234,22 @@ def test_the_same_seed_gives_the_same_bytes(exported: tuple[Path, Path, str], co
 
 
 @needs_modelopt
+def test_an_export_that_was_cut_short(
+    exported: tuple[Path, Path, str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no folder until all of it has been read back; what was left is cleared by the next attempt."""
+    hf, out, _ = exported
+    arguments = ("fp8", "--hf", hf, "--corpus", corpus, *SMALL, "--out", tmp_path / "fp8")
+    with monkeypatch.context() as patch:
+        patch.setattr("ra3_megatron.hf.fp8.export.compare_weights", lambda *_: 1 / 0)
+        command(*arguments, code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["fp8.partial"]
+    (tmp_path / "fp8.partial" / "model-00001-of-00002.safetensors").write_text("of another attempt")
+    command(*arguments)
+    assert contents(tmp_path / "fp8") == contents(out) and not (tmp_path / "fp8.partial").exists()
+
+
+@needs_modelopt
 @pytest.mark.multiprocess
 def test_a_checkpoint_by_the_script(exported: tuple[Path, Path, str], corpus: Path, tmp_path: Path) -> None:
     """A checkpoint of ours gives the tensors of the folder that it came from."""
