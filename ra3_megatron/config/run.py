@@ -104,6 +104,7 @@ class RunConfig(Section):
                 f"model.precision={self.model.precision} does not go with model.num_experts={self.model.num_experts}: "
                 f"tokens of an expert are no multiple of {self.model.row_multiple}; use model.precision=bf16"
             )
+        yield from self._quantization_problems()
         lines = list(layout_problems(self.model, self.parallel))
         if lines:
             advice = self.layout_advice(self.parallel.world_size)
@@ -164,6 +165,19 @@ class RunConfig(Section):
                 f"rollout.max_staleness={self.rollout.max_staleness} trains on samples of older weights: set "
                 f"{name}.importance_cap (2, say) or {name}.clip_ratio"
             )
+
+    def _quantization_problems(self) -> Iterator[str]:
+        """Lines when engines are to sample in FP8, and that would not work or not be corrected for."""
+        key = f"rollout.vllm.quantization={self.rollout.vllm.quantization}"
+        if self.rollout.vllm.quantization == "none":
+            return
+        if self.model.precision == "fp32":
+            yield f"{key} needs model.precision=bf16: vLLM quantises no fp32 model"
+        if self.model.num_experts is not None:
+            yield f"{key} does not go with model.num_experts={self.model.num_experts}: refits of experts are untested"
+        name, section = ("rlvr", self.rlvr) if self.method == "rlvr" else ("estep", self.estep)
+        if self.method != "ntp" and section.importance_cap is None:
+            yield f"{key} samples with another policy than the trainer's: set {name}.importance_cap (2, say)"
 
     def layout_advice(self, world_size: int) -> str:
         """The nearest layouts of `world_size` processes that would fit, as the end of an error line; "" for none."""

@@ -16,6 +16,11 @@ class VllmConfig(Section):
     call_timeout: float = Field(default=600.0, gt=0)
     """Seconds until an engine must have answered a batch; one that has not is taken for hung and ended."""
 
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: engines round the weights that they get, at every refit, and the inputs of linear layers to FP8 (e4m3), on
+    GPUs only. Samples are then of another policy than the trainer's: needs `estep.importance_cap`
+    (`rlvr.importance_cap`), and no `model.precision=fp32`."""
+
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel size of each engine."""
 
@@ -73,6 +78,8 @@ class RolloutConfig(Section):
                 )
             if self.placement != "colocated":
                 problems.append(f"placement={self.placement} needs rollout.engine=vllm")
+            if self.vllm.quantization != "none":
+                problems.append(f"vllm.quantization={self.vllm.quantization} needs rollout.engine=vllm")
         if self.replicas > 1 and self.placement == "colocated":
             problems.append(f"replicas={self.replicas} needs rollout.placement=server or nodes")
         if problems:

@@ -225,6 +225,9 @@ class MonitorConfig(Section):
     """Above this mean |q_trainer / q_engine - 1| of the same weights, rollout engine and trainer disagree, and the run
     stops."""
 
+    max_fp8_log_prob_mismatch: float = Field(default=0.2, gt=0)
+    """The same with `rollout.vllm.quantization=fp8`, where rounding alone makes some percent."""
+
     nonfinite: Literal["stop", "skip"] = "stop"
     """An update whose loss or gradient is NaN or infinite: `stop` the run, or `skip` the update. A skipped one
     leaves weights and optimizer as they were; data and learning rate go on."""

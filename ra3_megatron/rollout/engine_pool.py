@@ -68,6 +68,11 @@ class EnginePool:
         if runtime.device.type == "cpu" and channels not in CPU_HEAD_SIZES:
             sizes = ", ".join(map(str, CPU_HEAD_SIZES))
             raise UserError(f"model.head_dim={channels}: rollout.engine=vllm on CPUs needs one of {sizes}")
+        if runtime.device.type == "cpu" and settings.vllm.quantization == "fp8":
+            raise UserError(
+                "rollout.vllm.quantization=fp8 needs GPUs: vLLM for CPUs has no kernel that quantises weights "
+                "(static_scaled_fp8_quant): use rollout.vllm.quantization=none"
+            )
         self.config, self.runtime, self.latents, self.tokenizer = config, runtime, latents, tokenizer
         self.engines: list[VllmEngine] = []
         self._source = source
@@ -153,6 +158,7 @@ class EnginePool:
             sets=token_sets(self.latents),
             max_model_len=config.model.context_length,
             dtype="float32" if config.model.precision == "fp32" else "bfloat16",
+            quantization=settings.quantization,
             tensor_parallel=settings.tensor,
             threads=settings.threads or max(1, available_cores() // (in_all * settings.tensor)),
             max_sequences=settings.max_sequences,

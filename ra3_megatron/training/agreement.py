@@ -10,12 +10,13 @@ def require_agreement(section: str, where: str, metrics: Mapping[str, float], co
     """UserError when what sampled and the trainer give the same choices other probabilities: training would be on
     transcripts of another policy. Stale transcripts differ by what was learned since, which is not held against them.
     """
-    limit, mismatch = config.monitors.max_log_prob_mismatch, metrics["log_prob_mismatch"]
+    key = "max_log_prob_mismatch" if config.rollout.vllm.quantization == "none" else "max_fp8_log_prob_mismatch"
+    limit, mismatch = getattr(config.monitors, key), metrics["log_prob_mismatch"]
     if metrics["staleness"] == 0 and mismatch > limit:
         mean, most = metrics["log_prob_difference"], metrics["largest_log_prob_difference"]
         raise UserError(
             f"{where}: rollout engine and trainer disagree: mean |q_trainer / q_engine - 1| is {mismatch:.1%} (limit "
-            f"monitors.max_log_prob_mismatch={limit:g}), |log q_trainer - log q_engine| {mean:.3g} on average, "
+            f"monitors.{key}={limit:g}), |log q_trainer - log q_engine| {mean:.3g} on average, "
             f"{most:.3g} at most; likely causes: weights that did not reach the engine, another precision, attention "
-            f"or RoPE; in bf16 rounding alone may do it: then raise the limit and set {section}.importance_cap"
+            f"or RoPE; in bf16 or FP8 rounding alone may do it: then raise the limit and set {section}.importance_cap"
         )

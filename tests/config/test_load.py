@@ -277,3 +277,19 @@ def test_quickstart_example_loads() -> None:
     config = load_config(QUICKSTART)
     assert config.run_dir == "runs/quickstart"
     assert config.parallel.world_size == 1
+
+
+def test_fp8_engines_need_a_correction_and_weights_that_vllm_quantises() -> None:
+    vllm, fp8, bf16 = "rollout.engine=vllm", "rollout.vllm.quantization=fp8", "model.precision=bf16"
+    assert load_config(None, [vllm, fp8, bf16, "estep.importance_cap=2"]).rollout.vllm.quantization == "fp8"
+    assert load_config(None, [vllm, fp8, bf16, "method=ntp"]).estep.importance_cap is None
+    (line,) = problems(vllm, fp8, bf16, "estep.clip_ratio=0.2")
+    assert line == f"{fp8} samples with another policy than the trainer's: set estep.importance_cap (2, say)"
+    (line,) = problems(vllm, fp8, bf16, "method=rlvr", "rlvr.checkpoint=x", "estep.importance_cap=2")
+    assert line == f"{fp8} samples with another policy than the trainer's: set rlvr.importance_cap (2, say)"
+    (line,) = problems(vllm, fp8, "model.precision=fp32", "estep.importance_cap=2")
+    assert line == f"{fp8} needs model.precision=bf16: vLLM quantises no fp32 model"
+    (line,) = problems(vllm, fp8, bf16, "estep.importance_cap=2", "model.num_experts=4")
+    assert line == f"{fp8} does not go with model.num_experts=4: refits of experts are untested"
+    (line,) = problems(fp8, bf16, "estep.importance_cap=2")
+    assert line == "rollout.vllm.quantization=fp8 needs rollout.engine=vllm"

@@ -7,6 +7,7 @@ import pytest
 from toy import LARGE, Toy
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.training import MonitorConfig
 from ra3_megatron.em.latent_stats import LatentStats, blank_tokens, latent_stats
@@ -136,6 +137,16 @@ def test_an_engine_that_disagrees_with_the_trainer_stops_the_run() -> None:
 def test_a_small_difference_and_what_was_learned_since_stop_nothing() -> None:
     require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.05, "staleness": 0.0}, RunConfig())
     require_agreement("estep", "estep-1 step 3", DIFFERENT | {"staleness": 1.0}, RunConfig())
+
+
+def test_fp8_engines_have_a_limit_of_their_own() -> None:
+    config = load_config(
+        None,
+        ["rollout.engine=vllm", "rollout.vllm.quantization=fp8", "model.precision=bf16", "estep.importance_cap=2"],
+    )
+    require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.19, "staleness": 0.0}, config)
+    with pytest.raises(UserError, match=r"21\.0% \(limit monitors\.max_fp8_log_prob_mismatch=0\.2\)"):
+        require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.21, "staleness": 0.0}, config)
 
 
 def test_few_thoughts_say_nothing_about_degeneration() -> None:

@@ -78,6 +78,7 @@ class EngineServer:
             load_format="dummy",
             generation_config="vllm",
             dtype=spec.dtype,
+            quantization=None if spec.quantization == "none" else spec.quantization,
             enforce_eager=on_cpu,
             block_size=CPU_BLOCK if on_cpu else GPU_BLOCK,
             max_model_len=spec.max_model_len,
