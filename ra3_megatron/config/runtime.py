@@ -21,6 +21,10 @@ class VllmConfig(Section):
     GPUs only. Samples are then of another policy than the trainer's: needs `estep.importance_cap`
     (`rlvr.importance_cap`), and no `model.precision=fp32`."""
 
+    cuda_graphs: bool = True
+    """On GPUs: vLLM captures the passes of its decode loop in CUDA graphs, at its start (minutes for large models) and
+    in memory beside the weights; off: each kernel is started by itself."""
+
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel size of each engine."""
 

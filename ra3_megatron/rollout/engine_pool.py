@@ -159,6 +159,7 @@ class EnginePool:
             max_model_len=config.model.context_length,
             dtype="float32" if config.model.precision == "fp32" else "bfloat16",
             quantization=settings.quantization,
+            cuda_graphs=settings.cuda_graphs,
             tensor_parallel=settings.tensor,
             threads=settings.threads or max(1, available_cores() // (in_all * settings.tensor)),
             max_sequences=settings.max_sequences,

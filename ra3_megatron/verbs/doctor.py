@@ -169,7 +169,7 @@ def _parts(hardware: Hardware) -> Iterator[Part]:
         _version("nvidia-modelopt"),
         "FP8 export of checkpoints",
         "checkpoints are exported in fp32 or bf16",
-        "pip install 'ra3-megatron[modelopt]'",
+        "make install-modelopt",
     )
     yield Part(
         "datasets",

@@ -29,6 +29,8 @@ class EngineSpec:
     """Longest sequence in tokens, the sampled ones included."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["none", "fp8"] = "none"
+    cuda_graphs: bool = True
+    """On GPUs."""
     """`fp8`: the weights that arrive are quantised to e4m3 as they are loaded, at every update; needs bfloat16."""
     tensor_parallel: int = 1
     devices: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ class EngineServer:
             generation_config="vllm",
             dtype=spec.dtype,
             quantization=None if spec.quantization == "none" else spec.quantization,
-            enforce_eager=on_cpu,
+            enforce_eager=on_cpu or not spec.cuda_graphs,
             block_size=CPU_BLOCK if on_cpu else GPU_BLOCK,
             max_model_len=spec.max_model_len,
             max_num_seqs=spec.max_sequences,
