@@ -29,9 +29,9 @@ class EngineSpec:
     """Longest sequence in tokens, the sampled ones included."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["none", "fp8"] = "none"
-    cuda_graphs: bool = True
-    """On GPUs."""
     """`fp8`: the weights that arrive are quantised to e4m3 as they are loaded, at every update; needs bfloat16."""
+    cuda_graphs: bool = True
+    """Whether the decode loop is captured in CUDA graphs, on GPUs."""
     tensor_parallel: int = 1
     devices: tuple[str, ...] = ()
     """GPUs it may use, as CUDA_VISIBLE_DEVICES names them; (): all that its starter sees."""
