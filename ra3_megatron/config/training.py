@@ -226,7 +226,8 @@ class MonitorConfig(Section):
     stops."""
 
     max_fp8_log_prob_mismatch: float = Field(default=0.2, gt=0)
-    """The same with `rollout.vllm.quantization=fp8`, where rounding alone makes some percent."""
+    """The same where the trainer (`model.precision`) or the engine (`rollout.vllm.quantization`) computes in FP8 and
+    rounding alone makes some percent."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """An update whose loss or gradient is NaN or infinite: `stop` the run, or `skip` the update. A skipped one

@@ -10,7 +10,8 @@ def require_agreement(section: str, where: str, metrics: Mapping[str, float], co
     """UserError when what sampled and the trainer give the same choices other probabilities: training would be on
     transcripts of another policy. Stale transcripts differ by what was learned since, which is not held against them.
     """
-    key = "max_log_prob_mismatch" if config.rollout.vllm.quantization == "none" else "max_fp8_log_prob_mismatch"
+    fp8 = config.rollout.vllm.quantization != "none" or config.model.fp8_recipe is not None
+    key = "max_fp8_log_prob_mismatch" if fp8 else "max_log_prob_mismatch"
     limit, mismatch = getattr(config.monitors, key), metrics["log_prob_mismatch"]
     if metrics["staleness"] == 0 and mismatch > limit:
         mean, most = metrics["log_prob_difference"], metrics["largest_log_prob_difference"]

@@ -145,8 +145,11 @@ def test_fp8_engines_have_a_limit_of_their_own() -> None:
         ["rollout.engine=vllm", "rollout.vllm.quantization=fp8", "model.precision=bf16", "estep.importance_cap=2"],
     )
     require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.19, "staleness": 0.0}, config)
-    with pytest.raises(UserError, match=r"21\.0% \(limit monitors\.max_fp8_log_prob_mismatch=0\.2\)"):
-        require_agreement("estep", "estep-1 step 3", DIFFERENT | {"log_prob_mismatch": 0.21, "staleness": 0.0}, config)
+    trained = RunConfig.model_validate({"rollout": {"engine": "vllm"}, "model": {"precision": "fp8_tensorwise"}})
+    for each in (config, trained):
+        with pytest.raises(UserError, match=r"21\.0% \(limit monitors\.max_fp8_log_prob_mismatch=0\.2\)"):
+            off = DIFFERENT | {"log_prob_mismatch": 0.21, "staleness": 0.0}
+            require_agreement("estep", "estep-1 step 3", off, each)
 
 
 def test_few_thoughts_say_nothing_about_degeneration() -> None:

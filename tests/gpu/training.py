@@ -17,6 +17,7 @@ import torch
 
 from ra3_megatron.config.data import CorpusConfig, TextConfig
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.config.training import EStepConfig, MonitorConfig, MStepConfig, OptimizerConfig
@@ -94,7 +95,7 @@ def judge(evidence: Evidence, curves: dict[str, dict[str, list[float]]], precisi
     evidence.check(
         f"{precision}: how far q_trainer / q_sampler is off 1, mean over sampled choices, largest of an update",
         max(mine["E-step log_prob_mismatch"]),
-        MonitorConfig().max_log_prob_mismatch,
+        MonitorConfig().max_fp8_log_prob_mismatch if precision in RECIPES else MonitorConfig().max_log_prob_mismatch,
         note="above this a run stops",
     )
     if precision != base and base in curves:
