@@ -4,7 +4,8 @@ Megatron-Core's rotation makes seven tensors of the size of the queries (two pro
 sum, and a copy), its SwiGLU adds a zero and concatenates gradients. These write halves in place, and keep less for the
 backward pass. Results are the same but for the rounding of one addition.
 
-`install` puts them where Megatron-Core calls its own. On GPUs SwiGLU stays Megatron-Core's, which is compiled there.
+`install` puts them where Megatron-Core calls its own. On GPUs SwiGLU stays Megatron-Core's, which is compiled there, if
+there is a compiler.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import attention, mlp
 from torch import Tensor
+
+from ra3_megatron.mcore.hardware import has_compiler
 
 _swiglu_of_megatron = mlp.bias_swiglu_impl
 
@@ -89,6 +92,6 @@ def _rotate_for_megatron(t: Tensor, freqs: Tensor, config: Any, cu_seqlens: Tens
 
 
 def _swiglu_for_megatron(input: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
-    if bias is None and not input.is_cuda:
+    if bias is None and not (input.is_cuda and has_compiler()):
         return swiglu(input)
     return _swiglu_of_megatron(input, bias, *more)

@@ -2,8 +2,11 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
+import shutil
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -49,6 +52,12 @@ def numbers(version: str | None) -> tuple[int, int] | None:
     """The first two numbers of a version; None when it has none."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else None
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which kernels that torch compiles for a GPU are started through."""
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name)
 
 
 def has_transformer_engine(device: torch.device) -> bool:

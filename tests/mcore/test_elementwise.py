@@ -71,6 +71,8 @@ def test_megatron_core_calls_them() -> None:
     turns = elementwise.turns(torch.rand(4, 1, 1, 4), torch.float32)
     with pytest.raises(ValueError, match="for all channels"):
         attention.apply_rotary_pos_emb(torch.rand(4, 1, 1, 16), turns, config=None)
+    found = torch.rand(3, 8)
+    assert torch.equal(mlp.bias_swiglu_impl(found, None, False, False), elementwise.swiglu(found))
     bias = torch.rand(8)
     x = torch.rand(3, 8)
     assert torch.allclose(mlp.bias_swiglu_impl(x, bias, False, False), megatrons_swiglu(x + bias))
