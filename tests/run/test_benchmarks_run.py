@@ -60,7 +60,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("tasks")
     write_rows(folder / "data" / "livecodebench" / "made.jsonl", [task(name) for name in PROGRAMS])
     texts = [livecodebench.prompt(task(name)) + program for name, program in PROGRAMS.items()]
-    rows = [{"text": text + f"### {number}\n"} for number in range(30) for text in texts]
+    # the number keeps equal texts apart; a program ends its document, as it must where no comment may follow
+    rows = [{"text": f"n = {number}\n{text}"} for number in range(30) for text in texts]
     corpus = write_rows(folder / "corpus.jsonl", rows)
     config = folder / "config.yaml"
     config.write_text(CONFIG.replace("DATA", str(folder / "data")).replace("CORPUS", str(corpus)))
