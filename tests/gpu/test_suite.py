@@ -220,7 +220,7 @@ def test_an_fp8_recipe_that_trains_worse_is_told(evidence: Evidence) -> None:
         loss = [4.0, 4.0, 4.0, *[end] * 20]
         return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [mismatch]}
 
-    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.2, False)):
+    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.25, False)):
         evidence.content["rows"].clear()
         found = {"bf16": curves(2.0, 0.01), "fp8_tensorwise": curves(end, mismatch)}
         training.judge(evidence, found, "fp8_tensorwise", "bf16")
