@@ -38,6 +38,11 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
             f"parallel.offload_activations={parallel.offload_activations} must be below model.num_layers="
             f"{model.num_layers}: the last layer's activations are needed at once"
         )
+    if parallel.offload_activations and model.precision == "fp32":
+        yield (
+            f"parallel.offload_activations={parallel.offload_activations} does not go with model.precision=fp32, whose "
+            "layers are not Transformer Engine's: use model.precision=bf16"
+        )
 
 
 def batch_problems(parallel: ParallelConfig, batches: Batches) -> Iterator[str]:

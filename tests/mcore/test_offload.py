@@ -116,7 +116,9 @@ def test_layers_whose_activations_are_offloaded() -> None:
     from ra3_megatron.config.layouts import layout_problems
     from ra3_megatron.mcore.model import transformer_config
 
-    model = ModelConfig(num_layers=4)
+    model = ModelConfig(num_layers=4, precision="bf16")
+    (line,) = layout_problems(ModelConfig(num_layers=4), ParallelConfig(offload_activations=1))
+    assert line.startswith("parallel.offload_activations=1 does not go with model.precision=fp32")
     (line,) = layout_problems(model, ParallelConfig(offload_activations=4))
     assert line.startswith("parallel.offload_activations=4 must be below model.num_layers=4")
     config = transformer_config(model, ParallelConfig(offload_activations=3))

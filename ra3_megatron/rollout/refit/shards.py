@@ -40,11 +40,8 @@ def local_pieces(chunks: Sequence[LanguageModel]) -> list[tuple[Piece, Tensor]]:
     """
     pieces = []
     for chunk in chunks:
-        weights = (
-            {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-            if follow_training(chunk)
-            else set()
-        )
+        follow = follow_training(chunk)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()} if follow else set()
         for shard in shards_of(chunk, SHARDING):
             fixed = shard.prepend_axis_num
             piece = Piece(
@@ -53,10 +50,7 @@ def local_pieces(chunks: Sequence[LanguageModel]) -> list[tuple[Piece, Tensor]]:
                 start=tuple(shard.global_offset[fixed:]),
                 shape=tuple(shard.data.shape),
             )
-            if not follow_training(chunk):
-                pieces.append((piece, shard.data.detach()))
-                continue
-            if shard.data.untyped_storage().data_ptr() not in weights:
+            if follow and shard.data.untyped_storage().data_ptr() not in weights:
                 raise RuntimeError(f"the shard {piece.key} at {piece.place} is a copy of the weight, not the weight")
             pieces.append((piece, shard.data.detach()))
     return pieces
