@@ -4,6 +4,8 @@
 2. the operands of every matrix product that Transformer Engine's layers made in a train step, seen at the call;
 3. the scales' own state: delayed scaling has seen values;
 4. outputs: a layer's differ from bf16's of the same weights and input by as much as FP8 rounds, and no more.
+
+Then what `model.fp8` adds or takes away, each in a few train steps: layers in bf16, attention, weights kept in FP8.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.compatibility import hardware_problems
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES
+from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore.fp8 import LINEAR, computed, require_computed
+from ra3_megatron.mcore.hardware import hardware_of
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.trainer import Trainer, forward
 from tests.gpu.evidence import Evidence
@@ -36,6 +42,38 @@ PASSES = 3
 """Of a micro-batch's products: output, input gradient, weight gradient."""
 MODULES = ("linear", "layernorm_linear")
 """Modules of Transformer Engine that multiply for Megatron's layers."""
+STEPS = 20
+"""Train steps on the same rows with each key of `model.fp8`."""
+LEARNED = 0.97
+"""At most this share of the first step's loss is left behind them."""
+LOSS_MOST = 0.01
+"""How far the last step's loss may be off that of the recipe alone."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Keys beside a recipe."""
+
+    precision: str
+    fp8: dict[str, Any]
+    """Of `model.fp8`."""
+    parallel: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        keys = [f"model.fp8.{key}={str(value).lower()}" for key, value in self.fp8.items()]
+        return ", ".join([self.precision, *keys])
+
+
+GATHER = {"parameter_gather": True}, {"distributed_optimizer": True}
+OPTIONS = (
+    Option("fp8_tensorwise", {"first_layers_bf16": 1, "last_layers_bf16": 1}, {}),
+    Option("fp8_blockwise", {"first_layers_bf16": 1, "last_layers_bf16": 0}, {}),
+    *(Option(precision, *GATHER) for precision in RECIPES),
+    Option("fp8_delayed", {"attention": True}, {}),
+    Option("fp8_tensorwise", {"attention": True}, {}),
+)
 
 
 def run(evidence: Evidence, setting: Setting) -> None:
@@ -51,6 +89,41 @@ def run(evidence: Evidence, setting: Setting) -> None:
             if precision in RECIPES:
                 witnesses(evidence, setting, model, precision)
         release()
+    plain: dict[str, list[float]] = {}
+    for option in OPTIONS if names else ():
+        with evidence.attempt(option.name):
+            with_option(evidence, setting, model, option, plain)
+        release()
+
+
+def with_option(
+    evidence: Evidence, setting: Setting, model: ModelConfig, option: Option, plain: dict[str, list[float]]
+) -> None:
+    """Train steps with keys of `model.fp8`: what layers say, and the loss beside that of the recipe alone."""
+    model = model.model_copy(update={"num_layers": 4})
+    asked = ModelConfig(**{**model.model_dump(), "precision": option.precision, "fp8": option.fp8})
+    problems = list(hardware_problems(asked, hardware_of(setting.device)))
+    if problems:
+        evidence.missing(option.name, problems[0])
+        return
+    if option.precision not in plain:
+        plain[option.precision], _ = losses(setting, with_precision(model, option.precision))
+    setting = replace(setting, parallel=ParallelConfig(**{**setting.parallel.model_dump(), **option.parallel}))
+    found, said = losses(setting, asked)
+    require_computed(asked, said)
+    kinds = ", ".join(f"{count} in {kind}" for kind, count in Counter(said.values()).most_common())
+    evidence.figure(f"{option.name}: products computed", kinds)
+    evidence.series(option.name, found)
+    evidence.check(f"{option.name}: loss of step {STEPS} by that of the first", found[-1] / found[0], LEARNED)
+    expected = plain[option.precision][-1]
+    evidence.check(f"{option.name}: last loss, off the recipe's alone by", abs(found[-1] / expected - 1), LOSS_MOST)
+
+
+def losses(setting: Setting, model: ModelConfig) -> tuple[list[float], dict[str, str]]:
+    """Of train steps on the same rows, and what the layers say that they computed in."""
+    trainer = setting.trainer(model, VOCABULARY, model.precision, OptimizerConfig(learning_rate=3e-4))
+    batches = [full_rows(2, model.context_length, VOCABULARY, seed) for seed in range(2)]
+    return [trainer.step(batches).loss for _ in range(STEPS)], computed(chunks_of(trainer.model))
 
 
 def witnesses(evidence: Evidence, setting: Setting, model: ModelConfig, precision: str) -> None:
