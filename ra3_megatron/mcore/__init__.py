@@ -7,7 +7,9 @@ Importing this package prepares Megatron-Core for machines without CUDA (`cpu.in
 import logging
 import warnings
 
-from ra3_megatron.mcore import cpu
+import torch
+
+from ra3_megatron.mcore import cpu, libraries
 
 # What Megatron-Core and torch say at every start on a machine without Transformer Engine; `ra3 --version` says it once.
 for _message in (
@@ -26,4 +28,6 @@ for _message in (
 # A checkpoint that cannot be written is raised as an error, and reported once.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
+if torch.cuda.is_available():
+    libraries.share_cudnn()
 cpu.install()

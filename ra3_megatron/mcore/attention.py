@@ -21,6 +21,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from ra3_megatron.mcore import variable_length
+from ra3_megatron.mcore.packing import Packing, packing_of
 from ra3_megatron.mcore.sequence_split import gather_keys, places
 
 
@@ -106,8 +108,9 @@ class CachedAttention(MegatronModule):
         if attention_mask is not None:
             return self._packed(query, key, value, attention_mask)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = self._attend(q, k, v, None)
-        return out.permute(2, 0, 1, 3).reshape(s, b, h * d)
+        out = self._attend(q, k, v, None).permute(2, 0, 1, 3).reshape(s, b, h * d)
+        # Transformer Engine would offload what this is a view of, and fail: that is not contiguous
+        return out.clone() if self.config.cpu_offloading else out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -122,16 +125,30 @@ class CachedAttention(MegatronModule):
         )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
-        """Causal attention of each document by itself, documents of like length together."""
+        """Causal attention of each document by itself: in one kernel where there is one that takes documents of any
+        length, else documents of like length together."""
+        packing = packing_of(segments)
+        if not (self.training and self.dropout) and variable_length.takes(query):
+            return self._of_any_length(query, key, value, packing)
         s, b, h, d = query.shape
         flat = [x.transpose(0, 1).reshape(b * s, -1) for x in (query, key, value)]
-        buckets = document_buckets(segments)
-        out = flat[0].new_zeros(b * s, h * d) if buckets else _nothing(flat)
-        for index, inside in buckets:
-            q, k, v = (_rows(x, index, d) for x in flat)
+        out = flat[0].new_zeros(b * s, h * d) if packing.buckets else _nothing(flat)
+        for bucket in packing.buckets:
+            q, k, v = (_rows(x, bucket.index, d) for x in flat)
             attended = self._attend(q, k, v, None).transpose(1, 2).reshape(-1, h * d)
-            out = out.index_copy(0, index[inside], attended[inside.flatten()])
+            out = out.index_copy(0, bucket.places, attended.index_select(0, bucket.sources))
         return out.view(b, s, h * d).transpose(0, 1).contiguous()
+
+    def _of_any_length(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        s, b, h, d = query.shape
+        flat = [x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value)]
+        if not packing.longest:
+            return _nothing([x.flatten(1) for x in flat]).view(b, s, h * d).transpose(0, 1).contiguous()
+        q, k, v = flat if packing.real is None else (x.index_select(0, packing.real) for x in flat)
+        out = variable_length.attention(q, k, v, packing.bounds, packing.longest, self.scale)
+        if packing.real is not None:
+            out = out.new_zeros(b * s, h, d).index_copy(0, packing.real, out)
+        return out.reshape(b, s, h * d).transpose(0, 1).contiguous()
 
     def _split(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
         """Causal attention of each document: this rank's queries, everybody's keys and values."""
@@ -147,7 +164,8 @@ class CachedAttention(MegatronModule):
         here[:, mine] = torch.arange(b * s, device=query.device).view(b, s)
         here = here.flatten()
         out = _nothing((q_flat, k_flat, v_flat))
-        for index, inside in document_buckets(segments):
+        for bucket in packing_of(segments).buckets:
+            index, inside = bucket.index, bucket.inside
             local = torch.where(inside, here[index], -1)
             held = local >= 0
             most = int(held.sum(1).max())
@@ -201,28 +219,3 @@ def _nothing(flat: Sequence[Tensor]) -> Tensor:
     where a micro-batch holds nothing for it."""
     query, *others = flat
     return query * 0.0 + sum(x.sum() for x in others) * 0.0
-
-
-def document_buckets(segments: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Documents of packed rows, grouped so that no document is padded to more than twice its length.
-
-    segments: long [b, s]. Each bucket is (index, inside): index long [documents, longest], places in the flattened
-    rows; inside bool of the same shape, False behind the end of a document (index is 0 there).
-    """
-    flat = segments.flatten()
-    starts = torch.ones_like(flat, dtype=torch.bool)
-    starts[1:] = flat[1:] != flat[:-1]
-    starts[:: segments.shape[1]] = True
-    begin = torch.nonzero(starts).flatten()
-    length = torch.diff(begin, append=torch.tensor([len(flat)], device=flat.device))
-    real = flat[begin] >= 0
-    begin, length = begin[real], length[real]
-    size = torch.ceil(torch.log2(length.clamp_min(16).float())).long()
-    buckets = []
-    for group in size.unique().tolist():
-        members = size == group
-        place = torch.arange(int(length[members].max()), device=flat.device)
-        inside = place[None] < length[members][:, None]
-        index = torch.where(inside, begin[members][:, None] + place[None], 0)
-        buckets.append((index, inside))
-    return buckets

@@ -336,10 +336,12 @@ def _generators() -> dict[str, Any]:
 
 
 def _set_generators(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["device"].shape != torch.cuda.get_rng_state().shape:
+        return  # saved on a CPU and loaded on a GPU, or the other way: their generators have nothing in common
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.set_states({**tracker.get_states(), **state["tensor_parallel"]})
     torch.cuda.set_rng_state(state["device"])
-    torch.set_rng_state(state["torch"])
 
 
 # -- checks and loading -----------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name)
 
 
+@cache
+def has_triton() -> bool:
+    """Whether the kernels of `triton_kernels` can be made here: a GPU, Triton, and a C compiler."""
+    return torch.cuda.is_available() and has_compiler() and package("triton", "triton").version is not None
+
+
 def has_transformer_engine(device: torch.device) -> bool:
     """Whether layers on this device are Transformer Engine's."""
     return device.type == "cuda" and package("transformer_engine", "transformer_engine.pytorch").version is not None

@@ -2,7 +2,7 @@
 
 `LanguageModel` is Megatron's GPTModel with two of its hooks replaced: rotary positions are those of each token (so
 that packed documents and ragged caches need nothing else), and the output is log-probabilities of events instead of
-logits, computed chunk by chunk without ever holding or gathering the whole vocabulary.
+logits: logits are never gathered, and never held in fp32 for more than a chunk of positions.
 """
 
 import math
@@ -39,6 +39,7 @@ from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.rotary import inverse_frequencies
 from ra3_megatron.mcore.startup import Runtime, seed_everything
+from ra3_megatron.mcore.target_log_probs import target_log_probs
 from ra3_megatron.mcore.vocab_parallel import VocabularyShard, event_log_probs, shard_sets
 
 elementwise.install()
@@ -52,7 +53,7 @@ SHARDING = {
 }
 """How Megatron describes shards of weights and optimizer state (its own default fails)."""
 CHUNK_POSITIONS = 2048
-"""Positions whose logits exist at the same time."""
+"""Positions whose logits are worked on, and held in fp32, at the same time."""
 STREAMS = 4
 """What the model returns at each position: see `LanguageModel.forward`."""
 _SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -163,6 +164,8 @@ class LanguageModel(GPTModel):
     """What weights must agree on to fit: configuration keys and their values."""
     frequencies: Tensor
     """Of rotary positions, fp32 [head_dim / 2]."""
+    recompute_logits: bool
+    """Whether the backward pass computes logits of next-token prediction again (`parallel.recompute_logits`)."""
 
     def forward(self, batch: TokenBatch, hidden_only: bool = False) -> Tensor:
         if hidden_only:
@@ -223,8 +226,7 @@ class LanguageModel(GPTModel):
         streams: list[Tensor] = []
         if batch.ce_weight is not None:
             where = torch.nonzero(batch.ce_weight.flatten()).flatten()
-            values = self._events(flat, where, batch.targets, None)[0]
-            streams.append(out[0].index_copy(0, where, values))
+            streams.append(out[0].index_copy(0, where, self._targets(flat, where, batch.targets)))
         else:
             streams.append(out[0])
         if batch.choices is not None:
@@ -235,19 +237,28 @@ class LanguageModel(GPTModel):
             streams += list(out[1:])
         return torch.stack(streams).view(STREAMS, *batch.ids.shape)
 
-    def _events(self, flat: Tensor, where: Tensor, targets: Tensor, events: Events | None) -> tuple[Tensor, ...]:
+    def _targets(self, flat: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+        """log p(target) at flat positions `where`, [n]."""
+        weight = self._output_weight()
+        if not len(where):
+            return _nothing(flat, weight)
+        hidden, target = flat.index_select(0, where), targets.flatten().index_select(0, where)
+        keep = torch.is_grad_enabled() and not self.recompute_logits
+        return target_log_probs(hidden, weight, target, self.vocabulary, keep, CHUNK_POSITIONS)
+
+    def _events(self, flat: Tensor, where: Tensor, targets: Tensor, events: Events) -> tuple[Tensor, ...]:
         """log P, entropy and margin of the events at flat positions `where`, [n] each."""
         weight = self._output_weight()
-        hidden, target = flat[where], targets.flatten()[where]
+        if not len(where):
+            empty = _nothing(flat, weight)
+            return empty, empty, empty
+        hidden, target = flat.index_select(0, where), targets.flatten().index_select(0, where)
 
         def rows(field: Tensor | None) -> Tensor | None:
-            return None if field is None else field.flatten()[where]
+            return None if field is None else field.flatten().index_select(0, where)
 
-        numerator = rows(events.numerator) if events else None
-        denominator = rows(events.denominator) if events else None
-        merged = rows(events.merged) if events else None
-
-        temperature = events.temperature if events else 1.0
+        numerator, denominator, merged = rows(events.numerator), rows(events.denominator), rows(events.merged)
+        temperature = events.temperature
 
         def chunk(piece: Tensor, matrix: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
             part = slice(start, start + piece.shape[0])
@@ -259,7 +270,6 @@ class LanguageModel(GPTModel):
                 None if numerator is None else numerator[part],
                 None if denominator is None else denominator[part],
                 None if merged is None else merged[part],
-                entropy=events is not None,
                 overwrite=True,
             )
 
@@ -268,11 +278,13 @@ class LanguageModel(GPTModel):
             parts = [checkpoint(chunk, hidden[i : i + CHUNK_POSITIONS], weight, i, use_reentrant=False) for i in starts]
         else:
             parts = [chunk(hidden[i : i + CHUNK_POSITIONS], weight, i) for i in starts]
-        if not parts:
-            # a gradient of 0 all the same: Megatron's DDP waits for every weight's, in the same order on every rank
-            empty = hidden.sum(-1).float() + weight[:1].sum().float() * 0.0
-            return empty, empty, empty
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def _nothing(flat: Tensor, weight: Tensor) -> Tensor:
+    """No values, with a gradient of 0 all the same: Megatron's DDP waits for every weight's, in the same order on every
+    rank."""
+    return flat[:0].sum(-1).float() + weight[:1].sum().float() * 0.0
 
 
 def build_model(
@@ -311,6 +323,7 @@ def build_model(
         ).to(runtime.device)
         chunk.architecture = architecture_of(model, vocab_size)
         chunk.frequencies = inverse_frequencies(model).to(runtime.device)
+        chunk.recompute_logits = parallel.recompute_logits
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
         require_fp8_layers(model, chunk)

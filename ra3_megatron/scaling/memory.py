@@ -21,9 +21,10 @@ from ra3_megatron.scaling.rates import CONTEXT_GIB
 
 GIB = 2**30
 CHUNK_POSITIONS = 2048
-"""As in `mcore/model.py`: positions whose logits exist at the same time."""
+"""As in `mcore/model.py`: positions whose logits are held in fp32 at the same time."""
 LOGIT_BYTES = 4 + 4
-"""A logit in fp32, and its gradient; beside them it is there in the type of the layers where that is another one."""
+"""A logit in fp32, and its gradient; beside them it is there in the type of the layers where that is another one. (What
+next-token prediction keeps without `parallel.recompute_logits` comes on top.)"""
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,18 @@ def _of_stage(
     shares = (replicas, expert_replicas) if parallel.distributed_optimizer else (1, 1)
     state = work.state_bytes * (stage.dense / shares[0] + stage.sparse / shares[1]) / GIB
     tokens = work.micro_batch * work.sequence // parallel.context
-    kept, again = activation_bytes(model, parallel)
+    layer_kept, again = activation_bytes(model, parallel)
     layers = _layers_in_flight(number, model, parallel, work.micro_batches(parallel))
     logits = 0.0
     if stage.output:
         rows = padded(vocab_size, parallel.tensor) // parallel.tensor
         each = LOGIT_BYTES + (0 if work.precision == "fp32" else work.element_bytes)
-        logits = min(tokens, CHUNK_POSITIONS) * rows * each + 2 * tokens * work.element_bytes * model.hidden_size
+        kept = 0 if parallel.recompute_logits else tokens * work.element_bytes
+        logits = (
+            rows * (min(tokens, CHUNK_POSITIONS) * each + kept) + 2 * tokens * work.element_bytes * model.hidden_size
+        )
     offloaded = min(parallel.offload_activations, layers)
-    activations = tokens * ((layers - offloaded) * kept + again) * work.element_bytes / 2 / GIB
+    activations = tokens * ((layers - offloaded) * layer_kept + again) * work.element_bytes / 2 / GIB
     if parallel.offload_optimizer:  # there in turn with activations and logits
         state = max(0.0, state - activations - logits / GIB)
     return Memory(

@@ -184,7 +184,7 @@ def _micro_batch(
     output_seconds = output / _products(gpu, plain, rates)
     accumulated = 2 * work.gradient_bytes * stage.parameters / bandwidth  # every micro-batch adds to the gradients
     first = layers * (forward + idle) + output_seconds
-    matmul = layers * (3 * products + again.products) / rate + 3 * output_seconds
+    matmul = layers * (3 * products + again.products) / rate + (4 if parallel.recompute_logits else 3) * output_seconds
     attention = layers * (attention_forward * (1 + again.scores) + attention_backward)
     pointwise = layers * ((bytes_forward * (1 + again.pointwise) + bytes_backward) / bandwidth + 3 * idle) + accumulated
     rounds = 3 if full else 2

@@ -1,4 +1,4 @@
-"""One layer, one optimizer step: does this hardware compute right with Transformer Engine?
+"""One layer, one optimizer step: does this hardware compute right with Transformer Engine, and with our own kernels?
 
 Relative errors (norm of the difference by norm) of output, input gradient and weight gradient against the same product
 in fp32 of the same bf16 inputs, so that only the product's own arithmetic counts. What is expected:
@@ -24,7 +24,12 @@ from torch import Tensor
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.config.precision import RECIPES
+from ra3_megatron.mcore import elementwise, variable_length
+from ra3_megatron.mcore.hardware import has_triton
 from ra3_megatron.mcore.model import LanguageModel, chunks_of
+from ra3_megatron.mcore.packing import packing_of
+from ra3_megatron.mcore.target_log_probs import target_log_probs
+from ra3_megatron.mcore.vocab_parallel import shard_sets
 from tests.gpu.evidence import Evidence
 from tests.gpu.setting import NEEDS_GPU, Setting, relative, release
 
@@ -49,6 +54,8 @@ TINY = ModelConfig(
     num_layers=1, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, context_length=16
 )
 VOCABULARY = 128
+LENGTHS = (700, 3, 1, 250, 64, 2000, 129)
+"""Of documents in a packed row, behind which is padding."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ def run(evidence: Evidence, setting: Setting) -> None:
         release()
     with evidence.attempt("Adam"):
         adam(evidence, setting, model)
+    for attempt in (rotary, swiglu, log_probabilities, documents):
+        with evidence.attempt(attempt.__name__):
+            attempt(evidence, setting, model)
+        release()
 
 
 def plain(evidence: Evidence, setting: Setting, model: ModelConfig, tokens: int, precision: str) -> None:
@@ -242,3 +253,106 @@ def changes(
             weight.grad = torch.randn(weight.shape, generator=generator, device=device)
         optimizer.step()
     return [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
+
+
+def rotary(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
+    """Rotary positions of queries that are a slice of a larger tensor, and their gradient."""
+    heads, channels, length = model.num_attention_heads, 128, setting.pick(1000, 10)
+    mixed = _random(setting, length, 2, heads, channels + 32).requires_grad_()
+    angles = torch.rand(length, 2, 1, channels // 2, device=setting.device) * 7
+    turns = elementwise.turns(angles, torch.bfloat16)
+    against(
+        evidence,
+        f"rotary positions, {_whose(setting)}",
+        lambda x: elementwise.rotate(x[..., 16 : 16 + channels], turns),
+        lambda x: _rotated(x[..., 16 : 16 + channels], turns.float()),
+        [mixed],
+    )
+
+
+def _rotated(x: Tensor, turns: Tensor) -> Tensor:
+    (first, second), (cos, sin) = x.chunk(2, -1), turns.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def swiglu(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
+    """SwiGLU and its gradient."""
+    x = _random(setting, setting.pick(1000, 10), 2, 2 * model.ffn_hidden_size).requires_grad_()
+    name = f"SwiGLU, {_whose(setting)}"
+    against(evidence, name, elementwise.swiglu, lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [x])
+
+
+def log_probabilities(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
+    """log p(target) and its gradients, of a vocabulary that is no whole number of blocks."""
+    vocabulary, positions = setting.pick((50_257, 3000), (300, 20))
+    size = vocabulary + (-vocabulary) % 128
+    hidden = _random(setting, positions, model.hidden_size).requires_grad_()
+    weight = (_random(setting, size, model.hidden_size) * 0.03).requires_grad_()
+    targets = torch.randint(0, vocabulary, (positions,), device=setting.device)
+    shard = shard_sets(torch.ones(1, vocabulary, dtype=torch.bool, device=setting.device), size, 0, 1, None)
+    for keep in (True, False):
+        against(
+            evidence,
+            f"log-probabilities of targets, logits {'kept' if keep else 'computed again'}, {_whose(setting)}",
+            lambda h, w, keep=keep: target_log_probs(h, w, targets, shard, keep, 1024),
+            lambda h, w: F.linear(h, w[:vocabulary]).log_softmax(-1).gather(1, targets[:, None])[:, 0],
+            [hidden, weight],
+        )
+
+
+def documents(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
+    """Attention within the documents of a packed row in one kernel, and its gradients."""
+    heads, groups, channels, length = 8, 2, 64, sum(LENGTHS) + 53
+    q, k, v = (_random(setting, length, 1, count, channels).requires_grad_() for count in (heads, groups, groups))
+    if not variable_length.takes(q):
+        evidence.missing(
+            "attention of documents of any length", NEEDS_GPU if not setting.cuda else "this torch has none"
+        )
+        return
+    segments = torch.full((1, length), -1, device=setting.device)
+    begins = [sum(LENGTHS[:n]) for n in range(len(LENGTHS))]
+    for number, (begin, count) in enumerate(zip(begins, LENGTHS, strict=True)):
+        segments[0, begin : begin + count] = number
+    packing = packing_of(segments)
+
+    def ours(*given: Tensor) -> Tensor:
+        real = [x[:, 0].index_select(0, packing.real) for x in given] if packing.real is not None else []
+        return variable_length.attention(*real, packing.bounds, packing.longest, channels**-0.5)  # type: ignore[misc]
+
+    def exact(*given: Tensor) -> Tensor:
+        out = []
+        for begin, count in zip(begins, LENGTHS, strict=True):
+            one = [x[begin : begin + count, 0].transpose(0, 1)[None] for x in given]
+            out.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(out)
+
+    against(evidence, "attention of documents of any length", ours, exact, [q, k, v])
+
+
+def against(
+    evidence: Evidence,
+    name: str,
+    ours: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    given: Sequence[Tensor],
+) -> None:
+    """Relative errors of a function of bf16 tensors and of its gradients against the same in fp32."""
+    out = ours(*given)
+    gradient = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(9), device=out.device)
+    gradient = gradient.to(out.dtype)
+    found = torch.autograd.grad(out, given, gradient)
+    whole = [x.detach().float().requires_grad_() for x in given]
+    expected = exact(*whole)
+    wanted = torch.autograd.grad(expected, whole, gradient.float())
+    evidence.check(f"{name}: output", relative(out, expected), BF16[1], unit="relative error")
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        evidence.check(f"{name}: gradient {number}", relative(one, other), BF16[1], unit="relative error")
+
+
+def _random(setting: Setting, *shape: int) -> Tensor:
+    generator = torch.Generator(setting.device).manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device=setting.device).bfloat16()
+
+
+def _whose(setting: Setting) -> str:
+    return "our kernel" if setting.cuda and has_triton() else "torch's operations"

@@ -5,6 +5,7 @@ In a process of its own, so that the one that starts the parts holds no memory o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -81,10 +82,24 @@ def describe() -> dict[str, Any]:
             "gpus": torch.cuda.device_count(),
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": _cudnn(),
             "driver": _driver(),
         }
     return found
+
+
+def _cudnn() -> int | str:
+    """What torch runs with, beside Transformer Engine where that is there."""
+    import torch
+
+    import ra3_megatron.mcore  # noqa: F401
+
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import transformer_engine.pytorch  # noqa: F401
+        return int(torch.backends.cudnn.version() or 0)
+    except RuntimeError as error:
+        return str(error).split(". ")[0]
 
 
 def _driver() -> str | None:

@@ -52,7 +52,7 @@ def shares(step: Callable[[], Any], seconds: float, device: torch.device) -> tup
 def by_group(
     kernels: Iterable[tuple[str, float, float]], total: float, busy: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of `total` by kind of work, with `idle`, and the ten longest names.
+    """Shares of `total` by kind of work, with `idle`, and the twenty longest names.
 
     kernels: name, begin, end. busy: time that kernels cover, which is less than their sum where several run at once.
     """
@@ -62,7 +62,7 @@ def by_group(
         groups[group_of(name)] += end - begin
         names[name] += end - begin
     found = {group: value / total for group, value in sorted(groups.items(), key=lambda item: -item[1])}
-    longest = sorted(names.items(), key=lambda item: -item[1])[:10]
+    longest = sorted(names.items(), key=lambda item: -item[1])[:20]
     return {**found, IDLE: max(0.0, 1.0 - busy / total)}, {name: value / total for name, value in longest}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +97,23 @@ def full_rows(count: int, length: int, vocab_size: int, seed: int) -> TokenBatch
     weight[:, -1] = 0.0
     positions = torch.arange(length).expand(count, length).contiguous()
     return TokenBatch(ids, positions, torch.zeros_like(ids), ids.roll(-1, 1), ce_weight=weight)
+
+
+def packed_rows(count: int, length: int, vocab_size: int, seed: int, documents: tuple[int, int]) -> TokenBatch:
+    """A micro-batch of rows that are filled with documents of any length between two, every token but the last of each
+    predicted."""
+    batch = full_rows(count, length, vocab_size, seed)
+    draw = np.random.default_rng(seed)
+    segments, positions = torch.zeros(count, length, dtype=torch.long), torch.zeros(count, length, dtype=torch.long)
+    weight = torch.ones(count, length)
+    for row in range(count):
+        begin = number = 0
+        while begin < length:
+            end = min(length, begin + int(draw.integers(documents[0], documents[1] + 1)))
+            segments[row, begin:end], positions[row, begin:end] = number, torch.arange(end - begin)
+            weight[row, end - 1] = 0.0
+            begin, number = end, number + 1
+    return replace(batch, segments=segments, positions=positions, ce_weight=weight)
 
 
 def release(*_: Any) -> None:

@@ -35,11 +35,13 @@ from ra3_megatron.scaling.tables import Architecture, Gpu, architecture_named, g
 from tests.gpu import rates
 from tests.gpu.evidence import Evidence
 from tests.gpu.profiles import shares
-from tests.gpu.setting import Setting, full_rows, release, with_precision
+from tests.gpu.setting import Setting, full_rows, packed_rows, release, with_precision
 
 GIB = 2**30
 SEQUENCE = 8192
 EIGHT = "8B-shaped"
+DOCUMENTS = (64, 2048)
+"""Tokens of documents in packed rows."""
 ROOM = 0.85
 """Share of the device's memory that as many layers as fit may take, by the plan."""
 FORMULA = "3 tokens (2 layer weights + 4 layers * query channels * (sequence + 1) / 2 + 2 hidden * vocabulary)"
@@ -103,6 +105,11 @@ def run(evidence: Evidence, setting: Setting) -> None:
                     if precision == "bf16":
                         ours[name] = timing
                 release()
+    packed_name = setting.pick("1B", "tiny")
+    if evidence.enough(f"{packed_name}: packed documents", setting.pick(20.0, 1.0)):
+        with evidence.attempt(f"{packed_name}: packed documents"):
+            packed(evidence, setting, cases[packed_name], ours.get(packed_name))
+        release()
     for name, case in cases.items():
         if evidence.enough(f"{name}: plain PyTorch", setting.pick(60.0, 1.0)):
             with evidence.attempt(f"{name}: plain PyTorch"):
@@ -229,6 +236,24 @@ def ours_of(
             text = "; ".join(f"{kernel[:60]} {share:.1%}" for kernel, share in longest.items())
             evidence.figure(f"{name}: longest kernels", text)
     return timing
+
+
+def packed(evidence: Evidence, setting: Setting, case: Case, whole: Timing | None) -> None:
+    """The same step on rows that are packed with documents of mixed lengths: what a run trains on."""
+    low, high = setting.pick(DOCUMENTS, (4, 20))
+    name = f"{case.made.name} bf16, rows packed with documents of {low} to {high} tokens"
+    model = fresh(setting, case.made, "bf16")
+    trainer = Trainer(model, OptimizerConfig(learning_rate=1e-5), setting.parallel, setting.runtime, 1000)
+    batches = [
+        packed_rows(case.micro, case.sequence, case.made.vocab_size, seed, (low, high)) for seed in range(case.micros)
+    ]
+    step = lambda: trainer.step(batches)  # noqa: E731
+    timing = measured(evidence, setting, case, name, step, {})
+    groups, _ = shares(step, timing.median, setting.device)
+    text = ", ".join(f"{group} {share:.1%}" for group, share in groups.items())
+    evidence.figure(f"{name}: where a step's time goes", text)
+    if whole is not None:
+        evidence.figure(f"{name}: tokens/s, of whole rows'", whole.median / timing.median)
 
 
 def measured(

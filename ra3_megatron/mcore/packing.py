@@ -1,0 +1,97 @@
+"""Where the documents of packed rows stand, worked out once a batch and not once a layer."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of like length, padded to the longest of them."""
+
+    index: Tensor
+    """Places in the flattened rows, long [documents, longest]; 0 behind the end of a document."""
+    inside: Tensor
+    """bool [documents, longest], False behind the end of a document."""
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Places of the documents' tokens in the flattened rows, long [tokens]."""
+        return self.index[self.inside]
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """Places of the same tokens in the flattened bucket, long [tokens]."""
+        return torch.nonzero(self.inside.flatten()).flatten()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Documents of packed rows, flattened row after row."""
+
+    begin: Tensor
+    """Place of each document's first token, long [documents]."""
+    length: Tensor
+    """Tokens of each document, long [documents]."""
+    tokens: int
+    """Of all rows, padding included."""
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document; 0 when there is none."""
+        return int(self.length.max()) if len(self.length) else 0
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each document begins among the tokens of all documents, and their number, int [documents + 1]."""
+        return torch.cat((self.length.new_zeros(1), self.length.cumsum(0))).int()
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Places of the documents' tokens, long; None: there is no padding between and behind them."""
+        if int(self.length.sum()) == self.tokens:
+            return None
+        first = self.begin - self.bounds[:-1]
+        count = int(self.bounds[-1])
+        return torch.arange(count, device=self.begin.device) + first.repeat_interleave(self.length, output_size=count)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The documents, grouped so that none is padded to more than twice its length (or to 16)."""
+        size = torch.ceil(torch.log2(self.length.clamp_min(16).float())).long()
+        buckets = []
+        for group in size.unique().tolist():
+            members = size == group
+            place = torch.arange(int(self.length[members].max()), device=size.device)
+            inside = place[None] < self.length[members][:, None]
+            index = torch.where(inside, self.begin[members][:, None] + place[None], 0)
+            buckets.append(Bucket(index, inside))
+        return buckets
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def packing_of(segments: Tensor) -> Packing:
+    """The documents of packed rows. segments: long [b, s], runs of one number are documents, negative ones padding.
+
+    The answer is kept as long as the tensor, whose values must not change.
+    """
+    found: Packing | None = _known.get(segments)
+    if found is None:
+        found = _known[segments] = _read(segments)
+    return found
+
+
+def _read(segments: Tensor) -> Packing:
+    flat = segments.flatten()
+    starts = torch.ones_like(flat, dtype=torch.bool)
+    starts[1:] = flat[1:] != flat[:-1]
+    starts[:: segments.shape[1]] = True
+    begin = torch.nonzero(starts).flatten()
+    length = torch.diff(begin, append=torch.tensor([len(flat)], device=flat.device))
+    real = flat[begin] >= 0
+    return Packing(begin[real], length[real], len(flat))
