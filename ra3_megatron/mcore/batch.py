@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra3_megatron.mcore.packing import Packing, read_packing
 from ra3_megatron.mcore.sequence_split import places
 
 
@@ -27,6 +28,12 @@ class Events:
     """Rows of the table of sets, long [b, s]; None: no merged outcome."""
     temperature: float = 1.0
     """Logits are divided by this."""
+    places: Tensor | None = None
+    """Flat places of `mask`, long (see `TokenBatch.placed`)."""
+
+    def where(self) -> Tensor:
+        """Flat places of `mask`, long."""
+        return torch.nonzero(self.mask.flatten()).flatten() if self.places is None else self.places
 
 
 @dataclass(frozen=True)
@@ -73,24 +80,55 @@ class TokenBatch:
     """Targets that are not the expert's document, bool [b, s] (metrics are split by it)."""
     whole_segments: Tensor | None = None
     """Segments of the whole rows, long [b, S], when this is one context-parallel rank's share of them."""
+    weighted: Tensor | None = None
+    """Flat places where `ce_weight` is not 0, long (see `placed`)."""
+    plain: bool | None = None
+    """Whether each row is one document (see `placed`)."""
+    documents: Packing | None = None
+    """Where the documents of rows stand that are not plain (see `placed`)."""
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device))
+        moved = self._map(lambda tensor: tensor.to(device))
+        return moved if self.documents is None else replace(moved, documents=self.documents.to(device))
 
     def share(self, rank: int, size: int) -> "TokenBatch":
         """What context-parallel rank `rank` of `size` holds of this batch: [b, s] becomes [b, s / size]."""
         if size == 1:
             return self
+        if self.plain is not None:
+            raise ValueError("a batch is shared out before it is `placed`")
         mine = places(self.ids.shape[1], rank, size).to(self.ids.device)
         return replace(self._map(lambda tensor: tensor.index_select(1, mine)), whole_segments=self.segments)
+
+    def placed(self) -> "TokenBatch":
+        """The same batch, which says where its tokens stand: found out on the host, before it is moved to a GPU, which
+        would have to finish all earlier work to answer."""
+        if self.plain is not None:
+            return self
+        packing = self.packing
+        return replace(
+            self,
+            weighted=None if self.ce_weight is None else self.where_weighted(),
+            choices=None if self.choices is None else replace(self.choices, places=self.choices.where()),
+            plain=packing is None,
+            documents=None if packing is None else read_packing(packing),
+        )
+
+    def where_weighted(self) -> Tensor:
+        """Flat places where `ce_weight` is not 0, long."""
+        assert self.ce_weight is not None
+        return torch.nonzero(self.ce_weight.flatten()).flatten() if self.weighted is None else self.weighted
 
     @property
     def packing(self) -> Tensor | None:
         """Segments of whole rows, for attention. None: plain causal attention of whole rows will do."""
         if self.whole_segments is not None:
             return self.whole_segments
-        return None if bool((self.segments == self.segments[:, :1]).all()) else self.segments
+        plain = self.plain
+        if plain is None:
+            plain = bool((self.segments == self.segments[:, :1]).all())
+        return None if plain else self.segments
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """The batch with `function` applied to each tensor."""

@@ -105,8 +105,8 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         weighted = batch.ce_weight > 0
         thought = weighted & batch.is_thought if batch.is_thought is not None else torch.zeros_like(weighted)
         code = weighted & ~thought
-        stats[Stat.CODE_NLL], stats[Stat.CODE_TOKENS] = -log_prob.detach()[code].sum(), code.sum()
-        stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -log_prob.detach()[thought].sum(), thought.sum()
+        stats[Stat.CODE_NLL], stats[Stat.CODE_TOKENS] = -_sum(log_prob, code), code.sum()
+        stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -_sum(log_prob, thought), thought.sum()
     if batch.choices is not None and batch.advantage is not None and batch.decision is not None:
         mask, copies = batch.choices.mask, copies_of(batch)
         difference = torch.zeros_like(choice_log_prob)
@@ -114,7 +114,7 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
         if batch.behaviour is not None:
             difference = torch.where(mask, choice_log_prob - batch.behaviour, 0.0)
             ratio = difference.exp()
-            stats[Stat.MISMATCH] = ((ratio.detach() - 1).abs() * copies)[mask].sum()
+            stats[Stat.MISMATCH] = _sum((ratio - 1).abs() * copies, mask)
             sizes = difference.detach().abs()
             stats[Stat.LOG_DIFFERENCE], stats[Stat.LARGEST_DIFFERENCE] = (sizes * copies).sum(), sizes.max()
         log_importance = difference.detach()
@@ -129,11 +129,11 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
                     log_importance = log_importance - moved.detach()
             clipped = ratio.clamp(1 - policy.clip_ratio, 1 + (policy.clip_ratio_high or policy.clip_ratio))
             objective = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
-            stats[Stat.CLIPPED] = copies[mask & (clipped * batch.advantage < ratio * batch.advantage)].sum()
+            stats[Stat.CLIPPED] = _sum(copies, mask & (clipped * batch.advantage < ratio * batch.advantage))
         if policy.importance_cap is not None:
             importance = log_importance.exp()
             objective = objective * importance.clamp(max=policy.importance_cap)
-            stats[Stat.TRUNCATED] = copies[mask & (importance > policy.importance_cap)].sum()
+            stats[Stat.TRUNCATED] = _sum(copies, mask & (importance > policy.importance_cap))
         bonus = torch.zeros_like(entropy) if batch.entropy_weight is None else batch.entropy_weight * entropy
         if batch.reference is not None and batch.kl_weight is not None:
             log_ratio = torch.where(mask, batch.reference - choice_log_prob, 0.0)
@@ -141,8 +141,13 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
             bonus = bonus - batch.kl_weight * divergence
             stats[Stat.KL] = (divergence.detach() * copies).sum()
         loss = loss - torch.where(mask, objective + bonus, 0.0).sum() / max(counts.decisions, 1e-30)
-        stats[Stat.CHOICES], stats[Stat.DECISIONS] = copies[mask].sum(), copies[batch.decision].sum()
-        stats[Stat.CHOICE_ENTROPY] = (entropy.detach() * copies)[mask].sum()
-        stats[Stat.DECISION_ENTROPY] = (entropy.detach() * copies)[batch.decision & mask].sum()
+        stats[Stat.CHOICES], stats[Stat.DECISIONS] = _sum(copies, mask), _sum(copies, batch.decision)
+        stats[Stat.CHOICE_ENTROPY] = _sum(entropy * copies, mask)
+        stats[Stat.DECISION_ENTROPY] = _sum(entropy * copies, batch.decision & mask)
     stats[Stat.LOSS] = loss.detach()
     return loss, stats
+
+
+def _sum(values: Tensor, where: Tensor) -> Tensor:
+    """Over the places that count. (values[where] would have to wait for a GPU to learn how many there are.)"""
+    return torch.where(where, values.detach(), 0.0).sum()

@@ -37,6 +37,7 @@ from ra3_megatron.mcore.fp8_attention import Fp8Attention
 from ra3_megatron.mcore.hardware import has_compiler, has_transformer_engine
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
+from ra3_megatron.mcore.packing import remember
 from ra3_megatron.mcore.rotary import inverse_frequencies
 from ra3_megatron.mcore.startup import Runtime, seed_everything
 from ra3_megatron.mcore.target_log_probs import target_log_probs
@@ -173,7 +174,10 @@ class LanguageModel(GPTModel):
             with self._whole_sequences():
                 return super().forward(batch.ids, batch.positions, None)
         self._batch = batch
-        out: Tensor = super().forward(batch.ids, batch.positions, batch.packing)
+        packing = batch.packing
+        if packing is not None and batch.documents is not None:
+            remember(packing, batch.documents)
+        out: Tensor = super().forward(batch.ids, batch.positions, packing)
         self._batch = None
         return out
 
@@ -225,12 +229,12 @@ class LanguageModel(GPTModel):
         out = torch.zeros(STREAMS, flat.shape[0], dtype=torch.float32, device=flat.device)
         streams: list[Tensor] = []
         if batch.ce_weight is not None:
-            where = torch.nonzero(batch.ce_weight.flatten()).flatten()
+            where = batch.where_weighted()
             streams.append(out[0].index_copy(0, where, self._targets(flat, where, batch.targets)))
         else:
             streams.append(out[0])
         if batch.choices is not None:
-            where = torch.nonzero(batch.choices.mask.flatten()).flatten()
+            where = batch.choices.where()
             found = self._events(flat, where, batch.targets, batch.choices)
             streams += [out[1 + n].index_copy(0, where, value) for n, value in enumerate(found)]
         else:

@@ -36,27 +36,22 @@ class Packing:
     """Place of each document's first token, long [documents]."""
     length: Tensor
     """Tokens of each document, long [documents]."""
-    tokens: int
-    """Of all rows, padding included."""
+    longest: int
+    """Tokens of the longest document; 0 when there is none."""
+    bounds: Tensor
+    """Where each document begins among the tokens of all documents, and their number, int [documents + 1]."""
+    real: Tensor | None
+    """Places of the documents' tokens, long; None: there is no padding between and behind them."""
 
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest document; 0 when there is none."""
-        return int(self.length.max()) if len(self.length) else 0
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """Where each document begins among the tokens of all documents, and their number, int [documents + 1]."""
-        return torch.cat((self.length.new_zeros(1), self.length.cumsum(0))).int()
-
-    @cached_property
-    def real(self) -> Tensor | None:
-        """Places of the documents' tokens, long; None: there is no padding between and behind them."""
-        if int(self.length.sum()) == self.tokens:
-            return None
-        first = self.begin - self.bounds[:-1]
-        count = int(self.bounds[-1])
-        return torch.arange(count, device=self.begin.device) + first.repeat_interleave(self.length, output_size=count)
+    def to(self, device: torch.device) -> "Packing":
+        """The same on `device`."""
+        return Packing(
+            self.begin.to(device),
+            self.length.to(device),
+            self.longest,
+            self.bounds.to(device),
+            None if self.real is None else self.real.to(device),
+        )
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -82,16 +77,30 @@ def packing_of(segments: Tensor) -> Packing:
     """
     found: Packing | None = _known.get(segments)
     if found is None:
-        found = _known[segments] = _read(segments)
+        found = _known[segments] = read_packing(segments)
     return found
 
 
-def _read(segments: Tensor) -> Packing:
+def remember(segments: Tensor, packing: Packing) -> None:
+    """Let `packing_of` answer this: what was read on the host need not be read on a GPU, which would have to be waited
+    for."""
+    _known[segments] = packing
+
+
+def read_packing(segments: Tensor) -> Packing:
+    """The documents of packed rows, long [b, s], worked out where the tensor is."""
     flat = segments.flatten()
     starts = torch.ones_like(flat, dtype=torch.bool)
     starts[1:] = flat[1:] != flat[:-1]
     starts[:: segments.shape[1]] = True
     begin = torch.nonzero(starts).flatten()
     length = torch.diff(begin, append=torch.tensor([len(flat)], device=flat.device))
-    real = flat[begin] >= 0
-    return Packing(begin[real], length[real], len(flat))
+    inside = flat[begin] >= 0
+    begin, length = begin[inside], length[inside]
+    count = int(length.sum())
+    bounds = torch.cat((length.new_zeros(1), length.cumsum(0)))
+    real = None
+    if count < len(flat):
+        shift = (begin - bounds[:-1]).repeat_interleave(length, output_size=count)
+        real = torch.arange(count, device=flat.device) + shift
+    return Packing(begin, length, int(length.max()) if len(length) else 0, bounds.int(), real)

@@ -251,7 +251,7 @@ def forward(model: torch.nn.Module, batches: Sequence[TokenBatch], runtime: Runt
 
 def _shares(batches: Sequence[TokenBatch], runtime: Runtime) -> list[TokenBatch]:
     """This context-parallel rank's share of the rows."""
-    return [b.share(runtime.context_rank, runtime.context_size).to(runtime.device) for b in batches]
+    return [b.share(runtime.context_rank, runtime.context_size).placed().to(runtime.device) for b in batches]
 
 
 def _chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
