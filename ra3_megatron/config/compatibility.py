@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Fp8Config, Hardware, dotted
 
+ATTENTION_CHANNELS = 128
+"""Of a head that is trained with FP8 attention: as many on Hopper, at most on Blackwell (Transformer Engine's
+`nvte_get_fused_attn_backend`)."""
+
 
 def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """One line for each combination of keys that cannot be, whatever the hardware."""
@@ -95,6 +99,15 @@ def hardware_problems(model: ModelConfig, hardware: Hardware) -> Iterator[str]:
             f"model.fp8.attention=true with {name}: needs compute capability {dotted(recipe.attention)}, and this one "
             f"({hardware.device}) has {has}; {_with_attention()}"
         )
+    elif model.fp8.attention and recipe.attention is not None:
+        channels = model.head_dim or model.hidden_size // model.num_attention_heads
+        exactly = hardware.capability < (10, 0)
+        if channels > ATTENTION_CHANNELS or (exactly and channels != ATTENTION_CHANNELS):
+            yield (
+                f"model.fp8.attention=true: compute capability {has} ({hardware.device}) has it for heads of "
+                f"{'' if exactly else 'at most '}{ATTENTION_CHANNELS} channels, and these have {channels} "
+                "(model.head_dim)"
+            )
 
 
 def _dimension_problems(model: ModelConfig, parallel: ParallelConfig, multiple: int) -> Iterator[str]:

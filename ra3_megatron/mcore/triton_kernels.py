@@ -75,7 +75,7 @@ def swiglu_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _block(width: int) -> int:
-    return min(COLUMNS, int(triton.next_power_of_2(width)))
+    return min(COLUMNS, int(triton.next_power_of_2(max(width, 1))))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ per token), or one token of each response (loss per response); the weights of th
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +60,8 @@ def policy_batches(
     for rows in plan.mine(runtime):
         writer = RowWriter(plan, rows, responses)
         spread = {name: writer.spread(values) for name, values in streams.items()}
-        batches.append(replace(writer.base(), choices=_choices(writer, masks, allowed, temperature), **spread))
+        given: dict[str, Any] = {"choices": _choices(writer, masks, allowed, temperature), **spread}
+        batches.append(replace(writer.base(), **given))
     return batches
 
 

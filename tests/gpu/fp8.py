@@ -58,6 +58,8 @@ class Option:
     fp8: dict[str, Any]
     """Of `model.fp8`."""
     parallel: dict[str, Any]
+    model: tuple[tuple[str, int], ...] = ()
+    """Of `model`."""
 
     @property
     def name(self) -> str:
@@ -67,12 +69,14 @@ class Option:
 
 
 GATHER = {"parameter_gather": True}, {"distributed_optimizer": True}
+WIDE_HEADS = (("num_attention_heads", 8), ("num_query_groups", 4))
+"""Of 128 channels, which FP8 attention needs on Hopper."""
 OPTIONS = (
     Option("fp8_tensorwise", {"first_layers_bf16": 1, "last_layers_bf16": 1}, {}),
     Option("fp8_blockwise", {"first_layers_bf16": 1, "last_layers_bf16": 0}, {}),
     *(Option(precision, *GATHER) for precision in RECIPES),
-    Option("fp8_delayed", {"attention": True}, {}),
-    Option("fp8_tensorwise", {"attention": True}, {}),
+    Option("fp8_delayed", {"attention": True}, {}, WIDE_HEADS),
+    Option("fp8_tensorwise", {"attention": True}, {}, WIDE_HEADS),
 )
 
 
@@ -89,7 +93,7 @@ def run(evidence: Evidence, setting: Setting) -> None:
             if precision in RECIPES:
                 witnesses(evidence, setting, model, precision)
         release()
-    plain: dict[str, list[float]] = {}
+    plain: dict[Any, list[float]] = {}
     for option in OPTIONS if names else ():
         with evidence.attempt(option.name):
             with_option(evidence, setting, model, option, plain)
@@ -97,18 +101,19 @@ def run(evidence: Evidence, setting: Setting) -> None:
 
 
 def with_option(
-    evidence: Evidence, setting: Setting, model: ModelConfig, option: Option, plain: dict[str, list[float]]
+    evidence: Evidence, setting: Setting, model: ModelConfig, option: Option, plain: dict[Any, list[float]]
 ) -> None:
     """Train steps with keys of `model.fp8`: what layers say, and the loss beside that of the recipe alone."""
-    model = model.model_copy(update={"num_layers": 4})
+    model = model.model_copy(update={"num_layers": 4, **dict(option.model)})
     asked = ModelConfig(**{**model.model_dump(), "precision": option.precision, "fp8": option.fp8})
     problems = list(hardware_problems(asked, hardware_of(setting.device)))
     if problems:
         evidence.missing(option.name, problems[0])
         return
-    if option.precision not in plain:
-        plain[option.precision], _ = losses(setting, with_precision(model, option.precision))
-        evidence.series(option.precision, plain[option.precision])
+    alone = option.precision, option.model
+    if alone not in plain:
+        plain[alone], _ = losses(setting, with_precision(model, option.precision))
+        evidence.series(", ".join([option.precision, *(f"{key}={value}" for key, value in option.model)]), plain[alone])
     setting = replace(setting, parallel=ParallelConfig(**{**setting.parallel.model_dump(), **option.parallel}))
     found, said = losses(setting, asked)
     require_computed(asked, said)
@@ -116,7 +121,7 @@ def with_option(
     evidence.figure(f"{option.name}: products computed", kinds)
     evidence.series(option.name, found)
     evidence.check(f"{option.name}: loss of step {STEPS} by that of the first", found[-1] / found[0], LEARNED)
-    off = max(abs(a - b) for a, b in zip(found, plain[option.precision], strict=True)) / found[0]
+    off = max(abs(a - b) for a, b in zip(found, plain[alone], strict=True)) / found[0]
     evidence.check(f"{option.name}: loss of any step, off the recipe's alone by", off, LOSS_MOST, unit="of the first's")
 
 
