@@ -70,13 +70,30 @@ def test_each_refusal_says_what_is_missing(precision: str, hardware: Hardware, l
 
 
 def test_attention_in_fp8_is_refused_where_no_kernel_is() -> None:
-    assert not list(hardware_problems(model("fp8_delayed", attention=True), H100))
+    wide = {"head_dim": 128}
+    assert not list(hardware_problems(model("fp8_delayed", attention=True).model_copy(update=wide), H100))
     (said,) = hardware_problems(model("fp8_tensorwise", attention=True), H100)
     assert said == (
         "model.fp8.attention=true with model.precision=fp8_tensorwise: needs compute capability 10.0, and this one "
         "(H100) has 9.0; FP8 attention: fp8_delayed from 9.0, fp8_tensorwise from 10.0"
     )
     assert not list(hardware_problems(model("fp8_tensorwise", attention=True), B200))
+
+
+@pytest.mark.parametrize(
+    ("channels", "hardware", "end"),
+    [
+        (64, H100, "(H100) has it for heads of 128 channels, and these have 64 (model.head_dim)"),
+        (256, H100, "(H100) has it for heads of 128 channels, and these have 256 (model.head_dim)"),
+        (256, B200, "(B200) has it for heads of at most 128 channels, and these have 256 (model.head_dim)"),
+    ],
+)
+def test_attention_in_fp8_is_refused_for_heads_that_no_kernel_takes(
+    channels: int, hardware: Hardware, end: str
+) -> None:
+    asked = model("fp8_delayed", attention=True).model_copy(update={"head_dim": channels})
+    (said,) = hardware_problems(asked, hardware)
+    assert said.startswith("model.fp8.attention=true: compute capability") and said.endswith(end)
 
 
 DISTRIBUTED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "data": 2}
