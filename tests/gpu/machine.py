@@ -88,18 +88,14 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def _cudnn() -> int | str:
+def _cudnn() -> str:
     """What torch runs with, beside Transformer Engine where that is there."""
-    import torch
+    from ra3_megatron.mcore.libraries import cudnn_version
 
-    import ra3_megatron.mcore  # noqa: F401
-
-    try:
-        with contextlib.suppress(ImportError, OSError):
-            import transformer_engine.pytorch  # noqa: F401
-        return int(torch.backends.cudnn.version() or 0)
-    except RuntimeError as error:
-        return str(error).split(". ")[0]
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        import transformer_engine.pytorch  # noqa: F401
+    version, why = cudnn_version()
+    return version or why
 
 
 def _driver() -> str | None:

@@ -6,9 +6,10 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from ra3_megatron.mcore import libraries
-from ra3_megatron.mcore.libraries import loaded_from, share_cudnn
+from ra3_megatron.mcore.libraries import cudnn_version, loaded_from, share_cudnn
 
 MAPS = """\
 7f00-7f01 r--p 00000000 08:01 12 /usr/lib/libc.so.6
@@ -50,3 +51,17 @@ def test_where_torch_has_loaded_none_nothing_happens() -> None:
     environment: dict[str, str] = {}
     assert loaded_from(["7f00-7f01 r--p 00000000 08:01 12 /usr/lib/libc.so.6"]) is None
     assert share_cudnn(environment) is None and not environment  # torch for CPUs
+
+
+def test_the_version_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cudnn_version() == (None, "this torch has none")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    assert cudnn_version() == ("9.19.0", "")
+
+    def refuse() -> None:
+        raise RuntimeError(
+            "cuDNN version incompatibility: PyTorch was compiled against 9.19. PyTorch already comes with"
+        )
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    assert cudnn_version() == (None, "cuDNN version incompatibility: PyTorch was compiled against 9.19")
