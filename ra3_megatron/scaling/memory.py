@@ -22,6 +22,8 @@ from ra3_megatron.scaling.rates import CONTEXT_GIB
 GIB = 2**30
 CHUNK_POSITIONS = 2048
 """As in `mcore/model.py`: positions whose logits are held in fp32 at the same time."""
+FP8_COPIES = 2
+"""Of a weight that is multiplied in FP8, a byte each: as it is, and transposed."""
 LOGIT_BYTES = 4 + 4
 """A logit in fp32, and its gradient; beside them it is there in the type of the layers where that is another one. (What
 next-token prediction keeps without `parallel.recompute_logits` comes on top.)"""
@@ -130,7 +132,7 @@ def _of_stage(
     if parallel.offload_optimizer:  # there in turn with activations and logits
         state = max(0.0, state - activations - logits / GIB)
     return Memory(
-        weights=work.element_bytes * stage.parameters / GIB,
+        weights=(work.element_bytes * stage.parameters + _fp8_copies(stage, model, parallel, work)) / GIB,
         gradients=work.gradient_bytes * stage.parameters / GIB,
         optimizer=state,
         activations=activations,
@@ -138,6 +140,16 @@ def _of_stage(
         rollouts=rollouts_gib,
         buffers=context_gib,
     )
+
+
+def _fp8_copies(stage: Stage, model: ModelConfig, parallel: ParallelConfig, work: Work) -> int:
+    """Bytes of the layers' weights in FP8, in both orders, as Transformer Engine keeps them beside the bf16 ones. Under
+    `model.fp8.parameter_gather` they are there instead of these."""
+    if work.precision != "fp8" or model.fp8.parameter_gather:
+        return 0
+    layer = Layer.of(model)
+    products = stage.layers * (layer.dense(parallel.tensor) - layer.small - layer.bias // parallel.tensor)
+    return FP8_COPIES * (products + stage.sparse)
 
 
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:

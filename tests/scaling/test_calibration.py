@@ -72,6 +72,26 @@ def test_rings_use_the_ports_of_all_their_ranks_in_a_node() -> None:
     assert group_bandwidth(gpu, 8, 16) == 50e9 * RATES.link
 
 
+def test_weights_in_fp8_come_beside_those_in_bf16() -> None:
+    """Two bytes for each weight of the layers' products; of Llama-3.1-8B's, but for tables and norms."""
+    made = architecture_named("llama3.1-8b", 8192)
+    parallel = ParallelConfig()
+    plain = memory(made.model, made.vocab_size, parallel, Work(8192, 1, 1))
+    eight = memory(made.model, made.vocab_size, parallel, Work(8192, 1, 1, "fp8"))
+    products = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    assert eight.weights - plain.weights == pytest.approx(2 * products / 2**30)
+    gathered = made.model.model_copy(update={"fp8": made.model.fp8.model_copy(update={"parameter_gather": True})})
+    assert memory(gathered, made.vocab_size, parallel, Work(8192, 1, 1, "fp8")).weights == plain.weights
+
+
+def test_logits_are_kept_or_computed_again() -> None:
+    made = architecture_named("llama3.1-8b", 8192)
+    work = Work(8192, 2, 2)
+    kept = memory(made.model, made.vocab_size, ParallelConfig(), work)
+    again = memory(made.model, made.vocab_size, ParallelConfig(recompute_logits=True), work)
+    assert kept.logits - again.logits == pytest.approx(2 * 8192 * 128_256 * 2 / 2**30)
+
+
 def test_memory_that_is_offloaded() -> None:
     """The optimizer's state is there in turn with activations; so many layers' activations are not there at all."""
     made = architecture_named("llama3.1-8b", 8192)
