@@ -11,7 +11,8 @@ Shapes: s sequence, b batch, h query heads, g key/value heads, d channels.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +21,16 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ra3_megatron.mcore import variable_length
 from ra3_megatron.mcore.packing import Packing, packing_of
 from ra3_megatron.mcore.sequence_split import gather_keys, places
+
+LONG = 1024
+"""Tokens of a sequence from which on cuDNN's kernels are taken first on a GPU. They are faster than torch's, but each
+shape has a plan that has to be made: sampling, whose shapes are all different, would make nothing else
+(`startup.initialize` switches them off elsewhere)."""
 
 
 @dataclass
@@ -54,10 +61,27 @@ class RowGroup:
     """Cache rows, long [n]; None: all of them, in order."""
     index: Tensor
     """Places in the flattened tokens, long [n, longest]; 0 behind a row's own tokens."""
-    inside: Tensor
-    """bool [n, longest], False behind a row's own tokens."""
+    places: Tensor
+    """Places of the rows' own tokens in the flattened tokens, long [tokens]."""
+    sources: Tensor
+    """Places of the same tokens in the flattened `index`, long [tokens]."""
     slots: int
     """Leading slots that any of these tokens attends to."""
+    positions: Tensor
+    """Position of each token of `index`, long [n, longest]."""
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def visible(self, share: int) -> Tensor:
+        """Which slots each query sees, bool [n, 1, share * longest, slots]; the same in all layers. share: query heads
+        of a key/value head."""
+        found = self._masks.get(share)
+        if found is None:
+            n, longest = self.index.shape
+            slot = torch.arange(self.slots, device=self.index.device)
+            seen = slot <= self.positions[:, None, None, :, None]
+            found = seen.expand(n, 1, share, longest, self.slots).reshape(n, 1, -1, self.slots)
+            self._masks[share] = found
+        return found
 
 
 class CachedAttention(MegatronModule):
@@ -113,16 +137,18 @@ class CachedAttention(MegatronModule):
         return out.clone() if self.config.cpu_offloading else out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            is_causal=visible is None and q.shape[2] > 1,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
+        long = q.is_cuda and visible is None and q.shape[2] >= LONG
+        with _cudnn_first() if long else nullcontext():
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=visible is None and q.shape[2] > 1,
+                scale=self.scale,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
         """Causal attention of each document by itself: in one kernel where there is one that takes documents of any
@@ -200,13 +226,21 @@ class CachedAttention(MegatronModule):
             q = query[:, 0].index_select(0, group.index.flatten())
             # the query heads of one key/value head stand behind each other, so that keys and values need no copies
             q = q.view(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
-            slot = torch.arange(group.slots, device=k.device)
-            visible = slot <= view.positions[group.index][:, None, None, :, None]
-            visible = visible.expand(n, 1, h // g, longest, group.slots).reshape(n, 1, -1, group.slots)
-            attended = self._attend(q, k, v, visible).view(n, g, h // g, longest, d)
+            attended = self._attend(q, k, v, group.visible(h // g)).view(n, g, h // g, longest, d)
             attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
-            out[group.index[group.inside]] = attended[group.inside.flatten()]
+            out.index_copy_(0, group.places, attended.index_select(0, group.sources))
         return out[:, None]
+
+
+def _cudnn_first() -> AbstractContextManager[None]:
+    backends = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    found: AbstractContextManager[None] = sdpa_kernel(backends, set_priority=True)
+    return found
 
 
 def _rows(flat: Tensor, index: Tensor, channels: int) -> Tensor:

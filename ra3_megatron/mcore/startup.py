@@ -223,6 +223,7 @@ def initialize(
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # `mcore.attention` takes it where it is worth its plans
     else:
         device = torch.device("cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -7,9 +7,11 @@ Under pipeline parallelism every stage calls the same methods and holds the cach
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,23 @@ from ra3_megatron.rollout.stage_pass import StagePass
 
 GROWTH = 64
 """Slots are allocated in multiples of this."""
+ALIGNED = 16
+"""Slots that a GPU attends to are a multiple of this, which divides `GROWTH`."""
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A `RowGroup` on the host."""
+
+    members: Longs
+    everyone: bool
+    """The members are all rows, in order."""
+    index: Longs
+    places: Longs
+    sources: Longs
+    slots: int
 
 
 class KVSession:
@@ -89,20 +108,27 @@ class KVSession:
         counts = [len(new) for new in tokens]
         starts = [0, *accumulate(counts)][:-1]
         self._reserve(max(n + count for n, count in zip(self.lengths, counts, strict=True)))
-        ids = torch.tensor([token for new in tokens for token in new], dtype=torch.long, device=self.device)
+        ids = np.array([token for new in tokens for token in new], dtype=np.int64)
         rows = np.repeat(np.arange(self.rows), counts)
         positions = np.concatenate([np.arange(n, n + count) for n, count in zip(self.lengths, counts, strict=True)])
-        view = CacheView(
-            torch.from_numpy(rows).to(self.device),
-            torch.from_numpy(positions).to(self.device),
-            self._groups(counts, starts),
-        )
-        batch = TokenBatch(ids[None], view.positions[None], view.rows[None], ids[None])
+        groups = self._groups(counts, starts)
+        arrays = [ids, rows, positions]
+        for group in groups:
+            arrays += [group.members, group.index, group.places, group.sources, positions[group.index]]
+        # one transfer: each costs a GPU's host as much as the kernels of a layer
+        token_ids, row_of, position_of, *rest = _to_device(arrays, self.device)
+        view = CacheView(row_of, position_of, [])
+        for n, group in enumerate(groups):
+            members, index, places, sources, at = rest[5 * n : 5 * n + 5]
+            view.groups.append(
+                RowGroup(None if group.everyone else members, index, places, sources, self._slots(group.slots), at)
+            )
+        batch = TokenBatch(token_ids[None], position_of[None], row_of[None], token_ids[None])
         hidden = self.stage(batch, self._caches, view)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
         return hidden, starts
 
-    def _groups(self, counts: list[int], starts: list[int]) -> list[RowGroup]:
+    def _groups(self, counts: list[int], starts: list[int]) -> list["_Group"]:
         """Rows grouped by how many new tokens they have, within a factor of two."""
         sizes = np.array([max(count - 1, 0).bit_length() if count else -1 for count in counts])
         groups = []
@@ -115,15 +141,14 @@ class KVSession:
             place = np.arange(length.max())
             inside = place[None] < length[:, None]
             index = np.where(inside, np.array([starts[r] for r in members])[:, None] + place[None], 0)
-            groups.append(
-                RowGroup(
-                    None if len(members) == self.rows else torch.from_numpy(members).to(self.device),
-                    torch.from_numpy(index).to(self.device),
-                    torch.from_numpy(inside).to(self.device),
-                    int(max(self.lengths[r] + counts[r] for r in members if counts[r])),
-                )
-            )
+            slots = int(max(self.lengths[r] + counts[r] for r in members if counts[r]))
+            everyone = len(members) == self.rows
+            groups.append(_Group(members, everyone, index, index[inside], np.flatnonzero(inside), slots))
         return groups
+
+    def _slots(self, slots: int) -> int:
+        """Slots that are attended to, all of which are there; on a GPU a multiple that its kernels need no copy for."""
+        return slots if self.device.type == "cpu" else -(-slots // ALIGNED) * ALIGNED
 
     def _reserve(self, slots: int) -> None:
         """Make room for `slots` slots a row."""
@@ -142,3 +167,12 @@ class KVSession:
         for new, before in zip(self._caches, old, strict=False):
             new.keys[:, :, :used] = before.keys[:, :, :used]
             new.values[:, :, :used] = before.values[:, :, :used]
+
+
+def _to_device(arrays: list[Longs], device: torch.device) -> list[Tensor]:
+    """Arrays of whole numbers as tensors, in one transfer."""
+    whole = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64, copy=False))
+    if device.type == "cuda":
+        whole = whole.pin_memory()
+    parts = whole.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

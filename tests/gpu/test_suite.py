@@ -119,7 +119,9 @@ def test_equal_sides_are_equal_and_identical_checkpoints_are_identical(run: Run)
 
 def test_rounding_to_bf16_is_seen_by_as_much_as_it_is(run: Run) -> None:
     for row in run("kernels")["rows"]:
-        if "Adam" not in row["name"]:
+        if "log-probabilities" in row["name"] and "output" in row["name"]:
+            assert row["value"] < 1e-3  # they are large, and only logits are rounded
+        elif "Adam" not in row["name"]:
             assert 1e-3 < row["value"] < 5e-3  # 8 bits of significand
 
 
