@@ -238,9 +238,9 @@ class ParallelConfig(Section):
     """See `recompute_method`."""
 
     recompute_logits: bool = False
-    """Compute the logits of next-token prediction again in the backward pass, 2048 positions at a time, instead of
-    keeping those of a micro-batch (positions x vocabulary in the type of the layers): a third more FLOPs of the output
-    layer. Logits of policy gradients are always computed again."""
+    """Compute logits again in the backward pass, 2048 positions at a time, instead of keeping those of a micro-batch
+    (positions x vocabulary in the type of the layers): a third more FLOPs of the output layer. On CPUs those of policy
+    gradients are computed again in any case."""
 
     offload_optimizer: bool = False
     """Keep the optimizer's fp32 weights and moments in host memory but during its step (on GPUs)."""

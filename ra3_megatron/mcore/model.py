@@ -34,7 +34,8 @@ from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.batch import Events, TokenBatch
 from ra3_megatron.mcore.fp8 import fp8_settings, keep_exact, require_fp8, require_fp8_layers
 from ra3_megatron.mcore.fp8_attention import Fp8Attention
-from ra3_megatron.mcore.hardware import has_compiler, has_transformer_engine
+from ra3_megatron.mcore.hardware import has_compiler, has_transformer_engine, has_triton
+from ra3_megatron.mcore.hidden_events import EventRows, hidden_events
 from ra3_megatron.mcore.initial_weights import draw_weights
 from ra3_megatron.mcore.names import keys_map
 from ra3_megatron.mcore.packing import remember
@@ -263,6 +264,10 @@ class LanguageModel(GPTModel):
 
         numerator, denominator, merged = rows(events.numerator), rows(events.denominator), rows(events.merged)
         temperature = events.temperature
+        if hidden.is_cuda and has_triton():
+            asked = EventRows.of(target, numerator, denominator, merged, temperature)
+            keep = torch.is_grad_enabled() and not self.recompute_logits
+            return hidden_events(hidden, weight, asked, self.vocabulary, keep, CHUNK_POSITIONS)
 
         def chunk(piece: Tensor, matrix: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
             part = slice(start, start + piece.shape[0])

@@ -46,7 +46,7 @@ class _TargetLogProbs(torch.autograd.Function):
         kept = hidden.new_empty(n if keep else min(n, positions), weight.shape[0])
         log_total = torch.empty(n, dtype=torch.float32, device=hidden.device)
         at_target = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-        for part in _parts(n, positions):
+        for part in parts(n, positions):
             logits = kept[part] if keep else kept[: part.stop - part.start]
             torch.mm(hidden[part], weight.t(), out=logits)
             log_total[part] = _logsumexp(logits, shard.real)
@@ -69,7 +69,7 @@ class _TargetLogProbs(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden)
         of_weight: Tensor | None = None
         buffer = hidden.new_empty(min(n, ctx.positions), weight.shape[0]) if kept is None else None
-        for part in _parts(n, ctx.positions):
+        for part in parts(n, ctx.positions):
             if kept is not None:
                 logits = kept[part]
             else:
@@ -78,17 +78,19 @@ class _TargetLogProbs(torch.autograd.Function):
             _gradient_(logits, log_total[part], local[part], given[part], ctx.real)
             torch.mm(logits, weight, out=of_hidden[part])
             if kept is None:
-                of_weight = _plus_product(of_weight, logits, hidden[part])
+                of_weight = plus_product(of_weight, logits, hidden[part])
         if kept is not None:
-            of_weight = _plus_product(None, kept, hidden)
+            of_weight = plus_product(None, kept, hidden)
         return of_hidden, of_weight, None, None, None, None
 
 
-def _parts(n: int, positions: int) -> list[slice]:
+def parts(n: int, positions: int) -> list[slice]:
+    """Slices of so many positions that cover n."""
     return [slice(start, min(n, start + positions)) for start in range(0, n, positions)]
 
 
-def _plus_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+def plus_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of the weights: total + gradient^T hidden, in place where there is a total."""
     return gradient.t() @ hidden if total is None else total.addmm_(gradient.t(), hidden)
 
 

@@ -26,10 +26,11 @@ from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore import elementwise, variable_length
 from ra3_megatron.mcore.hardware import has_triton
+from ra3_megatron.mcore.hidden_events import EventRows, hidden_events
 from ra3_megatron.mcore.model import LanguageModel, chunks_of
 from ra3_megatron.mcore.packing import packing_of
 from ra3_megatron.mcore.target_log_probs import target_log_probs
-from ra3_megatron.mcore.vocab_parallel import shard_sets
+from ra3_megatron.mcore.vocab_parallel import event_log_probs, shard_sets
 from tests.gpu.evidence import Evidence
 from tests.gpu.setting import NEEDS_GPU, Setting, relative, release
 
@@ -90,7 +91,7 @@ def run(evidence: Evidence, setting: Setting) -> None:
         release()
     with evidence.attempt("Adam"):
         adam(evidence, setting, model)
-    for attempt in (rotary, swiglu, log_probabilities, documents):
+    for attempt in (rotary, swiglu, log_probabilities, events, documents):
         with evidence.attempt(attempt.__name__):
             attempt(evidence, setting, model)
         release()
@@ -298,6 +299,37 @@ def log_probabilities(evidence: Evidence, setting: Setting, model: ModelConfig) 
             lambda h, w: F.linear(h, w[:vocabulary]).log_softmax(-1).gather(1, targets[:, None])[:, 0],
             [hidden, weight],
         )
+
+
+def events(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
+    """Log-probabilities and entropies of choices within sets of tokens, and their gradients, from hidden states."""
+    if not (setting.cuda and has_triton()):
+        evidence.missing("events from hidden states", f"{NEEDS_GPU}: elsewhere `event_log_probs` does it")
+        return
+    vocabulary, positions = 50_257, 3000
+    size = vocabulary + (-vocabulary) % 128
+    hidden = _random(setting, positions, model.hidden_size).requires_grad_()
+    weight = (_random(setting, size, model.hidden_size) * 0.03).requires_grad_()
+    draw = torch.Generator(setting.device).manual_seed(4)
+    sets = torch.rand(4, vocabulary, generator=draw, device=setting.device) < 0.5
+    sets[0] = True
+    sets[3] &= sets[1]
+    shard = shard_sets(sets, size, 0, 1, None)
+    targets = torch.randint(0, vocabulary, (positions,), generator=draw, device=setting.device)
+    denominator = torch.where(sets[1][targets], 1, 0)  # the choice is among those of a set, or among all
+    some = torch.arange(positions, device=setting.device) % 3 == 0
+    numerator = torch.where(some, torch.where(denominator == 1, 3, 1), -1)
+    merged = torch.where(numerator == -1, 2, -1)
+    asked = EventRows.of(targets, numerator, denominator, merged, 0.8)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return torch.cat(hidden_events(h, w, asked, shard, True, 1024)[:2])
+
+    def exact(h: Tensor, w: Tensor) -> Tensor:
+        logits = F.linear(h, w) / 0.8
+        return torch.cat(event_log_probs(logits, targets, shard, numerator, denominator, merged)[:2])
+
+    against(evidence, "events from hidden states, our kernel", ours, exact, [hidden, weight])
 
 
 def documents(evidence: Evidence, setting: Setting, model: ModelConfig) -> None:
