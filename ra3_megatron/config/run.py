@@ -105,6 +105,7 @@ class RunConfig(Section):
                 f"tokens of an expert are no multiple of {self.model.row_multiple}; use model.precision=bf16"
             )
         yield from self._quantization_problems()
+        yield from self._graph_problems()
         lines = list(layout_problems(self.model, self.parallel))
         if lines:
             advice = self.layout_advice(self.parallel.world_size)
@@ -164,6 +165,28 @@ class RunConfig(Section):
             yield (
                 f"rollout.max_staleness={self.rollout.max_staleness} trains on samples of older weights: set "
                 f"{name}.importance_cap (2, say) or {name}.clip_ratio"
+            )
+
+    def _graph_problems(self) -> Iterator[str]:
+        """A pass that is recorded runs in one process, and waits for nothing."""
+        if not self.rollout.cuda_graphs:
+            return
+        for name in ("tensor", "pipeline", "expert"):
+            size = getattr(self.parallel, name)
+            if size > 1:
+                yield (
+                    f"rollout.cuda_graphs=true does not go with parallel.{name}={size}: a pass over several processes "
+                    "is not recorded"
+                )
+        if self.parallel.overlap_param_gather:
+            yield (
+                "rollout.cuda_graphs=true does not go with parallel.overlap_param_gather=true, which waits for weights "
+                "within a pass"
+            )
+        if self.model.num_experts is not None:
+            yield (
+                f"rollout.cuda_graphs=true does not go with model.num_experts={self.model.num_experts}: how many "
+                "tokens an expert gets differs from pass to pass"
             )
 
     def _quantization_problems(self) -> Iterator[str]:

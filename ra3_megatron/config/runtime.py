@@ -69,6 +69,10 @@ class RolloutConfig(Section):
     batch_size: int = Field(default=128, ge=1)
     """Transcripts sampled at once on one process (with vLLM: by one engine)."""
 
+    cuda_graphs: bool = False
+    """`engine=megatron`, on a GPU: passes that add one token to each transcript are CUDA graphs (not with
+    `parallel.tensor`, `pipeline`, `expert`). Their key/value caches stay on the GPU while the model trains."""
+
     vllm: VllmConfig = VllmConfig()
     """The vLLM processes."""
 
@@ -84,6 +88,8 @@ class RolloutConfig(Section):
                 problems.append(f"placement={self.placement} needs rollout.engine=vllm")
             if self.vllm.quantization != "none":
                 problems.append(f"vllm.quantization={self.vllm.quantization} needs rollout.engine=vllm")
+        elif self.cuda_graphs:
+            problems.append("cuda_graphs=true is not read with rollout.engine=vllm: vllm.cuda_graphs is vLLM's")
         if self.replicas > 1 and self.placement == "colocated":
             problems.append(f"replicas={self.replicas} needs rollout.placement=server or nodes")
         if problems:

@@ -47,7 +47,8 @@ class KVSession:
         self.stage = stage
         self.device = stage.runtime.device
         self.lengths: list[int] = []
-        self._caches: list[LayerCache] = []
+        self.caches: list[LayerCache] = []
+        """Of each layer of this process."""
 
     @property
     def rows(self) -> int:
@@ -57,7 +58,7 @@ class KVSession:
     def open(self, rows: int) -> None:
         """Start with empty rows."""
         self.lengths = [0] * rows
-        self._caches = []
+        self.caches = []
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may be named several times."""
@@ -66,28 +67,28 @@ class KVSession:
         self.lengths = [self.lengths[r] for r in rows]
         used = max(self.lengths, default=0)
         index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
-        for cache in self._caches:
+        for cache in self.caches:
             cache.keys = cache.keys[:, :, :used].index_select(0, index)
             cache.values = cache.values[:, :, :used].index_select(0, index)
 
     def split(self, rows: Sequence[int]) -> "KVSession":
         """A session of copies of these rows; this one is left as it is."""
         part = KVSession(self.stage)
-        part.lengths, part._caches = list(self.lengths), [LayerCache(c.keys, c.values) for c in self._caches]
+        part.lengths, part.caches = list(self.lengths), [LayerCache(c.keys, c.values) for c in self.caches]
         part.select(rows)
         if part.rows == self.rows:  # nothing was copied if the rows are the same
-            part._caches = [LayerCache(c.keys.clone(), c.values.clone()) for c in part._caches]
+            part.caches = [LayerCache(c.keys.clone(), c.values.clone()) for c in part.caches]
         return part
 
     def append(self, other: "KVSession") -> None:
         """Put the rows of `other` behind the rows of this session."""
         if not self.rows:
-            self.lengths, self._caches = other.lengths, other._caches
+            self.lengths, self.caches = other.lengths, other.caches
             return
         slots = max(*self.lengths, *other.lengths)
         self._reserve(slots)
         other._reserve(slots)
-        for mine, theirs in zip(self._caches, other._caches, strict=True):
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
             mine.keys = torch.cat([mine.keys[:, :, :slots], theirs.keys[:, :, :slots]])
             mine.values = torch.cat([mine.values[:, :, :slots], theirs.values[:, :, :slots]])
         self.lengths = self.lengths + other.lengths
@@ -124,7 +125,7 @@ class KVSession:
                 RowGroup(None if group.everyone else members, index, places, sources, self._slots(group.slots), at)
             )
         batch = TokenBatch(token_ids[None], position_of[None], row_of[None], token_ids[None])
-        hidden = self.stage(batch, self._caches, view)
+        hidden = self.stage(batch, self.caches, view)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
         return hidden, starts
 
@@ -152,19 +153,19 @@ class KVSession:
 
     def _reserve(self, slots: int) -> None:
         """Make room for `slots` slots a row."""
-        if self._caches and self._caches[0].keys.shape[2] >= slots:
+        if self.caches and self.caches[0].keys.shape[2] >= slots:
             return
         total = -(-slots // GROWTH) * GROWTH
         config = self.stage.config
         groups = config.num_query_groups // config.tensor_model_parallel_size
         shape = (self.rows, groups, total, config.kv_channels)
-        old = self._caches
-        self._caches = [
+        old = self.caches
+        self.caches = [
             LayerCache(*(torch.zeros(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)))
             for _ in self.stage.attentions
         ]
         used = max(self.lengths, default=0)
-        for new, before in zip(self._caches, old, strict=False):
+        for new, before in zip(self.caches, old, strict=False):
             new.keys[:, :, :used] = before.keys[:, :, :used]
             new.values[:, :, :used] = before.values[:, :, :used]
 

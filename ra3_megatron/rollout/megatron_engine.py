@@ -17,6 +17,7 @@ from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import event_log_probs
 from ra3_megatron.rollout.choice import choose, last_of_sets
+from ra3_megatron.rollout.decode_graphs import DecodeGraphs, Decoding, PlainDecoding
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
 from ra3_megatron.rollout.stage_pass import StagePass
@@ -26,7 +27,8 @@ from ra3_megatron.text.latents import LatentFormat
 class MegatronEngine:
     """Samples from `model` (any wrapper of LanguageModel) at `temperature`.
 
-    share_first_pass: equal new sequences, as the transcripts of one document are, are computed once.
+    share_first_pass: equal new sequences, as the transcripts of one document are, are computed once. cuda_graphs:
+    passes of one token a row are recorded (see `decode_graphs`).
     """
 
     piece = 16
@@ -39,8 +41,11 @@ class MegatronEngine:
         vocab_size: int,
         temperature: float = 1.0,
         share_first_pass: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         self.stage = StagePass(model, runtime)
+        self.graphs = DecodeGraphs(self.stage) if cuda_graphs else None
+        """None: every kernel is started by the host."""
         self.vocabulary = chunks_of(model)[-1].vocabulary
         self.runtime = runtime
         self.latents = latents
@@ -78,6 +83,7 @@ class MegatronEngine:
         finish = [Finish.LENGTH] * len(requests)
         rows, hidden = self._open(requests)
         growing = list(range(len(rows)))  # of the session's rows, those that get another token
+        decoding = self._decoding(self._free, max((len(requests[i].uniforms) for i in rows), default=0))
         while growing:
             active = [rows[place] for place in growing]
             sets = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
@@ -93,11 +99,12 @@ class MegatronEngine:
             left = [
                 p for p, i in enumerate(rows) if finish[i] is not Finish.END and (requests[i].goes_on or not full[p])
             ]
-            self._free.select(left)
+            decoding.select(left)
             rows, full = [rows[place] for place in left], [full[place] for place in left]
             growing = [place for place in range(len(rows)) if not full[place]]
             if growing:
-                hidden, _ = self._free.feed([[] if full[p] else [ids[i][-1]] for p, i in enumerate(rows)])
+                hidden, _ = decoding.feed([[] if full[p] else [ids[i][-1]] for p, i in enumerate(rows)])
+        decoding.close()
         self._held = [(*requests[i].prompt, *ids[i]) for i in rows]
         return [Completion(a, b, c, self.weight_version) for a, b, c in zip(ids, log_probs, finish, strict=True)]
 
@@ -228,10 +235,12 @@ class MegatronEngine:
         limits = [requests[i].uniforms.shape[1] - 1 for i, _ in active]
         inner = torch.full_like(universe, self.latents.thought_set)
         live = [k for k in range(len(active)) if not self.latents.ends[ids[k][-1]] and limits[k] > 1]
+        decoding = self._decoding(session, max(limits)) if live else None
         while live:
+            assert decoding is not None
             growing = set(live)
             feed = [ids[k][-1:] if k in growing else [] for k in range(len(active))]
-            hidden, _ = session.feed(feed)
+            hidden, _ = decoding.feed(feed)
             for k in live:
                 cached[k].append(ids[k][-1])
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
@@ -240,11 +249,19 @@ class MegatronEngine:
                 ids[k].append(token)
                 log_probs[k].append(value)
             live = [k for k in live if not self.latents.ends[ids[k][-1]] and len(ids[k]) < limits[k]]
+        if decoding is not None:
+            decoding.close()
         self._session.append(session)
         self._keys = [requests[i].key for i in waiting] + [requests[i].key for i, _ in active]
         self._cached = [sequences[i] for i in waiting] + cached
         finish = [Finish.END if self.latents.ends[row[-1]] else Finish.LENGTH for row in ids]
         return {i: (ids[k], log_probs[k], finish[k]) for k, (i, _) in enumerate(active)}
+
+    def _decoding(self, session: KVSession, more: int) -> Decoding:
+        """The rows of a session, to grow by at most `more` tokens each."""
+        if self.graphs is None or not session.rows:
+            return PlainDecoding(session)
+        return self.graphs.decoding(session, more)
 
     # -- sampling -------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,9 @@ class LiveSampling:
         keep_latents: bool = True,
     ) -> None:
         self.runtime = runtime
-        self.engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.temperature)
+        self.engine = MegatronEngine(
+            model, runtime, latents, tokenizer.vocab_size, config.temperature, cuda_graphs=config.cuda_graphs
+        )
         self._batch_size = config.batch_size
         self._sampler = LatentSampler(
             self.engine,

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -247,12 +248,15 @@ def _problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
 
     from ra3_megatron.mcore.offload import require_offload
     from ra3_megatron.rlvr.sandbox import Isolation, require_bubblewrap
+    from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
 
     yield from hardware_problems(config.model, hardware)
-    try:
-        require_offload(config.parallel, torch.device("cpu" if hardware.capability is None else "cuda"))
-    except UserError as error:
-        yield str(error)
+    device = torch.device("cpu" if hardware.capability is None else "cuda")
+    for require in (partial(require_offload, config.parallel), partial(require_cuda_graphs, config.rollout)):
+        try:
+            require(device)
+        except UserError as error:
+            yield str(error)
     if config.rollout.engine == "vllm" and config.rollout.placement != "nodes" and not importlib.util.find_spec("vllm"):
         yield "rollout.engine=vllm: vLLM is not installed"
     if config.method == "rlvr" or config.benchmarks.suites:

@@ -49,6 +49,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     from ra3_megatron.report.progress import Progress
     from ra3_megatron.report.rlvr import build_rlvr_report, print_rlvr_summary, rlvr_summary
     from ra3_megatron.rlvr.loop import Rlvr
+    from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
     from ra3_megatron.text.latents import build_format
     from ra3_megatron.training.context import RunContext
     from ra3_megatron.training.identity import check_fit, identity_of
@@ -61,6 +62,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     folder = RunFolder(Path(config.run_dir))
     require_fp8(config.model, runtime.device)
     require_offload(config.parallel, runtime.device)
+    require_cuda_graphs(config.rollout, runtime.device)
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):

@@ -99,6 +99,7 @@ def open_engine(weights: Weights, out: Path) -> Iterator["RolloutEngine"]:
     from ra3_megatron.mcore import checkpoint as checkpoints
     from ra3_megatron.mcore import startup
     from ra3_megatron.mcore.model import build_model
+    from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
     from ra3_megatron.rollout.engine_pool import EnginePool
     from ra3_megatron.rollout.megatron_engine import MegatronEngine
     from ra3_megatron.training.identity import check_fit
@@ -115,7 +116,9 @@ def open_engine(weights: Weights, out: Path) -> Iterator["RolloutEngine"]:
         model = build_model(config.model.frozen, config.parallel, runtime, tokenizer.vocab_size, latents.sets, None)
         checkpoints.load(folder, model, runtime)
         if config.rollout.engine == "megatron":
-            yield MegatronEngine(model, runtime, latents, tokenizer.vocab_size, config.rollout.temperature)
+            require_cuda_graphs(config.rollout, runtime.device)
+            size, graphs = tokenizer.vocab_size, config.rollout.cuda_graphs
+            yield MegatronEngine(model, runtime, latents, size, config.rollout.temperature, cuda_graphs=graphs)
         else:
             pool = EnginePool(config, runtime, latents, tokenizer, out / "vllm", weights.hf)
             pool.sampling(model).publish(0)

@@ -43,6 +43,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     from ra3_megatron.report.progress import Progress
     from ra3_megatron.report.summary import write_summary
     from ra3_megatron.report.terminal import print_summary
+    from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
     from ra3_megatron.training.identity import identity_of
     from ra3_megatron.training.profiling import check_profile
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
@@ -55,6 +56,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     check_export(config)
     require_fp8(config.model, runtime.device)
     require_offload(config.parallel, runtime.device)
+    require_cuda_graphs(config.rollout, runtime.device)
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):
