@@ -81,12 +81,16 @@ def load(name: str, folder: Path, documents: int) -> Workload:
     return Workload(config, tokenizer, latents, [document for document in fitting if document is not None])
 
 
-def measure(work: Workload, runtime: Runtime, repeats: int, rates: Sequence[float] = RATES) -> list[RolloutResult]:
-    """Time the samplers on these documents."""
+def measure(
+    work: Workload, runtime: Runtime, repeats: int, rates: Sequence[float] = RATES, graphs: bool = False
+) -> list[RolloutResult]:
+    """Time the samplers on these documents. graphs: also with decoding by CUDA graphs, behind a warm-up."""
     model, latents, tokenizer = work.model(runtime), work.latents, work.tokenizer
 
-    def sampler(method: str, cache: bool = True) -> LatentSampler:
-        engine = MegatronEngine(model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache)
+    def sampler(method: str, cache: bool = True, recorded: bool = False) -> LatentSampler:
+        engine = MegatronEngine(
+            model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache, cuda_graphs=recorded
+        )
         return LatentSampler(engine, latents, tokenizer, work.config.context_length, 128, method, cache)  # type: ignore[arg-type]
 
     samplers = {
@@ -94,11 +98,18 @@ def measure(work: Workload, runtime: Runtime, repeats: int, rates: Sequence[floa
         "naive + cache": sampler("naive"),
         "naive": sampler("naive", False),
     }
+    if graphs:
+        samplers |= {
+            "jump-ahead, graphs": sampler("jump_ahead", recorded=True),
+            "naive, graphs": sampler("naive", False, recorded=True),
+        }
     jobs = [Job(document, (number, g)) for number, document in enumerate(work.documents) for g in range(GROUP)]
     results = []
     for rate in rates:
         with forced_rate(rate):
-            timings = alternate({k: (lambda s=s: s.sample(jobs)) for k, s in samplers.items()}, repeats, warm_up=0)
+            timings = alternate(
+                {k: (lambda s=s: s.sample(jobs)) for k, s in samplers.items()}, repeats, warm_up=int(graphs)
+            )
         results.append(RolloutResult(rate, len(work.documents), work.lines, timings))
     return results
 

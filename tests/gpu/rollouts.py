@@ -7,6 +7,7 @@ forced, so that it does not depend on random weights.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -51,28 +52,32 @@ def sample(evidence: Evidence, setting: Setting, name: str, work: Workload) -> N
         repeats = setting.pick(3, 1)
         if not evidence.enough(f"{name}, thoughts on {rate:.0%} of lines", setting.pick(40.0, 1.0)):
             continue
-        result = rollout.measure(work, setting.runtime, repeats, (rate,))[0]
+        result = rollout.measure(work, setting.runtime, repeats, (rate,), graphs=setting.cuda)[0]
         for sampler, timing in result.timings.items():
             text = f"{name}, thoughts on {rate:.0%} of lines, {sampler}"
             evidence.rate(text, timing, result.documents, "documents/s")
-        fast, slow = result.timings["jump-ahead"], result.timings["naive"]
-        evidence.figure(
-            f"{name}, thoughts on {rate:.0%} of lines: jump-ahead, of one request per line", slow.median / fast.median
-        )
+        for suffix in ("", ", graphs") if setting.cuda else ("",):
+            fast, slow = result.timings[f"jump-ahead{suffix}"], result.timings[f"naive{suffix}"]
+            text = f"{name}, thoughts on {rate:.0%} of lines{suffix}: jump-ahead, of one request per line"
+            evidence.figure(text, slow.median / fast.median)
 
 
 def decode(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
     """Tokens a second behind short prompts, one token of each row at a time."""
-    engine = MegatronEngine(work.model(setting.runtime), setting.runtime, work.latents, work.tokenizer.vocab_size)
+    model = work.model(setting.runtime)
     draw = np.random.default_rng(1)
     tokens = setting.pick(TOKENS, 8)
-    for rows in setting.pick(ROWS, (2,)):
-        prompts = [work.documents[n % len(work.documents)] for n in range(rows)]
-        requests = [
-            GenerateRequest([work.tokenizer.bos, *prompt.lines[0].body], draw.random(tokens)) for prompt in prompts
-        ]
-        timing = alternate({"": lambda asked=requests: engine.generate(asked)}, 3, wait=setting.wait)[""]
-        evidence.rate(f"{name}: decoding, {rows} rows", timing, rows * tokens, "tokens/s")
+    for graphs in (False, True) if setting.cuda else (False,):
+        engine = MegatronEngine(model, setting.runtime, work.latents, work.tokenizer.vocab_size, cuda_graphs=graphs)
+        for rows in setting.pick(ROWS, (2,)):
+            prompts = [work.documents[n % len(work.documents)] for n in range(rows)]
+            requests = [
+                GenerateRequest([work.tokenizer.bos, *prompt.lines[0].body], draw.random(tokens)) for prompt in prompts
+            ]
+            repeat = partial(engine.generate, requests)
+            timing = alternate({"": repeat}, 3, wait=setting.wait)[""]
+            text = f"{name}: decoding{' by CUDA graphs' if graphs else ''}, {rows} rows"
+            evidence.rate(text, timing, rows * tokens, "tokens/s")
 
 
 def toy(setting: Setting) -> Workload:
