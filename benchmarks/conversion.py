@@ -108,10 +108,11 @@ def make(size: str, folder: Path) -> tuple[int, int, int]:
 
 def _run(folder: Path, call: str) -> tuple[float, int]:
     """Seconds and peak resident memory of a process that does `call`."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.conversion", call],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         check=True,
     )

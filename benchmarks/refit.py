@@ -7,6 +7,7 @@ run.
 
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ra3_megatron.hf.families import family_for
 from ra3_megatron.mcore import startup
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.rollout.refit.receiver import StreamWeights
-from ra3_megatron.rollout.refit.refit import Refit
+from ra3_megatron.rollout.refit.refit import Refit, RefitStats
 
 MODEL = ModelConfig(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12, num_query_groups=4)
 VOCABULARY = 32_000
@@ -52,7 +53,7 @@ def measure(repeats: int) -> RefitResult:
     parameters = nbytes = 0
     for label, (processes, keys) in LAYOUTS.items():
         transport = "broadcast" if "broadcast" in label else "shared"
-        timings[label], parameters, nbytes = launch(processes, in_process, keys, transport, repeats)
+        timings[label], parameters, nbytes, _ = launch(processes, in_process, keys, transport, repeats)
     return RefitResult(parameters, nbytes, timings)
 
 
@@ -63,8 +64,9 @@ def in_process(
     config: ModelConfig = MODEL,
     vocab_size: int = VOCABULARY,
     bucket: int = BUCKET,
-) -> tuple[dict[str, Timing], int, int]:
-    """What one process of a layout measures: timings of refits and copies, parameters, bytes that were sent.
+) -> tuple[dict[str, Timing], int, int, dict[str, list[float]]]:
+    """What one process of a layout measures: timings of refits and copies, parameters, bytes that were sent, and the
+    seconds of each part (RefitStats) of every refit, those of the first one, which opens the buckets' memory, in front.
 
     It joins process groups and leaves them.
     """
@@ -84,7 +86,15 @@ def in_process(
     )
     receiver = _Receiver() if refit.is_sender else None
     updates = [receiver.update] if receiver else []
-    stats = refit.send(updates, 0)
+    parts: dict[str, list[float]] = {}
+
+    def send() -> RefitStats:
+        sent = refit.send(updates, 0)
+        for name, seconds in sent.parts.items():
+            parts.setdefault(name, []).append(seconds)
+        return sent
+
+    stats = send()
     source = torch.ones(stats.nbytes // 4, device=runtime.device)
     target = torch.empty_like(source)
 
@@ -97,13 +107,18 @@ def in_process(
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
 
-    timings = alternate({REFIT: lambda: refit.send(updates, 1), COPY: copy}, repeats, wait=wait)
+    timings = alternate({REFIT: send, COPY: copy}, repeats, wait=wait)
     refit.close()
     if receiver:
         receiver.close()
     runtime.barrier()
     startup.shutdown()
-    return timings, sum(int(np.prod(link.slot.shape)) for link in links), stats.nbytes
+    return timings, sum(int(np.prod(link.slot.shape)) for link in links), stats.nbytes, parts
+
+
+def usual(seconds: list[float], repeats: int) -> float:
+    """Median of a part over the repeats, without the refits before them."""
+    return statistics.median(seconds[-repeats:])
 
 
 class _Receiver:

@@ -86,6 +86,11 @@ def run_processes(
         return [pickle.loads((folder / f"result.{rank}").read_bytes()) for rank in range(world_size)]
 
 
+def python_path(*folders: str | Path) -> str:
+    """PYTHONPATH of a child: these folders, and those of this process's own, which may be where packages are."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
 def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with (folder / f"output.{environment['RANK']}").open("wb") as output:
         return subprocess.Popen(
@@ -130,7 +135,7 @@ def _ask(request: dict[str, Any]) -> int:
     """The answer of this process's server, started if there is none."""
     if not _server:
         command = [sys.executable, __file__]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT)}
         _server.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         atexit.register(_server[0].kill)
     server = _server[0]

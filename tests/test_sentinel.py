@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
 from tests.sentinel import VARIABLE, wrong_divisions
 
 HELD = """
@@ -50,7 +51,7 @@ def test_what_failed_beside_wrong_divisions_runs_again(tmp_path: Path, wrong: bo
     (tmp_path / "test_before.py").write_text(BEFORE if wrong else "")
     (tmp_path / "test_suite.py").write_text(SUITE)
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = python_path(Path(__file__).parents[1])
     found = tmp_path / "found"
     found.touch()
     command = [
@@ -86,7 +87,7 @@ def test_the_watching_process_ends_with_the_tests(tmp_path: Path) -> None:
         f"process = subprocess.Popen([sys.executable, {program!r}, {found!r}, str(os.getpid())], stdout=2)\n"
         "print(process.pid, flush=True)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": python_path(Path(__file__).parents[1])}
     pid = int(subprocess.run([sys.executable, "-c", code], env=environment, stdout=-1, check=True).stdout)
     end = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
+
 SUITE = """
 import pytest
 
@@ -26,7 +28,7 @@ def run_suite(folder: Path, reason: str, strict: bool) -> subprocess.CompletedPr
     environment = {key: value for key, value in os.environ.items() if key != "RA3_STRICT_SKIPS"}
     if strict:
         environment["RA3_STRICT_SKIPS"] = "1"
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = python_path(Path(__file__).parents[1])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pytest
 
 from ra3_megatron.cluster.results import Limits
-from tests.processes import run_processes
+from tests.processes import python_path, run_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,7 +196,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """One of two processes, by the command line."""
     names = {"SLURMD_NODENAME": f"n{rank}", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "RANK": str(rank)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": python_path(ROOT)}
     options = (
         "preflight",
         "--run-dir",

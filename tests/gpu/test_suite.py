@@ -35,6 +35,7 @@ from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
 from tests.gpu.setting import Setting, full_rows, relative, release, with_precision
 from tests.gpu.table import table
+from tests.processes import python_path
 
 ROOT = Path(__file__).parents[2]
 ROW = {"name", "value", "unit", "low", "high", "at_most", "at_least", "holds", "note"}
@@ -437,7 +438,7 @@ def test_the_command_on_a_bare_machine(tmp_path: Path) -> None:
     bare.mkdir()
     for name in BLOCKED:
         (bare / f"{name}.py").write_text(f'raise ModuleNotFoundError("No module named {name}")\n')
-    environment = {**os.environ, "PYTHONPATH": str(bare), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(bare), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out"
 
     def suite(*arguments: str) -> subprocess.CompletedProcess[str]:

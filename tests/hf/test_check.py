@@ -18,6 +18,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.hf.importing import import_hf
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.startup import Runtime
+from tests.processes import python_path
 
 # isort: split
 
@@ -27,7 +28,7 @@ SINGLE = ParallelConfig(threads=1)
 
 def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -28,6 +28,7 @@ from ra3_megatron.mcore.checkpoint_contents import read_contents
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.tokenizer import HFTokenizer
 from ra3_megatron.verbs.convert import parse_size
+from tests.processes import python_path
 
 # isort: split
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -177,7 +178,7 @@ def killed(kind: str, source: Path, out: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED.format(small=SMALL), kind, str(source), str(out)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
     )
     assert process.stdout is not None and process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGKILL)
@@ -293,7 +294,7 @@ def test_processes_end_when_the_conversion_is_killed(hf: Path, tmp_path: Path) -
     process = subprocess.Popen(
         [sys.executable, str(script), str(hf), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
     )
     assert process.stdout is not None and process.stdout.readline() == b"here\n"
     children = psutil.Process(process.pid).children(recursive=True)
@@ -332,7 +333,7 @@ def test_two_conversions_to_one_place(hf: Path, tmp_path: Path) -> None:
             "import sys; from ra3_megatron.cli import main; "
             "sys.argv = ['ra3', 'convert', 'hf-to-megatron', '--hf', sys.argv[1], '--out', sys.argv[2]]; main()"
         )
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
         words = [sys.executable, "-c", code, str(hf), str(tmp_path / "out")]
         started.append(subprocess.run(words, env=environment, capture_output=True, text=True))
         return lambda count: None
@@ -382,7 +383,7 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path) -> None:
 
     def peak(work: Path) -> int:
         words = [sys.executable, "-c", MEMORY, str(work / "hf"), str(work)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
         return 1024 * int(subprocess.run(words, env=environment, capture_output=True, check=True).stdout)
 
     # a whole model would be 160 MB; allocators keep a few tensors more or less

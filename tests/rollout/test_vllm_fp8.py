@@ -1,6 +1,5 @@
 """Engines that round the weights they get to FP8: at every update, from the bf16 weights that arrive."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
 from ra3_megatron.rollout.vllm.messages import Draw, EngineSpec
 from ra3_megatron.rollout.vllm.process import EngineError, _environment, start_engine
+from tests.processes import python_path
 
 VOCAB, LONGEST = 131, 128
 PROMPTS = ([3], [5, 9, 2, 77, 130], [(7 * n) % VOCAB for n in range(75)])
@@ -78,7 +78,7 @@ def run(tmp_path: Path, spec: EngineSpec, updates: list[str]) -> list[Any]:
     (tmp_path / "spec").write_bytes(pickle.dumps((spec, updates, requests)))
     script = Path(__file__).with_name("fp8_engine.py")
     folders = [str(Path(__file__).parents[2]), str(script.parent)]
-    environment = {**_environment(spec), "PYTHONPATH": os.pathsep.join(folders)}
+    environment = {**_environment(spec), "PYTHONPATH": python_path(*folders)}
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "spec"), str(tmp_path / "result")],
         env=environment, capture_output=True, text=True, check=False,

@@ -125,8 +125,8 @@ class SharedCarrier:
         return self._memory[start : start + self._capacity]
 
     def settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":  # not the whole device: nothing else than this stream wrote to the buffer
+            torch.cuda.current_stream(self._device).synchronize()
 
     def publish(self, bucket: Bucket) -> None:
         """Nothing to do: it is there."""

@@ -15,8 +15,19 @@ from torch import Tensor
 from ra3_megatron.hf.weights import Shape
 from ra3_megatron.rollout.refit.buckets import Bucket, BucketReader, Totals
 from ra3_megatron.rollout.refit.carriers import Inlet, make_inlet
-from ra3_megatron.rollout.refit.channel import Accepted, Address, Complete, Ready, Setup, Stopped, Taken, connect
+from ra3_megatron.rollout.refit.channel import (
+    Accepted,
+    Address,
+    Complete,
+    Ready,
+    Setup,
+    Stopped,
+    Taken,
+    connect,
+    readable,
+)
 from ra3_megatron.rollout.refit.errors import RefitError
+from ra3_megatron.rollout.refit.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,18 @@ class _Link:
         self._connection: Connection | None = connect(source.address, source.authkey, source.timeout)
 
     def receive(self, source: StreamWeights) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor once. Its time: `wait` (for messages), `open` (the memory of a new connection's buckets, the
+        handles of a GPU's), `copy` (checks and copies, until they are made), `load` (what is done with tensors)."""
+        watch = Stopwatch("wait")
         self._say(Ready(source.number))
         reader: BucketReader | None = None
         while True:
             message = self._next(source.timeout)
             if isinstance(message, Setup):
                 assert self._connection is not None
+                watch.start("open")
                 self._inlet = make_inlet(message, self._connection, source.timeout)
+                watch.start("wait")
                 continue
             if self._inlet is None:
                 raise RefitError(f"the trainer sent {type(message).__name__} before it said how weights travel")
@@ -76,18 +92,23 @@ class _Link:
                 reader = BucketReader(source.shapes, source.dtype, self._inlet.capacity)
             if isinstance(message, Totals):
                 reader.finish(message)
-                self._say(Complete())
+                self._say(Complete(watch.stop()))
                 return
             if not isinstance(message, Bucket):
                 raise RefitError(f"the trainer sent {type(message).__name__} where a bucket was due")
             reader.check(message)
             if self._inlet.asks:
                 self._say(Accepted(message.number, message.size))
-            complete = reader.read(message, self._inlet.content(message))
-            self._settle(complete)
+            content = self._inlet.content(message)
+            watch.start("copy")
+            complete = reader.read(message, content)
+            self._settle(content)
+            watch.start("wait")
             self._say(Taken(message.number))
+            watch.start("load")
             yield from complete
             del complete
+            watch.start("wait")
 
     def stop(self, reason: str) -> None:
         """End the connection, and say why if that can still be heard."""
@@ -100,10 +121,10 @@ class _Link:
             self._inlet.close()
             self._inlet = None
 
-    def _settle(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """The copies are made, so their originals may be overwritten."""
-        if tensors and tensors[0][1].is_cuda:
-            torch.cuda.synchronize(tensors[0][1].device)
+    def _settle(self, content: Tensor) -> None:
+        """The copies are made, also of parts of tensors that are not complete: their originals may be overwritten."""
+        if content.is_cuda:
+            torch.cuda.current_stream(content.device).synchronize()
 
     def _say(self, message: object) -> None:
         assert self._connection is not None
@@ -117,7 +138,7 @@ class _Link:
     def _next(self, timeout: float) -> object:
         assert self._connection is not None
         try:
-            if not self._connection.poll(timeout):
+            if not readable([self._connection.fileno()], timeout):
                 raise RefitError(f"the trainer sent nothing for {timeout:g} s")
             message: object = self._connection.recv()
         except (EOFError, OSError) as error:

@@ -9,8 +9,8 @@ on every process; the engines whose update failed refuse to sample until one suc
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -39,6 +39,9 @@ class RefitStats:
     """Hugging Face tensors."""
     seconds: float
     """Of the slowest process."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Where the host's seconds went: `sender: …` of the first sender (stream.py), `receiver: …` of its slowest receiver
+    (receiver.py); `sender: rest` is before and behind the stream."""
 
 
 class Refit:
@@ -118,12 +121,15 @@ class Refit:
                 totals, failure = sending.finish()
                 if sending.failure is not None:
                     self._stream = None
-        outcomes = self._runtime.gather_all((failure, totals, time.perf_counter() - begin))
-        failures = {why: None for why, _, _ in outcomes if why}
+        seconds = time.perf_counter() - begin
+        parts = {} if sending is None else _parts(sending, seconds)
+        outcomes = self._runtime.gather_all((failure, totals, seconds, parts))
+        failures = {why: None for why, *_ in outcomes if why}
         if failures:
             raise RefitError(f"weight version {version} did not reach the rollout engines: {'; '.join(failures)}")
-        sent: Totals = next(totals for _, totals, _ in outcomes if totals is not None)
-        return RefitStats(sent.nbytes, sent.tensors, max(seconds for _, _, seconds in outcomes))
+        sent: Totals
+        sent, parts = next((totals, parts) for _, totals, _, parts in outcomes if totals is not None)
+        return RefitStats(sent.nbytes, sent.tensors, max(seconds for _, _, seconds, _ in outcomes), parts)
 
     def close(self) -> None:
         """Give back buffers and connections."""
@@ -144,3 +150,11 @@ class Refit:
     def _read_pieces(self) -> None:
         self._pieces = local_pieces(self._chunks)
         self._addresses = addresses(self._chunks)
+
+
+def _parts(sending: Sending, seconds: float) -> dict[str, float]:
+    """Of the seconds of a process that sends, and of its receivers."""
+    parts = {f"sender: {name}": value for name, value in sending.seconds.items()}
+    parts["sender: rest"] = seconds - sum(sending.seconds.values())
+    slowest = max(sending.received, key=lambda receiver: receiver.get("copy", 0.0), default={})
+    return parts | {f"receiver: {name}": value for name, value in slowest.items()}

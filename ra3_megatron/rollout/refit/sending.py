@@ -56,6 +56,9 @@ class Sending:
     ) -> None:
         self.failure: Exception | None = None
         """What ended the stream, which is stopped then."""
+        self.seconds: Mapping[str, float] = {}
+        self.received: Sequence[Mapping[str, float]] = ()
+        """Where the time of the stream and of each receiver went, once it is finished."""
         self._stream = stream
         self._writer: BucketWriter | None = None
         self._updates = Updates(updates, version, stream.source(shapes, dtype))
@@ -81,6 +84,7 @@ class Sending:
             try:
                 totals = self._writer.finish()
                 self._stream.finish(totals)
+                self.seconds, self.received = self._stream.watch.stop(), self._stream.received
             except Exception as error:
                 self.fail(error)
         refusals = [str(error) for error in self._updates.join()]

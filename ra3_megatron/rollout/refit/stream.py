@@ -8,15 +8,19 @@ import secrets
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
+from typing import TypeVar
 
 import torch
 
 from ra3_megatron.hf.weights import Shape
 from ra3_megatron.rollout.refit.buckets import Bucket, BucketWriter, Totals
 from ra3_megatron.rollout.refit.carriers import Carrier
-from ra3_megatron.rollout.refit.channel import Accepted, Complete, Ready, Stopped, Taken, accept, listen
+from ra3_megatron.rollout.refit.channel import Accepted, Complete, Ready, Stopped, Taken, accept, listen, readable
 from ra3_megatron.rollout.refit.errors import RefitError
 from ra3_megatron.rollout.refit.receiver import StreamWeights
+from ra3_megatron.rollout.refit.stopwatch import Stopwatch
+
+Message = TypeVar("Message")
 
 
 class EngineGone(RefitError):
@@ -36,6 +40,11 @@ class Stream:
         self._alarm = -1
         self._number = 0
         self._sent = self._taken = 0
+        self.watch = Stopwatch("fill")
+        """Of the present update: `meet` (receivers come), `fill` (weights are gathered and written), `check` (the
+        device is waited for), `tell` (messages), `wait` (for receivers), `end` (until they have everything)."""
+        self.received: list[Mapping[str, float]] = []
+        """Seconds of each receiver, of the update that was finished last."""
 
     def source(self, shapes: Mapping[str, Shape], dtype: torch.dtype) -> StreamWeights:
         """Describes the next update."""
@@ -50,6 +59,8 @@ class Stream:
         """
         self._alarm = alarm
         self._sent = self._taken = 0
+        self.received = []
+        self.watch = Stopwatch("meet")
         ready: list[Connection] = []
         changed = False
         end = time.monotonic() + self._timeout
@@ -80,15 +91,17 @@ class Stream:
             changed = True
         if changed:
             self._carrier.introduce(self._connections)
-        return BucketWriter(dtype, self._next_buffer, self._deliver)
+        self.watch.start("fill")
+        return BucketWriter(dtype, self._next_buffer, self._deliver, lambda: self.watch.start("check"))
 
     def finish(self, totals: Totals) -> None:
         """Wait until every receiver has taken everything that the writer delivered."""
+        self.watch.start("end")
         while self._taken < self._sent:
             self._wait_taken()
         self._tell(totals)
         for connection in self._connections:
-            self._expect(connection, Complete())
+            self.received.append(self._expect(connection, Complete()).seconds)
 
     def stop(self, reason: str) -> None:
         """End for good. Receivers that take part or would like to are turned away."""
@@ -110,18 +123,22 @@ class Stream:
         connection.close()
 
     def _next_buffer(self) -> torch.Tensor:
+        self.watch.start("wait")
         while self._sent - self._taken >= self._carrier.buffers:
             self._wait_taken()
+        self.watch.start("fill")
         return self._carrier.buffer(self._sent)
 
     def _deliver(self, bucket: Bucket) -> None:
         self._carrier.settle()
+        self.watch.start("tell")
         self._tell(bucket)
         if self._carrier.asks:
             for connection in self._connections:
                 self._expect(connection, Accepted(bucket.number, bucket.size))
         self._carrier.publish(bucket)
         self._sent += 1
+        self.watch.start("fill")
 
     def _wait_taken(self) -> None:
         for connection in self._connections:
@@ -135,11 +152,11 @@ class Stream:
             except OSError as error:
                 raise EngineGone(f"an engine's process went away during the update ({error})") from error
 
-    def _expect(self, connection: Connection, expected: object) -> None:
-        events = wait([connection, self._alarm], self._timeout)
+    def _expect(self, connection: Connection, expected: Message) -> Message:
+        events = readable([connection.fileno(), self._alarm], self._timeout)
         if not events:
             raise RefitError(f"an engine's process did not answer for {self._timeout:g} s during the update")
-        if connection not in events:
+        if connection.fileno() not in events:
             raise EngineGone("an engine ended the update")
         try:
             message = connection.recv()
@@ -149,3 +166,5 @@ class Stream:
             raise EngineGone(message.reason)
         if message != expected:
             raise RefitError(f"an engine's process answered {message}, not {expected}")
+        answer: Message = message
+        return answer

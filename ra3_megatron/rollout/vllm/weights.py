@@ -1,7 +1,8 @@
 """Weights into a live vLLM model: everything is checked on the way, and a failed update leaves no half-loaded state.
 
 `load` refuses before the model is touched when the announced names and shapes are not exactly the model's. While
-tensors stream in, each must be one that was announced, come once, have its shape and be finite. When anything fails
+tensors stream in, each must be one that was announced, come once, have its shape and be finite (on a GPU the last is
+known at the end, as every verdict costs a wait for the device; it fails the update all the same). When anything fails
 midway, `recover` closes the loader's bookkeeping, so that the next whole update starts clean; the weights are garbage
 until then, and must not be sampled from.
 """
@@ -14,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-from ra3_megatron.hf.finite import is_finite
+from ra3_megatron.hf.finite import FiniteStream
 from ra3_megatron.rollout.vllm.messages import Manifest, WeightSource
 
 
@@ -71,14 +72,20 @@ def compare(announced: Mapping[str, tuple[int, ...]], expected: Manifest) -> Non
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], expected: Manifest) -> Iterator[tuple[str, Tensor]]:
     missing = dict(expected)
+    finite = FiniteStream()
     for name, tensor in tensors:
         shape = missing.pop(name, None)
         if shape is None:
             raise WeightsRefused(f"tensor {name} " + ("came twice" if name in expected else "was not announced"))
         if tuple(tensor.shape) != shape:
             raise WeightsRefused(f"tensor {name} came with shape {list(tensor.shape)}, not {list(shape)}")
-        if not is_finite(tensor):
-            raise WeightsRefused(f"tensor {name} holds values that are not finite")
+        _refuse(finite.add(name, tensor))
         yield name, tensor
     if missing:
         raise WeightsRefused(f"tensor {next(iter(missing))} never came ({len(missing)} tensors are missing)")
+    _refuse(finite.finish())
+
+
+def _refuse(not_finite: str | None) -> None:
+    if not_finite is not None:
+        raise WeightsRefused(f"tensor {not_finite} holds values that are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ra3_megatron.hf.finite import first_not_finite
 from ra3_megatron.rollout.refit.buckets import ALIGNMENT, Bucket, BucketReader, BucketWriter, Part, Totals
 from ra3_megatron.rollout.refit.errors import RefitError
 
@@ -75,6 +77,24 @@ def test_a_value_beyond_the_range_of_the_sent_dtype_is_refused() -> None:
     with pytest.raises(RefitError, match="tensor a holds values that are not finite"):
         write({"a": torch.tensor([1e6])}, torch.float16)
     write({"a": torch.tensor([3e38, 3e38, -3e38])})
+
+
+def test_a_bucket_is_pickled_whole() -> None:
+    for bucket, _ in write(tensors())[0]:
+        assert pickle.loads(pickle.dumps(bucket)) == bucket
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_verdict_names_the_first_tensor_that_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    """The check of a whole bucket, which GPUs get."""
+    limits = torch.finfo(dtype)
+    good = [torch.tensor([limits.max, limits.min], dtype=dtype), torch.zeros(70_001, dtype=dtype)]
+    bad = [tensor.clone() for tensor in good]
+    bad[1][66_666] = value
+    assert first_not_finite(["a", "b"], good) is None
+    assert first_not_finite(["a", "b", "c"], [*bad, bad[1]]) == "b"
+    assert first_not_finite([], []) is None
 
 
 def parts(change: Callable[[list[Part]], list[Part]]) -> Callable[[Written], Written]:
