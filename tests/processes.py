@@ -49,6 +49,7 @@ def run_processes(
 
     environment: further variables of the processes. Raises ProcessesFailed; no process is left behind in any case.
     """
+    import torch
     from torch.distributed import TCPStore
 
     # The parent holds the rendezvous, as torchrun does: the port is ours before anybody is told of it.
@@ -67,11 +68,13 @@ def run_processes(
             "LOCAL_WORLD_SIZE": str(world_size),
             **(environment or {}),
         }
+        # a process that was forked behind the imports cannot use a GPU any more
+        forks = environment is None and not torch.cuda.is_available()
         processes: list[subprocess.Popen[bytes] | Forked] = []
         try:
             for rank in range(world_size):
                 mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(_fork(folder, mine) if environment is None else _start(folder, mine))
+                processes.append(_fork(folder, mine) if forks else _start(folder, mine))
             in_time = _wait(processes, timeout)
             ended = [process.poll() for process in processes]
         finally:

@@ -46,6 +46,8 @@ class KVSession:
     def __init__(self, stage: StagePass) -> None:
         self.stage = stage
         self.device = stage.runtime.device
+        self.aligned = ALIGNED if self.device.type == "cuda" else 1
+        """Slots that are attended to are a multiple of this."""
         self.lengths: list[int] = []
         self.caches: list[LayerCache] = []
         """Of each layer of this process."""
@@ -65,7 +67,7 @@ class KVSession:
         if list(rows) == list(range(self.rows)):
             return
         self.lengths = [self.lengths[r] for r in rows]
-        used = max(self.lengths, default=0)
+        used = self._slots(max(self.lengths, default=0))
         index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
         for cache in self.caches:
             cache.keys = cache.keys[:, :, :used].index_select(0, index)
@@ -85,7 +87,7 @@ class KVSession:
         if not self.rows:
             self.lengths, self.caches = other.lengths, other.caches
             return
-        slots = max(*self.lengths, *other.lengths)
+        slots = self._slots(max(*self.lengths, *other.lengths))
         self._reserve(slots)
         other._reserve(slots)
         for mine, theirs in zip(self.caches, other.caches, strict=True):
@@ -148,8 +150,9 @@ class KVSession:
         return groups
 
     def _slots(self, slots: int) -> int:
-        """Slots that are attended to, all of which are there; on a GPU a multiple that its kernels need no copy for."""
-        return slots if self.device.type == "cpu" else -(-slots // ALIGNED) * ALIGNED
+        """As many slots and those that fill a multiple up, for which a GPU's kernels need no copy. They are there:
+        caches are never cut to less."""
+        return -(-slots // self.aligned) * self.aligned
 
     def _reserve(self, slots: int) -> None:
         """Make room for `slots` slots a row."""

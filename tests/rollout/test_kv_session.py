@@ -9,6 +9,7 @@ from toy import LARGE, Toy
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.model import LanguageModel
 from ra3_megatron.mcore.startup import Runtime
+from ra3_megatron.rollout import kv_session
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.stage_pass import StagePass
 
@@ -40,10 +41,26 @@ def feed(session: KVSession, rows: list[list[int]], new: list[list[int]]) -> Non
     assert session.lengths == [len(row) for row in rows]
 
 
+def aligned_session(monkeypatch: pytest.MonkeyPatch, stage: StagePass, aligned: int) -> KVSession:
+    """A session that, with all that are made of it, attends to slots in such a multiple."""
+    plain = KVSession.__init__
+
+    def begin(self: KVSession, stage: StagePass) -> None:
+        plain(self, stage)
+        self.aligned = aligned
+
+    monkeypatch.setattr(KVSession, "__init__", begin)
+    return KVSession(stage)
+
+
+@pytest.mark.parametrize("aligned", [1, kv_session.ALIGNED])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, seed: int) -> None:
+def test_any_history_equals_a_full_pass(
+    model: LanguageModel, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, seed: int, aligned: int
+) -> None:
+    """aligned: as on a CPU, and as on a GPU."""
     generator = random.Random(seed)
-    session = KVSession(StagePass(model, runtime))
+    session = aligned_session(monkeypatch, StagePass(model, runtime), aligned)
     rows: list[list[int]] = [[] for _ in range(5)]
     session.open(5)
     feed(session, rows, [[generator.randrange(25) for _ in range(generator.randint(1, 40))] for _ in rows])
@@ -63,8 +80,11 @@ def test_any_history_equals_a_full_pass(model: LanguageModel, runtime: Runtime, 
     feed(session, rows, [[4, 5] for _ in rows])
 
 
-def test_rows_split_off_and_come_back(model: LanguageModel, runtime: Runtime) -> None:
-    session = KVSession(StagePass(model, runtime))
+@pytest.mark.parametrize("aligned", [1, kv_session.ALIGNED])
+def test_rows_split_off_and_come_back(
+    model: LanguageModel, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, aligned: int
+) -> None:
+    session = aligned_session(monkeypatch, StagePass(model, runtime), aligned)
     rows = [[1, 2, 3], [4], [5, 6] * 40, [7, 8]]
     session.open(4)
     feed(session, [[], [], [], []], rows)
