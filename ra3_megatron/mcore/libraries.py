@@ -19,13 +19,13 @@ NAMED = "CUDNN_HOME"
 
 
 def share_cudnn(environment: MutableMapping[str, str] = os.environ) -> Path | None:
-    """Name the folder of torch's cuDNN in the environment, and load its parts; None when torch has loaded none.
+    """Name the folder of torch's cuDNN in the environment, and load its parts; None when torch has none that it can use.
 
     Before Transformer Engine is imported. Nothing is changed where the environment names that folder, or one around it.
     """
-    torch.backends.cudnn.version()  # loads it, where torch has not yet
+    version, _ = cudnn_version()  # loads it, where torch has not yet
     folder = loaded_from(_maps())
-    if folder is None:
+    if folder is None or version is None:  # no cuDNN, or another one was loaded before: too late
         return None
     named = environment.get(NAMED)
     if named is None or not folder.is_relative_to(Path(named).resolve()):

@@ -73,6 +73,7 @@ class Course:
         """An example with a larger model and its own tasks; tokenizer: the one to take, None: it trains one."""
         precision = "bf16" if self.setting.cuda else "fp32"
         values = [f"model.precision={precision}", f"corpus.tasks.count={count}", *overrides]
+        values.append(f"rollout.cuda_graphs={str(self.setting.cuda).lower()}")
         values += self.setting.pick(MODEL, SMALL)
         if tokenizer is not None:
             values.append(f"tokenizer.path={tokenizer}")

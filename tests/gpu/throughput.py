@@ -42,6 +42,9 @@ SEQUENCE = 8192
 EIGHT = "8B-shaped"
 DOCUMENTS = (64, 2048)
 """Tokens of documents in packed rows."""
+PLAIN, PACKED = "plain PyTorch", "packed documents"
+SECONDS = {PLAIN: 60.0}
+"""That something needs, where that is not 20."""
 ROOM = 0.85
 """Share of the device's memory that as many layers as fit may take, by the plan."""
 FORMULA = "3 tokens (2 layer weights + 4 layers * query channels * (sequence + 1) / 2 + 2 hidden * vocabulary)"
@@ -84,37 +87,55 @@ def step_flops(made: Architecture, sequence: int, tokens: int) -> float:
 
 
 def run(evidence: Evidence, setting: Setting) -> None:
-    """Rates of the device, then every model in every precision, then the baselines."""
+    """Rates of the device, then what `order` says."""
     evidence.figure("FLOPs of a step", FORMULA)
     gpu = sheet(setting)
     best = rates.measure(evidence, setting, "square", rates.square(setting))
     cases = cases_of(setting.small)
     if EIGHT in cases:
         cut_to_fit(evidence, setting, cases, gpu)
+    recipes = setting.recipes(next(iter(cases.values())).made.model, evidence)
+    whole: dict[str, Timing] = {}
+    for name, what in order(recipes, setting):
+        if name not in cases:
+            continue
+        text, case = f"{name}: {what}", cases[name]
+        if not evidence.enough(text, setting.pick(SECONDS.get(what, 20.0), 1.0)):
+            continue
+        with evidence.attempt(text):
+            if what == PLAIN:
+                plain(evidence, setting, case, best, whole.get(name))
+            elif what == PACKED:
+                packed(evidence, setting, case, whole.get(name))
+            else:
+                timing = ours_of(evidence, setting, case, what, best, gpu)
+                if what == "bf16":
+                    whole[name] = timing
+        release()
     for case in cases.values():
-        for name, shape in rates.shapes_of(case.made, case.micro * case.sequence).items():
-            rates.measure(evidence, setting, f"{case.made.name} {name}", shape, repeats=3)
+        if evidence.enough(f"{case.made.name}: products of its layers", setting.pick(10.0, 1.0)):
+            for name, shape in rates.shapes_of(case.made, case.micro * case.sequence).items():
+                rates.measure(evidence, setting, f"{case.made.name} {name}", shape, repeats=3)
         release()
-    ours: dict[str, Timing] = {}
-    names = ["bf16", *setting.recipes(next(iter(cases.values())).made.model, evidence)]
-    for name, case in cases.items():
-        for precision in names if setting.cuda else ["fp32", "bf16"]:
-            if evidence.enough(f"{name} {precision}", setting.pick(20.0, 1.0)):
-                with evidence.attempt(f"{name} {precision}"):
-                    timing = ours_of(evidence, setting, case, precision, best, gpu)
-                    if precision == "bf16":
-                        ours[name] = timing
-                release()
-    packed_name = setting.pick("1B", "tiny")
-    if evidence.enough(f"{packed_name}: packed documents", setting.pick(20.0, 1.0)):
-        with evidence.attempt(f"{packed_name}: packed documents"):
-            packed(evidence, setting, cases[packed_name], ours.get(packed_name))
-        release()
-    for name, case in cases.items():
-        if evidence.enough(f"{name}: plain PyTorch", setting.pick(60.0, 1.0)):
-            with evidence.attempt(f"{name}: plain PyTorch"):
-                plain(evidence, setting, case, best, ours.get(name))
-            release()
+
+
+def order(recipes: list[str], setting: Setting) -> list[tuple[str, str]]:
+    """Models, and what is measured of each: the most important first, as a part may be ended before its end."""
+    if setting.small:
+        names = ["bf16", *recipes] if setting.cuda else ["fp32", "bf16"]
+        return [("tiny", what) for what in (*names, PACKED, PLAIN)]
+    return [
+        ("1B", "bf16"),
+        (EIGHT, "bf16"),
+        *((EIGHT, recipe) for recipe in recipes),
+        ("1B", PACKED),
+        ("1B", PLAIN),
+        *(("1B", recipe) for recipe in recipes),
+        ("125M", "bf16"),
+        ("125M", PLAIN),
+        (EIGHT, PLAIN),
+        *(("125M", recipe) for recipe in recipes),
+    ]
 
 
 def cases_of(small: bool) -> dict[str, Case]:

@@ -173,7 +173,7 @@ def configuration(setting: Setting, material: Material, precision: str) -> RunCo
         seed=11,
         model=with_precision(material.model, precision),
         text=material.text,
-        rollout=RolloutConfig(engine="vllm") if beside else RolloutConfig(),
+        rollout=RolloutConfig(engine="vllm") if beside else RolloutConfig(cuda_graphs=setting.cuda),
         mstep=MStepConfig(
             steps=steps,
             global_batch_size=rows,

@@ -25,6 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found.mkdir(parents=True)
     for name in ("libcudnn.so.9", "libcudnn_graph.so.9", "libcudnn_ops.so.9", "other.so.1"):
         (found / name).touch()
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(libraries, "_maps", lambda: MAPS.format(folder=found).splitlines())
     return found
 
@@ -51,6 +52,17 @@ def test_where_torch_has_loaded_none_nothing_happens() -> None:
     environment: dict[str, str] = {}
     assert loaded_from(["7f00-7f01 r--p 00000000 08:01 12 /usr/lib/libc.so.6"]) is None
     assert share_cudnn(environment) is None and not environment  # torch for CPUs
+
+
+def test_behind_another_one_it_is_too_late(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError(
+            "cuDNN version incompatibility: PyTorch was compiled against 9.19. PyTorch already comes with"
+        )
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    environment: dict[str, str] = {}
+    assert share_cudnn(environment) is None and not environment
 
 
 def test_the_version_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
