@@ -19,7 +19,8 @@ NAMED = "CUDNN_HOME"
 
 
 def share_cudnn(environment: MutableMapping[str, str] = os.environ) -> Path | None:
-    """Name the folder of torch's cuDNN in the environment, and load its parts; None when torch has none that it can use.
+    """Name the folder of torch's cuDNN in the environment, and load its parts; None when torch has none that it can
+    use.
 
     Before Transformer Engine is imported. Nothing is changed where the environment names that folder, or one around it.
     """
