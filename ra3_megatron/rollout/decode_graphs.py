@@ -220,7 +220,8 @@ class CudaRecorder:
                 function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads, as NCCL's that watches, go on with what they do
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = function()
         graph.replay()  # recording computes nothing
         return out, graph.replay

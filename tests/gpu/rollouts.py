@@ -15,10 +15,13 @@ from benchmarks import rollout
 from benchmarks.measure import alternate
 from benchmarks.rollout import Workload
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.rollout.decode_graphs import DecodeGraphs
+from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
 from ra3_megatron.rollout.protocol import GenerateRequest
+from ra3_megatron.rollout.stage_pass import StagePass
 from tests.gpu.evidence import Evidence
-from tests.gpu.setting import Setting, release, with_precision
+from tests.gpu.setting import NEEDS_GPU, Setting, relative, release, with_precision
 
 RATES = (0.1, 0.3)
 """Share of lines with a thought."""
@@ -28,6 +31,10 @@ MODELS = {
         num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8
     ),
 }
+PASSES = 6
+"""That are compared: the first one is recorded."""
+AGREE = 1e-2
+"""Relative difference in bf16: slots are padded, so sums have another order."""
 TOKENS, ROWS = 64, (1, 32, 256)
 """Tokens that are decoded behind each prompt; prompts at once."""
 
@@ -41,6 +48,7 @@ def run(evidence: Evidence, setting: Setting) -> None:
             with evidence.attempt(name):
                 precision = "bf16" if setting.cuda else "fp32"
                 mine = replace(work, config=with_precision(shape, precision))
+                agree(evidence, setting, name, mine)
                 decode(evidence, setting, name, mine)
                 sample(evidence, setting, name, mine)
             release()
@@ -60,6 +68,25 @@ def sample(evidence: Evidence, setting: Setting, name: str, work: Workload) -> N
             fast, slow = result.timings[f"jump-ahead{suffix}"], result.timings[f"naive{suffix}"]
             text = f"{name}, thoughts on {rate:.0%} of lines{suffix}: jump-ahead, of one request per line"
             evidence.figure(text, slow.median / fast.median)
+
+
+def agree(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
+    """Passes that are graphs compute what passes that are none do: hidden states of the same tokens."""
+    if not setting.cuda:
+        evidence.missing(f"{name}: passes that are graphs", NEEDS_GPU)
+        return
+    stage = StagePass(work.model(setting.runtime), setting.runtime)
+    session = KVSession(stage)
+    prompts = [[work.tokenizer.bos, *document.lines[0].body] for document in work.documents]
+    session.open(len(prompts))
+    session.feed(prompts)
+    plain = session.split(range(session.rows))
+    decoding = DecodeGraphs(stage).decoding(session, PASSES)
+    worst = 0.0
+    for token in range(PASSES):
+        new = [[5 + token + row] for row in range(plain.rows)]
+        worst = max(worst, relative(decoding.feed(new)[0], plain.feed(new)[0]))
+    evidence.check(f"{name}: a pass that is a graph, off one that is none", worst, AGREE, unit="relative difference")
 
 
 def decode(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
