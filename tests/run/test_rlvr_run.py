@@ -141,7 +141,9 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_been(
     assert all((whole / "responses" / n).read_bytes() == (run / "responses" / n).read_bytes() for n in names)
 
 
-@pytest.mark.parametrize("layout", ["data=2", pytest.param("tensor=2", marks=pytest.mark.extended), "pipeline=2"])
+@pytest.mark.parametrize(
+    "layout", ["data=2", *(pytest.param(each, marks=pytest.mark.extended) for each in ("tensor=2", "pipeline=2"))]
+)
 def test_other_layouts_give_the_same_numbers(
     layout: str, whole: Path, ra3: Ra3, arguments: tuple[str, ...], tmp_path: Path
 ) -> None:

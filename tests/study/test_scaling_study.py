@@ -279,6 +279,7 @@ def test_arrays_by_nodes(small: Path) -> None:
     assert script.endswith("exec ra3 study scaling 'a b/scaling.yaml' --cell \"$SLURM_ARRAY_TASK_ID\"\n")
 
 
+@pytest.mark.extended
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_a_real_study_on_one_and_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
