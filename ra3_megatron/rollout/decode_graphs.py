@@ -19,7 +19,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.mcore.attention import CacheView, LayerCache, RowGroup
 from ra3_megatron.mcore.batch import TokenBatch
-from ra3_megatron.rollout.kv_session import GROWTH, KVSession
+from ra3_megatron.rollout.kv_session import GROWTH, KVSession, Longs
 from ra3_megatron.rollout.stage_pass import StagePass
 
 SLOTS = 256
@@ -91,7 +91,7 @@ class DecodeGraphs:
         """The first rows of the buffers."""
         return [LayerCache(cache.keys[:rows], cache.values[:rows]) for cache in self._caches]
 
-    def forward(self, inputs: Sequence[Sequence[int]], rows: int, slots: int) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Longs, rows: int, slots: int) -> tuple[Tensor, Tensor]:
         """Hidden states [rows, hidden] of a token of each row, and the inputs on the device, long [3, rows].
 
         inputs: token and position of each row, and what else is to cross with them. What is returned is valid until the
@@ -143,7 +143,7 @@ class GraphDecoding:
             if new:
                 inputs[0, place] = new[0]
         inputs[2, : len(fed)] = [self._places[row] for row in fed]
-        hidden, there = self._graphs.forward(inputs, self._rows, self._slots)  # type: ignore[arg-type]
+        hidden, there = self._graphs.forward(inputs, self._rows, self._slots)
         for row in fed:
             self._lengths[row] += 1
         begins = np.cumsum([0, *(len(new) for new in tokens)])[:-1].tolist()
@@ -178,24 +178,22 @@ class _Pass:
         self._stage, self._caches, self._rows, self._slots = stage, caches, rows, slots
         device = stage.runtime.device
         self.inputs = torch.zeros(3, rows, dtype=torch.long, device=device)
-        self._host = torch.zeros(3, rows, dtype=torch.long, pin_memory=device.type == "cuda")
         self._again: Callable[[], None] | None = None
 
-    def begin(self, inputs: Sequence[Sequence[int]], record: Recorder) -> None:
+    def begin(self, inputs: Longs, record: Recorder) -> None:
         """The first time."""
         self._move(inputs)
         self.hidden, self._again = record(self._forward)
 
-    def again(self, inputs: Sequence[Sequence[int]]) -> None:
+    def again(self, inputs: Longs) -> None:
         """Every other time."""
         assert self._again is not None
         self._move(inputs)
         self._again()
 
-    def _move(self, inputs: Sequence[Sequence[int]]) -> None:
-        # the tokens of the last pass were waited for, so its transfer is over
-        self._host.copy_(torch.as_tensor(inputs))
-        self.inputs.copy_(self._host, non_blocking=True)
+    def _move(self, inputs: Longs) -> None:
+        host = torch.from_numpy(inputs)
+        self.inputs.copy_(host.pin_memory() if self.inputs.is_cuda else host, non_blocking=True)
 
     def _forward(self) -> Tensor:
         ids, positions = self.inputs[0], self.inputs[1]
