@@ -126,6 +126,24 @@ def test_saving_and_loading_change_nothing(runtime: Runtime, tmp_path: Path) -> 
     assert torch.equal(torch.rand(5), drawn)
 
 
+def test_generators_of_another_kind_of_device_stay_as_they_are(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's generator has a state of 16 bytes: a checkpoint that was saved on one loads here, but for that."""
+    trainer = make_trainer(SINGLE, runtime, STEPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
+        torch.manual_seed(5)
+        saved = torch.get_rng_state()
+        checkpoint.save(tmp_path / "gpu", trainer.model, runtime, {"step": 0}, trainer)
+    torch.manual_seed(6)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda *_: pytest.fail("a GPU's state was put into a CPU's generator")
+    )
+    checkpoint.load(tmp_path / "gpu", trainer.model, runtime, trainer)
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
 def test_weights_alone(runtime: Runtime, tmp_path: Path) -> None:
     source, target = build(SINGLE, runtime, seed=5), build(SINGLE, runtime, seed=6)
     checkpoint.save(tmp_path / "weights", source, runtime, {"note": [1, "two"]})
