@@ -129,6 +129,9 @@ class GraphDecoding:
         for buffer, cache in zip(graphs.caches(session.rows), session.caches, strict=True):
             buffer.keys[:, :, :used] = cache.keys[:, :, :used]
             buffer.values[:, :, :used] = cache.values[:, :, :used]
+            # what earlier rows left is masked, but 0 times NaN is NaN: a model that diverged would outlive its repair
+            buffer.keys[:, :, used:slots] = 0
+            buffer.values[:, :, used:slots] = 0
         session.open(0)
 
     @torch.no_grad()

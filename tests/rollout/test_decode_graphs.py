@@ -157,6 +157,28 @@ def test_what_drops_a_graph(model: LanguageModel, runtime: Runtime, monkeypatch:
     assert graphs.recorded == [(1, 16), (2, 16)]
 
 
+def test_what_a_diverged_model_left_is_not_attended_to(model: LanguageModel, runtime: Runtime) -> None:
+    """NaN in slots behind a row would spoil it, mask or not."""
+    stage = StagePass(model, runtime)
+    graphs = DecodeGraphs(stage, Again())
+
+    def decode(length: int) -> Tensor:
+        session = KVSession(stage)
+        session.open(2)
+        session.feed([[3] * length, [4] * length])
+        return graphs.decoding(session, more=2).feed([[5], [6]])[0].clone()
+
+    weight = model.decoder.layers[0].self_attention.linear_qkv.weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    assert decode(20).isnan().any()
+    with torch.no_grad():
+        weight.copy_(good)
+    torch.testing.assert_close(decode(8)[0], hidden_of(model, [3] * 8 + [5])[-1], atol=2e-5, rtol=1e-5)
+    assert len(graphs.recorded) == 1, "the buffers are the same ones"
+
+
 def test_what_is_no_decoding(model: LanguageModel, runtime: Runtime) -> None:
     stage = StagePass(model, runtime)
     session = KVSession(stage)
