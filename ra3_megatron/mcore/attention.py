@@ -154,7 +154,7 @@ class CachedAttention(MegatronModule):
         """Causal attention of each document by itself: in one kernel where there is one that takes documents of any
         length, else documents of like length together."""
         packing = packing_of(segments)
-        if not (self.training and self.dropout) and variable_length.takes(query):
+        if self._takes_any_length(query):
             return self._of_any_length(query, key, value, packing)
         s, b, h, d = query.shape
         flat = [x.transpose(0, 1).reshape(b * s, -1) for x in (query, key, value)]
@@ -164,6 +164,9 @@ class CachedAttention(MegatronModule):
             attended = self._attend(q, k, v, None).transpose(1, 2).reshape(-1, h * d)
             out = out.index_copy(0, bucket.places, attended.index_select(0, bucket.sources))
         return out.view(b, s, h * d).transpose(0, 1).contiguous()
+
+    def _takes_any_length(self, query: Tensor) -> bool:
+        return not (self.training and self.dropout) and variable_length.takes(query)
 
     def _of_any_length(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         s, b, h, d = query.shape

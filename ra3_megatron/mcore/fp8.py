@@ -95,9 +95,12 @@ def computed(chunks: Iterable[torch.nn.Module]) -> dict[str, str]:
 
 
 def require_computed(model: ModelConfig, found: dict[str, str]) -> None:
-    """Raise RuntimeError unless the products of an FP8 model were computed as asked, of those that `computed` lists."""
+    """Raise RuntimeError unless the products of an FP8 model were computed as asked, of those that `computed` lists,
+    and the attention of their layers, too, where it was to be in FP8."""
     if model.fp8_recipe is None:
         return
+    if model.fp8.attention:  # a kernel that never ran is not in the list: others ran instead
+        found = {f"{name.split('.')[0]}.attention": "no FP8 kernel" for name in found} | found
     wrong = [
         f"layer {name} in {precision}"
         for name, precision in found.items()

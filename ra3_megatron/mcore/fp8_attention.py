@@ -13,7 +13,8 @@ BLOCK = 128
 
 
 class Fp8Attention(CachedAttention):
-    """`CachedAttention` whose plain causal passes, which training and scoring are made of, run in FP8.
+    """`CachedAttention` whose plain causal passes, which training and scoring are made of, run in FP8; those of packed
+    rows by documents of like length.
 
     Within Megatron-Core's FP8 context Transformer Engine picks a kernel that computes in FP8, or raises; it never falls
     back to bf16. Passes with a cache (sampling) are those of `CachedAttention`.
@@ -24,6 +25,9 @@ class Fp8Attention(CachedAttention):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         self.kernel = TEDotProductAttention(config, layer_number, AttnMaskType.causal, "self", softmax_scale=self.scale)
+
+    def _takes_any_length(self, query: Tensor) -> bool:
+        return False  # torch's kernel computes in 16 bits
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         if visible is not None or self.cache is not None:

@@ -1,7 +1,7 @@
 """Output layer and events in one, on GPUs: what `event_log_probs` computes, from hidden states.
 
-The logits are held in the type of the weights, are read once, and become their own gradient where they lie (as in
-`target_log_probs`). See `vocab_parallel` for what an event, its entropy and its margin are.
+The logits are read once, and become their own gradient where they lie (`held_logits`). See `vocab_parallel` for what an
+event, its entropy and its margin are.
 
 Shapes: n positions, V_local = this rank's share of the padded vocabulary, R rows of the table of token sets.
 """
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ra3_megatron.mcore.target_log_probs import parts, plus_product
-from ra3_megatron.mcore.vocab_parallel import ALL, TARGET, VocabularyShard
+from ra3_megatron.mcore.held_logits import HeldLogits
+from ra3_megatron.mcore.vocab_parallel import ALL, TARGET, VocabularyShard, at_columns
 
 TINY = torch.finfo(torch.float32).tiny
 NO_SET = -1
@@ -76,20 +76,14 @@ class _HiddenEvents(torch.autograd.Function):
         from ra3_megatron.mcore.triton_kernels import event_statistics
 
         n = hidden.shape[0]
-        local = events.targets - shard.start
-        mine = (local >= 0) & (local < shard.real)
-        local = torch.where(mine, local, -1)
-        keep = keep and any(ctx.needs_input_grad[:2])
-        kept = hidden.new_empty(n if keep else min(n, positions), weight.shape[0])
+        local = shard.columns(events.targets)
+        logits_of = HeldLogits(hidden, weight, keep and any(ctx.needs_input_grad[:2]), positions)
         found = torch.empty(7, n, dtype=torch.float32, device=hidden.device)
-        at_target = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-        for part in parts(n, positions):
-            logits = kept[part] if keep else kept[: part.stop - part.start]
-            torch.mm(hidden[part], weight.t(), out=logits)
+        at_target = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        for part, logits in logits_of.forward(hidden, weight):
             rows = (events.numerator[part], events.denominator[part], events.merged[part])
             found[:, part] = event_statistics(logits, shard.sets, *rows, events.temperature, shard.real)
-            value = logits.gather(1, local[part].clamp_min(0)[:, None])[:, 0].float() / events.temperature
-            at_target[part] = torch.where(mine[part], value, 0.0)
+            at_target[part] = at_columns(logits, local[part]) / events.temperature
         top, total, weighted, total_m, weighted_m, top_a, total_a = _over_ranks(found, shard).unbind()
         if shard.group is not None:
             dist.all_reduce(at_target, op=dist.ReduceOp.SUM, group=shard.group)
@@ -105,8 +99,7 @@ class _HiddenEvents(torch.autograd.Function):
         entropy = torch.where(events.merged == NO_SET, entropy, entropy + unmerged - p_merged * log_merged)
         log_a = torch.where(events.numerator == NO_SET, 0.0, total_a.log() + top_a)
         ctx.save_for_backward(hidden, weight, local, torch.stack((log_total + top, log_a, log_merged, entropy)))
-        ctx.kept, ctx.events, ctx.shard = (kept if keep else None), events, shard
-        ctx.positions, ctx.spent = positions, False
+        ctx.logits_of, ctx.events, ctx.shard = logits_of, events, shard
         ctx.mark_non_differentiable(margin)
         return log_prob, entropy, margin
 
@@ -115,22 +108,11 @@ class _HiddenEvents(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from ra3_megatron.mcore.triton_kernels import event_gradient_
 
-        if ctx.spent:
-            raise RuntimeError("hidden_events can be differentiated once: its logits became the gradient")
-        ctx.spent = True
         hidden, weight, local, known = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
-        events, shard, n = ctx.events, ctx.shard, hidden.shape[0]
+        events, shard = ctx.events, ctx.shard
         rows = torch.cat((torch.stack(gradients[:2]).float(), known))
-        of_hidden = torch.empty_like(hidden)
-        of_weight: Tensor | None = None
-        buffer = hidden.new_empty(min(n, ctx.positions), weight.shape[0]) if kept is None else None
-        for part in parts(n, ctx.positions):
-            if kept is not None:
-                logits = kept[part]
-            else:
-                assert buffer is not None
-                logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - part.start])
+
+        def differentiate(part: slice, logits: Tensor) -> None:
             event_gradient_(
                 logits,
                 shard.sets,
@@ -142,12 +124,8 @@ class _HiddenEvents(torch.autograd.Function):
                 events.temperature,
                 shard.real,
             )
-            torch.mm(logits, weight, out=of_hidden[part])
-            if kept is None:
-                of_weight = plus_product(of_weight, logits, hidden[part])
-        if kept is not None:
-            of_weight = plus_product(None, kept, hidden)
-        return of_hidden, of_weight, None, None, None, None
+
+        return (*ctx.logits_of.backward(hidden, weight, differentiate), None, None, None, None)
 
 
 def _over_ranks(found: Tensor, shard: VocabularyShard) -> Tensor:

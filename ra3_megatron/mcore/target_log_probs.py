@@ -2,10 +2,8 @@
 
     log p(t | h) = w_t . h - log sum_v exp(w_v . h)
 
-The logits are held in the type of the weights, and become their own gradient where they lie, so that neither fp32
-copies of them nor a second product for the backward pass are needed (`keep=False`: they are computed again there, a few
-positions at a time, for memory). What is rounded is what `event_log_probs` rounds: logits once, and their gradient.
-Arithmetic on them is fp32.
+Neither fp32 copies of the logits nor a second product for the backward pass are needed (`held_logits`). What is rounded
+is what `event_log_probs` rounds: logits once, and their gradient. Arithmetic on them is fp32.
 
 Shapes: n positions, V_local = this rank's share of the padded vocabulary.
 """
@@ -18,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ra3_megatron.mcore.hardware import has_triton
-from ra3_megatron.mcore.vocab_parallel import VocabularyShard
+from ra3_megatron.mcore.held_logits import HeldLogits
+from ra3_megatron.mcore.vocab_parallel import VocabularyShard, at_columns
 
 
 def target_log_probs(
@@ -39,59 +38,28 @@ class _TargetLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, keep: bool, positions: int
     ) -> Tensor:
         n = hidden.shape[0]
-        local = targets - shard.start
-        mine = (local >= 0) & (local < shard.real)
-        local = torch.where(mine, local, -1)
-        keep = keep and any(ctx.needs_input_grad[:2])
-        kept = hidden.new_empty(n if keep else min(n, positions), weight.shape[0])
+        local = shard.columns(targets)
+        logits_of = HeldLogits(hidden, weight, keep and any(ctx.needs_input_grad[:2]), positions)
         log_total = torch.empty(n, dtype=torch.float32, device=hidden.device)
-        at_target = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-        for part in parts(n, positions):
-            logits = kept[part] if keep else kept[: part.stop - part.start]
-            torch.mm(hidden[part], weight.t(), out=logits)
+        at_target = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        for part, logits in logits_of.forward(hidden, weight):
             log_total[part] = _logsumexp(logits, shard.real)
-            found = logits.gather(1, local[part].clamp_min(0)[:, None])[:, 0].float()
-            at_target[part] = torch.where(mine[part], found, 0.0)
+            at_target[part] = at_columns(logits, local[part])
         log_total, at_target = _over_ranks(log_total, at_target, shard)
         ctx.save_for_backward(hidden, weight, local, log_total)
-        ctx.kept, ctx.real, ctx.positions, ctx.spent = (kept if keep else None), shard.real, positions, False
+        ctx.logits_of, ctx.real = logits_of, shard.real
         return at_target - log_total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError("target_log_probs can be differentiated once: its logits became the gradient")
-        ctx.spent = True
         hidden, weight, local, log_total = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
-        n, given = hidden.shape[0], gradients[0].float().contiguous()
-        of_hidden = torch.empty_like(hidden)
-        of_weight: Tensor | None = None
-        buffer = hidden.new_empty(min(n, ctx.positions), weight.shape[0]) if kept is None else None
-        for part in parts(n, ctx.positions):
-            if kept is not None:
-                logits = kept[part]
-            else:
-                assert buffer is not None
-                logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - part.start])
+        given = gradients[0].float().contiguous()
+
+        def differentiate(part: slice, logits: Tensor) -> None:
             _gradient_(logits, log_total[part], local[part], given[part], ctx.real)
-            torch.mm(logits, weight, out=of_hidden[part])
-            if kept is None:
-                of_weight = plus_product(of_weight, logits, hidden[part])
-        if kept is not None:
-            of_weight = plus_product(None, kept, hidden)
-        return of_hidden, of_weight, None, None, None, None
 
-
-def parts(n: int, positions: int) -> list[slice]:
-    """Slices of so many positions that cover n."""
-    return [slice(start, min(n, start + positions)) for start in range(0, n, positions)]
-
-
-def plus_product(total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of the weights: total + gradient^T hidden, in place where there is a total."""
-    return gradient.t() @ hidden if total is None else total.addmm_(gradient.t(), hidden)
+        return (*ctx.logits_of.backward(hidden, weight, differentiate), None, None, None, None)
 
 
 def _logsumexp(logits: Tensor, real: int) -> Tensor:

@@ -43,6 +43,11 @@ class VocabularyShard:
     group: dist.ProcessGroup | None
     """Tensor-parallel group; None: the vocabulary is whole."""
 
+    def columns(self, tokens: Tensor) -> Tensor:
+        """Where tokens stand in this share, long; -1: in another one."""
+        local = tokens - self.start
+        return torch.where((local >= 0) & (local < self.real), local, -1)
+
 
 def shard_sets(sets: Tensor, size: int, rank: int, world: int, group: dist.ProcessGroup | None) -> VocabularyShard:
     """The share of `rank` in token sets [R, vocab], for a vocabulary padded to `size` and split over `world` ranks."""
@@ -52,6 +57,12 @@ def shard_sets(sets: Tensor, size: int, rank: int, world: int, group: dist.Proce
     share = torch.zeros(sets.shape[0], local, dtype=torch.bool, device=sets.device)
     share[:, :real] = sets[:, start : start + real]
     return VocabularyShard(start=start, real=real, sets=share, group=group if world > 1 else None)
+
+
+def at_columns(logits: Tensor, columns: Tensor) -> Tensor:
+    """The logit of each row in its column, fp32 [n]; 0 where that is -1. logits: [n, V_local]."""
+    found = logits.gather(1, columns.clamp_min(0)[:, None])[:, 0].float()
+    return torch.where(columns >= 0, found, 0.0)
 
 
 def event_log_probs(
@@ -111,10 +122,8 @@ class _EventLogProbs(torch.autograd.Function):
         top, top_event = peak[:n], peak[n:]
         # a rank may hold no token of B at all: its -inf stay -inf
         shifted = x.sub_(top[:, None])
-        local = targets - shard.start
-        mine = (local >= 0) & (local < shard.real)
-        at_target = shifted.gather(1, local.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
-        at_target = torch.where(mine, at_target, torch.zeros_like(at_target))
+        local = shard.columns(targets)
+        at_target = at_columns(shifted, local)
         logged = None
         if with_entropy:
             weight = shifted.exp()
@@ -150,7 +159,7 @@ class _EventLogProbs(torch.autograd.Function):
             log_prob[in_set] = pieces[-1].log() + top_event - top[in_set] - log_total[in_set]
         ctx.dtype = logits.dtype
         share = None if event_weight is None else event_weight.div_(pieces[-1][:, None])
-        ctx.save_for_backward(weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask)
+        ctx.save_for_backward(weight, total, local, in_set, in_merged, entropy, share, log_merged, merged_mask)
         ctx.spent = False
         margin = pieces[1].clone()
         ctx.mark_non_differentiable(margin)
@@ -163,7 +172,7 @@ class _EventLogProbs(torch.autograd.Function):
             raise RuntimeError("event_log_probs can be differentiated once: its probabilities became the gradient")
         ctx.spent = True
         grad_log_prob, grad_entropy, _ = grads
-        weight, total, local, mine, in_set, in_merged, entropy, share, log_merged, merged_mask = ctx.saved_tensors
+        weight, total, local, in_set, in_merged, entropy, share, log_merged, merged_mask = ctx.saved_tensors
         bonus = None
         rows = torch.nonzero(grad_entropy).flatten()
         if len(rows):
@@ -179,7 +188,7 @@ class _EventLogProbs(torch.autograd.Function):
             bonus = p * (outcome + entropy[rows][:, None]) * grad_entropy[rows][:, None]
         # d log P(A|B) / dx = 1_A p / P_A - 1_B p; the probabilities are overwritten by the gradient
         grad = weight.mul_((-grad_log_prob / total)[:, None])
-        single = mine.clone()
+        single = local >= 0
         single[in_set] = False
         at = torch.nonzero(single).flatten()
         grad[at, local[at]] += grad_log_prob[at]

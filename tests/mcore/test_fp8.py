@@ -112,6 +112,8 @@ def test_attention_that_was_asked_for_in_fp8_is_asked_too() -> None:
     Recipe.fp8_dpa = False
     with pytest.raises(RuntimeError, match=r"computed layer 0\.attention in bf16"):
         require_computed(asked, computed([chunk]))
+    with pytest.raises(RuntimeError, match=r"computed layer 0\.attention in no FP8 kernel"):
+        require_computed(asked, computed([layers(Recipe)]))
 
 
 def test_layers_of_megatron_core_say_nothing() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore import packing, variable_length
 from ra3_megatron.mcore.attention import CachedAttention
+from ra3_megatron.mcore.fp8_attention import Fp8Attention
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.packing import packing_of, read_packing, remember
 from ra3_megatron.mcore.startup import Runtime
@@ -104,6 +105,27 @@ def test_one_kernel_and_buckets(runtime: Runtime, monkeypatch: pytest.MonkeyPatc
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert not found[0].transpose(0, 1)[segments < 0].any()
+
+
+def test_attention_in_fp8_takes_no_kernel_of_16_bits(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows go through Transformer Engine's kernel (here one that computes the same), or FP8 would be off."""
+    layer = chunks_of(build(ParallelConfig(threads=1), runtime))[0].decoder.layers[0].self_attention.core_attention
+    segments = torch.tensor(ROWS)
+    expected = attended(layer, segments)
+    calls: list[int] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        calls.append(1)
+        one = [x.permute(1, 2, 0, 3) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*one, is_causal=True, scale=layer.scale, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    layer.__class__, layer.kernel = Fp8Attention, kernel
+    monkeypatch.setattr(variable_length, "takes", lambda _: True)
+    found = attended(layer, segments)
+    assert calls
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_batch_says_of_itself_is_what_the_model_would_find(runtime: Runtime) -> None:

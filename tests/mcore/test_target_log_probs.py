@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ra3_megatron.config.model import ParallelConfig
-from ra3_megatron.mcore import target_log_probs as module
+from ra3_megatron.mcore import held_logits as module
 from ra3_megatron.mcore.startup import initialize
 from ra3_megatron.mcore.target_log_probs import target_log_probs
 from ra3_megatron.mcore.vocab_parallel import shard_sets
