@@ -95,6 +95,13 @@ class KVSession:
             mine.values = torch.cat([mine.values[:, :, :slots], theirs.values[:, :, :slots]])
         self.lengths = self.lengths + other.lengths
 
+    def extend(self, rows: int) -> None:
+        """Put empty rows behind those of this session."""
+        if rows:
+            empty = KVSession(self.stage)
+            empty.open(rows)
+            self.append(empty)
+
     def cut(self, lengths: Sequence[int]) -> None:
         """Forget what is behind these lengths."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
@@ -119,7 +126,7 @@ class KVSession:
         for group in groups:
             arrays += [group.members, group.index, group.places, group.sources, positions[group.index]]
         # one transfer: each costs a GPU's host as much as the kernels of a layer
-        token_ids, row_of, position_of, *rest = _to_device(arrays, self.device)
+        token_ids, row_of, position_of, *rest = to_device(arrays, self.device)
         view = CacheView(row_of, position_of, [])
         for n, group in enumerate(groups):
             members, index, places, sources, at = rest[5 * n : 5 * n + 5]
@@ -173,8 +180,8 @@ class KVSession:
             new.values[:, :, :used] = before.values[:, :, :used]
 
 
-def _to_device(arrays: list[Longs], device: torch.device) -> list[Tensor]:
-    """Arrays of whole numbers as tensors, in one transfer."""
+def to_device(arrays: list[Longs], device: torch.device) -> list[Tensor]:
+    """Arrays of whole numbers as tensors, long, in one transfer that the host does not wait for."""
     whole = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int64, copy=False))
     if device.type == "cuda":
         whole = whole.pin_memory()

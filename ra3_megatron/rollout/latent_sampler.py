@@ -4,10 +4,15 @@
 these decisions are exact, because up to there the text is the expert's. The number of rounds is the number
 of thoughts, not of lines. `naive` asks for one line at a time. Both draw line t of a transcript from the same
 uniforms, so they sample the same transcript; the law is that of q in method.md.
+
+Transcripts have different numbers of thoughts: the place of one that is done is taken by one that waits, so a round
+is full until none waits.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -21,8 +26,8 @@ from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Transcript
 
 LOOK_AHEAD = 1.0
-"""Lines asked for at once, in units of the mean distance between thoughts (the first round asks for all of them: the
-transcripts of one document share that pass). It changes the cost, never the outcome."""
+"""Lines asked for at once, in units of the mean distance between thoughts (the first request of a transcript asks for
+all of them: the transcripts of one document share that pass). It changes the cost, never the outcome."""
 
 
 @dataclass(frozen=True)
@@ -86,35 +91,50 @@ class LatentSampler:
 
     def sample(self, jobs: Sequence[Job]) -> list[Transcript]:
         """One transcript of each job, in order. Documents of like length are sampled together."""
-        order = sorted(range(len(jobs)), key=lambda i: (_length(jobs[i].document, self.latents), i))
+        waiting = deque(sorted(range(len(jobs)), key=lambda i: (_length(jobs[i].document, self.latents), i)))
         transcripts: list[Transcript | None] = [None] * len(jobs)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for i, transcript in zip(batch, self._sample_batch([jobs[i] for i in batch]), strict=True):
-                transcripts[i] = transcript
-        return [t for t in transcripts if t is not None]
-
-    def _sample_batch(self, jobs: Sequence[Job]) -> list[Transcript]:
-        rows = [self._open(number, job) for number, job in enumerate(jobs)]
-        active = [row for row in rows if not row.done]
-        window = 1 if self.method == "naive" else max(len(row.job.document.lines) for row in rows)
+        active: list[_Row] = []
         decided = thoughts = 0
         self.engine.forget()
-        while active:
+        while True:
+            active += [self._open(number, jobs[number]) for number in self._next(jobs, waiting, len(active))]
+            if not active:
+                break
             watchdog.touch()
             if self.method == "naive" and not self.naive_cache:
                 self.engine.forget()
-            requests = [self._request(row, window) for row in active]
+            window = max(1, round(LOOK_AHEAD * decided / thoughts)) if thoughts else None
+            requests = [self._request(row, self._lines(row, window)) for row in active]
             for row, request, completion in zip(active, requests, self.engine.advance(requests), strict=True):
                 before = row.line
                 self._apply(row, request, completion)
                 decided += row.line - before
                 thoughts += completion.thought_line is not None
+                if row.done:
+                    transcripts[row.number] = self._transcript(row)
             active = [row for row in active if not row.done]
-            if self.method == "jump_ahead" and thoughts:
-                window = max(1, round(LOOK_AHEAD * decided / thoughts))
         self.engine.forget()
-        return [self._transcript(row) for row in rows]
+        return [t for t in transcripts if t is not None]
+
+    def _next(self, jobs: Sequence[Job], waiting: deque[int], active: int) -> list[int]:
+        """Jobs to begin with beside `active` others: those of one document together, which share its first pass, as
+        long as they have places. Where nothing else is active every place is taken."""
+        taken: list[int] = []
+        while waiting and (free := self.batch_size - active - len(taken)) > 0:
+            documents = (jobs[number].document for number in waiting)
+            _, together = next(groupby(documents, key=id))
+            group = len(list(together))
+            if active and group > free:
+                break
+            taken += [waiting.popleft() for _ in range(min(group, free))]
+        return taken
+
+    def _lines(self, row: _Row, window: int | None) -> int:
+        """How many to ask for. window: none: no thought has been taken yet."""
+        if self.method == "naive":
+            return 1
+        left = len(row.job.document.lines) - row.line
+        return left if window is None or not row.line else min(window, left)
 
     def _open(self, number: int, job: Job) -> _Row:
         lines = job.document.lines

@@ -18,7 +18,7 @@ from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import event_log_probs
 from ra3_megatron.rollout.choice import choose, last_of_sets
 from ra3_megatron.rollout.decode_graphs import DecodeGraphs, Decoding, PlainDecoding
-from ra3_megatron.rollout.kv_session import KVSession
+from ra3_megatron.rollout.kv_session import KVSession, to_device
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
 from ra3_megatron.rollout.stage_pass import StagePass
 from ra3_megatron.text.latents import LatentFormat
@@ -86,7 +86,7 @@ class MegatronEngine:
         decoding = self._decoding(self._free, max((len(requests[i].uniforms) for i in rows), default=0))
         while growing:
             active = [rows[place] for place in growing]
-            sets = torch.tensor([requests[i].allowed for i in active], device=self.runtime.device)
+            sets = [requests[i].allowed for i in active]
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
             greedy, top_p = [requests[i].greedy for i in active], [requests[i].top_p for i in active]
             tokens, values = self._sample(hidden, sets, sets, draws, greedy, top_p)
@@ -148,29 +148,28 @@ class MegatronEngine:
         return completions
 
     def _teacher_force(self, keys: list[int], sequences: list[list[int]], heads: list[int]) -> tuple[Tensor, list[int]]:
-        """Feed what the caches do not hold yet, from `heads` on in any case.
+        """Feed what the caches do not hold yet, from `heads` on in any case; all of it in one pass.
 
         Returns hidden states [T, hidden], and for each request where its position 0 would stand in them.
         """
-        known = {key: row for row, key in enumerate(self._keys)}
-        session = self._session
-        if all(key in known for key in keys):
-            rows = [known[key] for key in keys]
-            session.select(rows)
-            shared = [_common(self._cached[r], s[:n]) for r, s, n in zip(rows, sequences, heads, strict=True)]
-            session.cut(shared)
-            hidden, starts = session.feed([s[n:] for s, n in zip(sequences, shared, strict=True)])
-            starts = [start - n for start, n in zip(starts, shared, strict=True)]
-        elif self.share_first_pass:
-            first: dict[tuple[int, ...], int] = {}
-            place = [first.setdefault(tuple(s), len(first)) for s in sequences]
-            session.open(len(first))
-            hidden, starts = session.feed([list(s) for s in first])
-            session.select(place)
-            starts = [starts[p] for p in place]
-        else:
-            session.open(len(sequences))
-            hidden, starts = session.feed(sequences)
+        session, known = self._session, {key: row for row, key in enumerate(self._keys)}
+        old = [i for i, key in enumerate(keys) if key in known]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        session.select([known[keys[i]] for i in old])
+        shared = [_common(self._cached[known[keys[i]]], sequences[i][: heads[i]]) for i in old]
+        session.cut(shared)
+        asked = [tuple(sequences[i]) for i in new]
+        distinct = list(dict.fromkeys(asked)) if self.share_first_pass else asked
+        session.extend(len(distinct))
+        hidden, begins = session.feed([*(sequences[i][n:] for i, n in zip(old, shared, strict=True)), *distinct])
+        rows, starts = [0] * len(keys), [0] * len(keys)
+        for row, (i, n) in enumerate(zip(old, shared, strict=True)):
+            rows[i], starts[i] = row, begins[row] - n
+        row_of = {text: len(old) + row for row, text in enumerate(distinct)}
+        for place, i in enumerate(new):
+            rows[i] = row_of[asked[place]] if self.share_first_pass else len(old) + place
+            starts[i] = begins[rows[i]]
+        session.select(rows)
         self._keys, self._cached = list(keys), [list(s) for s in sequences]
         return hidden, starts
 
@@ -183,11 +182,12 @@ class MegatronEngine:
         states: dict[tuple[int, int], Tensor] = {}
         if not wanted:
             return values, states
-        device = self.runtime.device
         # the token before the decision predicts it
-        chosen = hidden[torch.tensor([starts[i] + places[i][t] - 1 for i, t in wanted], device=device)]
-        act = [self.latents.act_set(requests[i].lines[t].think_set) for i, t in wanted]
-        log_act = self.runtime.agree(self._act_log_probs(chosen, torch.tensor(act, device=device)))
+        ahead = np.array([starts[i] + places[i][t] - 1 for i, t in wanted])
+        acts = np.array([self.latents.act_set(requests[i].lines[t].think_set) for i, t in wanted])
+        index, act = to_device([ahead, acts], hidden.device)
+        chosen = hidden[index]
+        log_act = self.runtime.agree(self._act_log_probs(chosen, act))
         for (i, t), value, state in zip(wanted, log_act.tolist(), chosen, strict=True):
             values[i][t] = value
             states[i, t] = state
@@ -224,16 +224,13 @@ class MegatronEngine:
             session.select([i for i, _ in active])
         cached = [sequences[i][: places[i][t]] for i, t in active]
         session.cut([len(ids) for ids in cached])
-        device = self.runtime.device
-        universe = torch.full((len(active),), self.latents.universe, device=device)
-        start = torch.tensor([requests[i].lines[t].think_set for i, t in active], device=device)
+        start = [requests[i].lines[t].think_set for i, t in active]
         states = torch.stack([at_decision[i, t] for i, t in active])
         draws = np.array([requests[i].uniforms[t, 1] for i, t in active])
-        tokens, values = self._sample(states, start, universe, draws)
+        tokens, values = self._sample(states, start, [self.latents.universe] * len(active), draws)
         ids = [[token] for token in tokens]
         log_probs = [[value] for value in values]
         limits = [requests[i].uniforms.shape[1] - 1 for i, _ in active]
-        inner = torch.full_like(universe, self.latents.thought_set)
         live = [k for k in range(len(active)) if not self.latents.ends[ids[k][-1]] and limits[k] > 1]
         decoding = self._decoding(session, max(limits)) if live else None
         while live:
@@ -244,7 +241,8 @@ class MegatronEngine:
             for k in live:
                 cached[k].append(ids[k][-1])
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
-            tokens, values = self._sample(hidden, inner[: len(live)], inner[: len(live)], draws)
+            inner = [self.latents.thought_set] * len(live)
+            tokens, values = self._sample(hidden, inner, inner, draws)
             for k, token, value in zip(live, tokens, values, strict=True):
                 ids[k].append(token)
                 log_probs[k].append(value)
@@ -291,8 +289,8 @@ class MegatronEngine:
     def _sample(
         self,
         hidden: Tensor,
-        allowed: Tensor,
-        universe: Tensor,
+        allowed: Sequence[int],
+        universe: Sequence[int],
         draws: np.ndarray,
         greedy: Sequence[bool] | None = None,
         top_p: Sequence[float] | None = None,
@@ -303,12 +301,13 @@ class MegatronEngine:
         """
         chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
         if self.runtime.is_last_stage:
-            logits = self._logits(hidden)
-            uniforms = torch.as_tensor(draws, dtype=torch.float64, device=logits.device)
-            sets, last = self._sets, self._last
-            chosen[0], chosen[1] = choose(logits, sets, last, allowed, universe, uniforms, greedy, top_p)
-        tokens, values = self.runtime.agree(chosen)
-        return tokens.long().tolist(), values.tolist()
+            # the uniforms cross with the rest, as the bits that they are
+            arrays = [np.array(allowed), np.array(universe), draws.view(np.int64)]
+            within, of, uniforms = to_device(arrays, hidden.device)
+            logits, sets, last = self._logits(hidden), self._sets, self._last
+            chosen[0], chosen[1] = choose(logits, sets, last, within, of, uniforms.view(torch.float64), greedy, top_p)
+        tokens, values = self.runtime.agree(chosen).tolist()
+        return [int(token) for token in tokens], values
 
 
 def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[list[int]]]:

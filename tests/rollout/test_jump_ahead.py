@@ -1,6 +1,8 @@
 """Jump-ahead and naive sampling draw the same transcripts, whatever the batches, their order and the look-ahead."""
 
 import random
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.rollout import latent_sampler
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
+from ra3_megatron.rollout.protocol import LatentCompletion, LatentRequest
 from ra3_megatron.text.latents import Document
 from ra3_megatron.text.transcript import Transcript
 
@@ -115,3 +118,33 @@ def test_one_engine_serves_one_batch_after_another(toy: Toy, make: Maker) -> Non
     after = sampler.sample(jobs)
     assert_same(after, expected[1])
     assert {t.weight_version for t in after} == {9}
+
+
+@pytest.mark.parametrize("method", ["jump_ahead", "naive"])
+def test_what_is_done_makes_place(toy: Toy, make: Maker, method: str) -> None:
+    """Rounds are never larger than a batch, the transcripts of a document begin together, and a place is not left
+    empty while a whole document could begin."""
+    model, jobs = toy.model(seed=2, lean=1.0), jobs_of(toy)
+    engine = make(toy, model, TEMPERATURE).engine
+    rounds: list[list[int]] = []
+    advance = engine.advance
+
+    def recorded(requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
+        rounds.append([request.key for request in requests])
+        return advance(requests)
+
+    engine.advance = recorded  # type: ignore[method-assign]
+    size, group = 9, 4
+    LatentSampler(engine, toy.latents, toy.tokenizer, max_tokens=96, batch_size=size, method=method).sample(jobs)  # type: ignore[arg-type]
+    begun: dict[int, int] = {}
+    for number, keys in enumerate(rounds):
+        assert len(keys) <= size
+        assert len(keys) > size - group or len(begun.keys() | set(keys)) == len(jobs)
+        for key in keys:
+            begun.setdefault(key, number)
+    assert len(begun) == len(jobs)
+    for first in range(0, len(jobs), group):
+        times = [begun[key] for key in range(first, first + group)]
+        alone = all(begun[key] == min(times) for key in rounds[min(times)])
+        assert len(set(times)) == 1 or alone  # where nothing else went on, every place was taken
+    assert any(set(before) & set(after) and set(after) - set(before) for before, after in pairwise(rounds))
