@@ -32,6 +32,7 @@ from ra3_megatron.text.tokenizer import Tokenizer, train_sentencepiece
 
 RATES = (0.0, 0.1, 0.3, 0.6)
 GROUP = 8
+BATCH = 64
 TEXT = TextConfig(max_latent_tokens=6)
 
 
@@ -82,16 +83,22 @@ def load(name: str, folder: Path, documents: int) -> Workload:
 
 
 def measure(
-    work: Workload, runtime: Runtime, repeats: int, rates: Sequence[float] = RATES, graphs: bool = False
+    work: Workload,
+    runtime: Runtime,
+    repeats: int,
+    rates: Sequence[float] = RATES,
+    graphs: bool = False,
+    batch: int = BATCH,
 ) -> list[RolloutResult]:
-    """Time the samplers on these documents. graphs: also with decoding by CUDA graphs, behind a warm-up."""
+    """Time the samplers on these documents. graphs: also with decoding by CUDA graphs, behind a warm-up; batch:
+    transcripts at once."""
     model, latents, tokenizer = work.model(runtime), work.latents, work.tokenizer
 
     def sampler(method: str, cache: bool = True, recorded: bool = False) -> LatentSampler:
         engine = MegatronEngine(
             model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache, cuda_graphs=recorded
         )
-        return LatentSampler(engine, latents, tokenizer, work.config.context_length, 128, method, cache)  # type: ignore[arg-type]
+        return LatentSampler(engine, latents, tokenizer, work.config.context_length, batch, method, cache)  # type: ignore[arg-type]
 
     samplers = {
         "jump-ahead": sampler("jump_ahead"),

@@ -125,8 +125,8 @@ class CachedAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("CachedAttention takes segments of packed rows, no bias and no packed_seq_params")
         s, b, h, d = query.shape
-        if self.cache is not None:
-            return self._incremental(query, key, value)
+        if self.cache is not None and self.view is not None:
+            return self.incremental(query, key, value, self.cache, self.view)
         if attention_mask is not None and attention_mask.shape[1] != s:
             return self._split(query, key, value, attention_mask)
         if attention_mask is not None:
@@ -212,10 +212,9 @@ class CachedAttention(MegatronModule):
             out = out.index_copy(0, target[used], attended[used.flatten()])
         return out.view(b, s, h * d).transpose(0, 1).contiguous()
 
-    def _incremental(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of new tokens [T, 1, ., d] to everything in their rows' caches, their own keys appended first."""
-        assert self.cache is not None and self.view is not None
-        cache, view = self.cache, self.view
+    def incremental(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, view: CacheView) -> Tensor:
+        """Attention of new tokens [T, 1, ., d] to everything in their rows' caches, their own keys appended first:
+        [T, 1, h * d]."""
         tokens, _, h, d = query.shape
         cache.keys[view.rows, :, view.positions] = key[:, 0]
         cache.values[view.rows, :, view.positions] = value[:, 0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ra3_megatron.mcore.attention import CachedAttention, CacheView, LayerCache
 from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.mcore.direct_pass import DirectPass, takes
 from ra3_megatron.mcore.model import LanguageModel, chunks_of
 from ra3_megatron.mcore.startup import Runtime
 
@@ -21,13 +22,21 @@ from ra3_megatron.mcore.startup import Runtime
 class StagePass:
     """Runs passes on the chunks of this process; collective over the processes of a replica."""
 
-    def __init__(self, model: torch.nn.Module, runtime: Runtime) -> None:
+    def __init__(self, model: torch.nn.Module, runtime: Runtime, direct: bool = True) -> None:
+        """direct: leave Megatron-Core's modules out where that computes the same (`mcore.direct_pass`)."""
         self.runtime = runtime
         self.chunks: list[LanguageModel] = chunks_of(model)
         self.config = self.chunks[0].config
         self.attentions = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, CachedAttention)]
         """Attention of every layer of this process, in order."""
         self._meets = runtime.expert_size > 1
+        whole = direct and len(self.chunks) == 1 and takes(self.chunks[0])
+        self._direct = DirectPass(self.chunks[0]) if whole else None
+
+    @property
+    def direct(self) -> bool:
+        """Whether passes leave Megatron-Core's modules out now."""
+        return self._direct is not None and self._direct.ready
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch, caches: Sequence[LayerCache], view: CacheView) -> Tensor:
@@ -35,6 +44,9 @@ class StagePass:
 
         Zeros on all pipeline stages but the last. The keys and values of the tokens are added to `caches`.
         """
+        if self.direct:
+            assert self._direct is not None
+            return self._direct(batch.ids[0], batch.positions[0], caches, view)
         if self._meets:
             self._meet(True)
         # no switch to eval mode: the model has no dropout, and the switch costs a tenth of a small pass

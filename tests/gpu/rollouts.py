@@ -23,6 +23,8 @@ from ra3_megatron.rollout.stage_pass import StagePass
 from tests.gpu.evidence import Evidence
 from tests.gpu.setting import NEEDS_GPU, Setting, relative, release, with_precision
 
+DOCUMENTS, BATCH = 32, 128
+"""`rollout.GROUP` transcripts of each; at once."""
 RATES = (0.1, 0.3)
 """Share of lines with a thought."""
 MODELS = {
@@ -41,13 +43,14 @@ TOKENS, ROWS = 64, (1, 32, 256)
 
 def run(evidence: Evidence, setting: Setting) -> None:
     """Every model."""
-    work = toy(setting) if setting.small else rollout.load("28M", setting.folder, 16)
+    work = toy(setting) if setting.small else rollout.load("28M", setting.folder, DOCUMENTS)
     shapes = {"toy": work.config} if setting.small else MODELS
     for name, shape in shapes.items():
         if evidence.enough(name, setting.pick(60.0, 1.0)):
             with evidence.attempt(name):
                 precision = "bf16" if setting.cuda else "fp32"
                 mine = replace(work, config=with_precision(shape, precision))
+                direct(evidence, setting, name, mine)
                 agree(evidence, setting, name, mine)
                 decode(evidence, setting, name, mine)
                 sample(evidence, setting, name, mine)
@@ -60,7 +63,7 @@ def sample(evidence: Evidence, setting: Setting, name: str, work: Workload) -> N
         repeats = setting.pick(3, 1)
         if not evidence.enough(f"{name}, thoughts on {rate:.0%} of lines", setting.pick(40.0, 1.0)):
             continue
-        result = rollout.measure(work, setting.runtime, repeats, (rate,), graphs=setting.cuda)[0]
+        result = rollout.measure(work, setting.runtime, repeats, (rate,), setting.cuda, BATCH)[0]
         for sampler, timing in result.timings.items():
             text = f"{name}, thoughts on {rate:.0%} of lines, {sampler}"
             evidence.rate(text, timing, result.documents, "documents/s")
@@ -68,6 +71,33 @@ def sample(evidence: Evidence, setting: Setting, name: str, work: Workload) -> N
             fast, slow = result.timings[f"jump-ahead{suffix}"], result.timings[f"naive{suffix}"]
             text = f"{name}, thoughts on {rate:.0%} of lines{suffix}: jump-ahead, of one request per line"
             evidence.figure(text, slow.median / fast.median)
+
+
+def direct(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
+    """Passes that leave Megatron-Core's modules out compute what the modules do, and what that saves."""
+    model = work.model(setting.runtime)
+    prompts = [[work.tokenizer.bos, *document.lines[0].body] for document in work.documents]
+    found, sides = {}, {}
+    for label, straight in (("by its modules", False), ("without them", True)):
+        stage = StagePass(model, setting.runtime, direct=straight)
+        if straight:
+            evidence.check(f"{name}: passes leave the modules out", float(stage.direct), at_least=1.0)
+        session = KVSession(stage)
+        session.open(len(prompts))
+        found[label] = session.feed(prompts)[0]
+        sides[label] = partial(_one_more, session)
+    worst = relative(found["without them"], found["by its modules"])
+    text = f"{name}: a pass without Megatron-Core's modules, off one by them"
+    evidence.check(text, worst, AGREE, unit="relative difference")
+    for label, timing in alternate(sides, 5, wait=setting.wait).items():
+        evidence.figure(f"{name}: a pass of a token a row, {label}", 1e3 * timing.median, "ms")
+
+
+def _one_more(session: KVSession) -> None:
+    """Feed a token to each row, and take it back."""
+    lengths = list(session.lengths)
+    session.feed([[7]] * session.rows)
+    session.cut(lengths)
 
 
 def agree(evidence: Evidence, setting: Setting, name: str, work: Workload) -> None:
