@@ -95,6 +95,19 @@ class KVSession:
             mine.values = torch.cat([mine.values[:, :, :slots], theirs.values[:, :, :slots]])
         self.lengths = self.lengths + other.lengths
 
+    def replace(self, rows: Sequence[int], part: "KVSession", same: Sequence[int]) -> None:
+        """Let these rows be those of `part`, which have the first `same` slots in common with them."""
+        self._reserve(max(part.lengths))
+        new = [np.arange(start, length) for start, length in zip(same, part.lengths, strict=True)]
+        counts = [len(slots) for slots in new]
+        arrays = [np.repeat(np.array(rows), counts), np.repeat(np.arange(part.rows), counts), np.concatenate(new)]
+        target, source, slot = to_device(arrays, self.device)
+        for mine, theirs in zip(self.caches, part.caches, strict=True):
+            mine.keys[target, :, slot] = theirs.keys[source, :, slot]
+            mine.values[target, :, slot] = theirs.values[source, :, slot]
+        for row, length in zip(rows, part.lengths, strict=True):
+            self.lengths[row] = length
+
     def extend(self, rows: int) -> None:
         """Put empty rows behind those of this session."""
         if rows:
@@ -171,13 +184,16 @@ class KVSession:
         shape = (self.rows, groups, total, config.kv_channels)
         old = self.caches
         self.caches = [
-            LayerCache(*(torch.zeros(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)))
+            LayerCache(*(torch.empty(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)))
             for _ in self.stage.attentions
         ]
         used = max(self.lengths, default=0)
         for new, before in zip(self.caches, old, strict=False):
             new.keys[:, :, :used] = before.keys[:, :, :used]
             new.values[:, :, :used] = before.values[:, :, :used]
+        for cache in self.caches:  # what is masked must be a number, too: 0 times NaN is NaN
+            cache.keys[:, :, used:] = 0
+            cache.values[:, :, used:] = 0
 
 
 def to_device(arrays: list[Longs], device: torch.device) -> list[Tensor]:

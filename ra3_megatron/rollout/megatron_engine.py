@@ -213,17 +213,13 @@ class MegatronEngine:
     ) -> dict[int, tuple[list[int], list[float], Finish]]:
         """Sample the thought of each request that takes one; leaves the caches just behind it."""
         active = [(i, t) for i, t in enumerate(thinking) if t is not None]
-        waiting = [i for i, t in enumerate(thinking) if t is None and not requests[i].last]
         if not active:
             return {}
-        if waiting:
-            session = self._session.split([i for i, _ in active])
-            self._session.select(waiting)
-        else:
-            session, self._session = self._session, KVSession(self.stage)
-            session.select([i for i, _ in active])
+        rows = [i for i, _ in active]
+        session = self._session if len(rows) == self._session.rows else self._session.split(rows)
         cached = [sequences[i][: places[i][t]] for i, t in active]
-        session.cut([len(ids) for ids in cached])
+        kept = [len(ids) for ids in cached]
+        session.cut(kept)
         start = [requests[i].lines[t].think_set for i, t in active]
         states = torch.stack([at_decision[i, t] for i, t in active])
         draws = np.array([requests[i].uniforms[t, 1] for i, t in active])
@@ -249,9 +245,10 @@ class MegatronEngine:
             live = [k for k in live if not self.latents.ends[ids[k][-1]] and len(ids[k]) < limits[k]]
         if decoding is not None:
             decoding.close()
-        self._session.append(session)
-        self._keys = [requests[i].key for i in waiting] + [requests[i].key for i, _ in active]
-        self._cached = [sequences[i] for i in waiting] + cached
+        if session is not self._session:
+            self._session.replace(rows, session, kept)
+        for (i, _), now in zip(active, cached, strict=True):
+            self._cached[i] = now
         finish = [Finish.END if self.latents.ends[row[-1]] else Finish.LENGTH for row in ids]
         return {i: (ids[k], log_probs[k], finish[k]) for k, (i, _) in enumerate(active)}
 

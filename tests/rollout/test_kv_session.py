@@ -108,6 +108,26 @@ def test_rows_split_off_and_come_back(
     assert empty.lengths == session.lengths
 
 
+@pytest.mark.parametrize("aligned", [1, kv_session.ALIGNED])
+def test_rows_that_went_another_way_replace_what_they_were(
+    model: LanguageModel, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, aligned: int
+) -> None:
+    """One grows beyond the caches of the whole, one gets shorter, one stays as it was cut."""
+    session = aligned_session(monkeypatch, StagePass(model, runtime), aligned)
+    rows = [[1, 2, 3], [4, 5, 6, 7], [8] * 60, [9, 10]]
+    session.open(4)
+    feed(session, [[], [], [], []], rows)
+    part = session.split([2, 0, 3])
+    same = [50, 1, 2]
+    part.cut(same)
+    others = [rows[2][:50], rows[0][:1], rows[3]]
+    feed(part, others, [[11] * 30, [12], []])
+    assert session.lengths == [3, 4, 60, 2]
+    session.replace([2, 0, 3], part, same)
+    assert session.lengths == [2, 4, 80, 2]
+    feed(session, [others[1], rows[1], others[0], others[2]], [[13], [14, 15], [16] * 3, [17]])
+
+
 def test_copies_of_a_row_go_their_own_ways(model: LanguageModel, runtime: Runtime) -> None:
     session = KVSession(StagePass(model, runtime))
     session.open(1)
