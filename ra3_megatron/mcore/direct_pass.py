@@ -104,8 +104,9 @@ def takes(chunk: LanguageModel) -> bool:
     """Whether a chunk is the whole model, on one process, of dense layers with plain weights."""
     config = chunk.config
     one_process = config.tensor_model_parallel_size * config.pipeline_model_parallel_size == 1
-    plain = config.num_moe_experts is None and not config.fp8 and config.normalization == "RMSNorm"
-    return one_process and plain and chunk.pre_process and chunk.post_process and config.gated_linear_unit
+    dense = config.num_moe_experts is None and config.gated_linear_unit and not config.fp8
+    norms = config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+    return one_process and dense and norms and chunk.pre_process and chunk.post_process
 
 
 def _layer(layer: Any, eps: float) -> _Layer:
