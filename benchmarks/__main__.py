@@ -66,13 +66,16 @@ def main() -> None:
             parts.append(_mstep(steps, mstep.matrix_rate()))
         if "shares" in arguments.sections:
             console.print("shares of a step …")
-            parts += [_shares(size, shares.measure(size, runtime, repeats)) for size in arguments.models]
+            for size in arguments.models:
+                parts.append(_shares(f"an optimizer step goes, {size} model", shares.measure(size, runtime, repeats)))
         if "packing" in arguments.sections:
             console.print("packing …")
             parts.append(_packing(packing.measure(name, runtime, repeats), name))
         if "rollouts" in arguments.sections:
             console.print("rollouts …")
             parts.append(_rollouts(rollout.measure(work, runtime, repeats), name))
+            text = f"sampling goes, {name} model, thoughts on 30% of lines"
+            parts.append(_shares(text, shares.sampling(work, runtime, repeats)))
         if "estep" in arguments.sections:
             console.print("E-step …")
             parts.append(_estep(estep.measure(work, runtime, repeats), name))
@@ -146,9 +149,9 @@ def _mstep(steps: "list[MStepResult]", rate: float) -> str:
     )
 
 
-def _shares(model: str, sides: "dict[str, Shares]") -> str:
+def _shares(what: str, sides: "dict[str, Shares]") -> str:
     lines = [
-        f"## Where the time of an optimizer step goes, {model} model, one thread, fp32",
+        f"## Where the time of {what}, one thread, fp32",
         "",
         "| part | " + " | ".join(sides) + " |",
         "|---|" + "---|" * len(sides),
@@ -190,10 +193,12 @@ def _packing(results: "list[PackingResult]", model: str) -> str:
 
 
 def _rollouts(sampled: "list[RolloutResult]", model: str) -> str:
+    from benchmarks.rollout import BATCH
+
     lines = [
         f"## Rollouts: documents/s, {model} model, 8 transcripts a document, thoughts of 6 tokens",
         "",
-        f"{sampled[0].documents} documents, {sampled[0].lines} lines.",
+        f"{sampled[0].documents} documents, {sampled[0].lines} lines, {BATCH} transcripts at once.",
         "",
         "| thinking rate | jump-ahead | naive + cache | naive | jump-ahead / naive + cache | jump-ahead / naive |",
         "|---|---|---|---|---|---|",

@@ -9,7 +9,9 @@ thinking rate is forced by the uniforms of the decisions (0 thinks, 1 does not):
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -64,6 +66,34 @@ class Workload:
         """Random weights."""
         return build_model(self.config, ParallelConfig(), runtime, self.tokenizer.vocab_size, self.latents.sets, seed)
 
+    def jobs(self) -> list[Job]:
+        """`GROUP` transcripts of each document."""
+        return [Job(document, (number, g)) for number, document in enumerate(self.documents) for g in range(GROUP)]
+
+    def sampler(
+        self,
+        model: torch.nn.Module,
+        runtime: Runtime,
+        method: Literal["jump_ahead", "naive"] = "jump_ahead",
+        cache: bool = True,
+        graphs: bool = False,
+        direct: bool = True,
+        batch: int = BATCH,
+    ) -> LatentSampler:
+        """Samples with a model on this process. cache: of what stands before a request; batch: transcripts at once."""
+        engine = MegatronEngine(
+            model,
+            runtime,
+            self.latents,
+            self.tokenizer.vocab_size,
+            share_first_pass=cache,
+            cuda_graphs=graphs,
+            direct=direct,
+        )
+        return LatentSampler(
+            engine, self.latents, self.tokenizer, self.config.context_length, batch, method, naive_cache=cache
+        )
+
 
 def load(name: str, folder: Path, documents: int) -> Workload:
     """Functions of 5 to 30 lines, every 40th, about `documents` of them, and a tokenizer trained on all of them."""
@@ -92,25 +122,18 @@ def measure(
 ) -> list[RolloutResult]:
     """Time the samplers on these documents. graphs: also with decoding by CUDA graphs, behind a warm-up; batch:
     transcripts at once."""
-    model, latents, tokenizer = work.model(runtime), work.latents, work.tokenizer
-
-    def sampler(method: str, cache: bool = True, recorded: bool = False) -> LatentSampler:
-        engine = MegatronEngine(
-            model, runtime, latents, tokenizer.vocab_size, share_first_pass=cache, cuda_graphs=recorded
-        )
-        return LatentSampler(engine, latents, tokenizer, work.config.context_length, batch, method, cache)  # type: ignore[arg-type]
-
+    sampler = partial(work.sampler, work.model(runtime), runtime, batch=batch)
     samplers = {
         "jump-ahead": sampler("jump_ahead"),
         "naive + cache": sampler("naive"),
-        "naive": sampler("naive", False),
+        "naive": sampler("naive", cache=False),
     }
     if graphs:
         samplers |= {
-            "jump-ahead, graphs": sampler("jump_ahead", recorded=True),
-            "naive, graphs": sampler("naive", False, recorded=True),
+            "jump-ahead, graphs": sampler("jump_ahead", graphs=True),
+            "naive, graphs": sampler("naive", cache=False, graphs=True),
         }
-    jobs = [Job(document, (number, g)) for number, document in enumerate(work.documents) for g in range(GROUP)]
+    jobs = work.jobs()
     results = []
     for rate in rates:
         with forced_rate(rate):

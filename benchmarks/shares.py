@@ -1,12 +1,16 @@
-"""Where the time of a train step goes: matrix products, attention, copies, other operations, Python between them.
+"""Where the time of a train step and of sampling goes: matrix products, attention, copies, other operations, Python
+between them.
 
-Of the M-step benchmark's two sides, on one thread, so that no time is spent waiting for another.
+Of the M-step benchmark's two sides, and of jump-ahead sampling by Megatron-Core's modules and without them; on one
+thread, so that no time is spent waiting for another.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.mstep import SIZES, VOCABULARY, build, hugging_face, megatron
+from benchmarks.rollout import Workload, forced_rate
 from ra3_megatron.mcore.startup import Runtime
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_mm", "mkldnn::", "aten::linear")
@@ -80,10 +85,27 @@ def kind_of(operation: str) -> str:
 
 def measure(name: str, runtime: Runtime, repeats: int) -> dict[str, Shares]:
     """Side -> its shares, of one optimizer step on the rows of the M-step benchmark."""
+    with one_thread():
+        return {label: shares(step, repeats) for label, step in sides(name, runtime)}
+
+
+def sampling(work: Workload, runtime: Runtime, repeats: int, rate: float = 0.3) -> dict[str, Shares]:
+    """Side -> its shares, of the transcripts of the rollout benchmark at a thinking rate."""
+    model, found = work.model(runtime), {}
+    with one_thread(), forced_rate(rate):
+        for label, direct in (("by the modules", False), ("without them", True)):
+            sampler = work.sampler(model, runtime, direct=direct)
+            found[label] = shares(partial(sampler.sample, work.jobs()), repeats)
+    return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, torch computes on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {label: shares(step, repeats) for label, step in sides(name, runtime)}
+        yield
     finally:
         torch.set_num_threads(threads)
 

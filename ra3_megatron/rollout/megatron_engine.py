@@ -28,7 +28,7 @@ class MegatronEngine:
     """Samples from `model` (any wrapper of LanguageModel) at `temperature`.
 
     share_first_pass: equal new sequences, as the transcripts of one document are, are computed once. cuda_graphs:
-    passes of one token a row are recorded (see `decode_graphs`).
+    passes of one token a row are recorded (see `decode_graphs`). direct: see `StagePass`.
     """
 
     piece = 16
@@ -42,8 +42,9 @@ class MegatronEngine:
         temperature: float = 1.0,
         share_first_pass: bool = True,
         cuda_graphs: bool = False,
+        direct: bool = True,
     ) -> None:
-        self.stage = StagePass(model, runtime)
+        self.stage = StagePass(model, runtime, direct)
         self.graphs = DecodeGraphs(self.stage) if cuda_graphs else None
         """None: every kernel is started by the host."""
         self.vocabulary = chunks_of(model)[-1].vocabulary
