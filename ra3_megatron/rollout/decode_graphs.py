@@ -2,8 +2,9 @@
 
 While transcripts grow by a token a pass, rows and slots of their key/value caches lie in buffers that stay where they
 are, padded to a few sizes, and the pass is a graph that reads its tokens from, and leaves its hidden states in, memory
-that stays as well. A size is recorded the first time that it comes; a graph is good as long as the buffers and the
-model's weights stay where they are (that training changes their values does not matter).
+that stays as well. The choice of the next tokens is part of it where nothing but sampling is asked for. A size is
+recorded the first time that it comes; a graph is good as long as the buffers and the model's weights stay where they
+are (that training changes their values does not matter).
 
 Without graphs the same loop runs on the session itself (`PlainDecoding`).
 """
@@ -20,13 +21,20 @@ from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.mcore.attention import CacheView, LayerCache, RowGroup
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.rollout.kv_session import GROWTH, KVSession, Longs
+from ra3_megatron.rollout.protocol import Uniforms
 from ra3_megatron.rollout.stage_pass import StagePass
 
 SLOTS = 256
 """Slots are padded to a multiple of this."""
 GRAPHS = 32
 """At most so many are kept."""
+INPUTS = 6
+"""Of each row: its token, its position, the row of which the hidden state is asked for, the set that is allowed, the
+one that log-probabilities are of, the uniform."""
 
+Chooser = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of hidden states [n, hidden], sets that are allowed, sets that log-probabilities are of, uniforms (fp64 seen as
+long), [n] each: the tokens that follow and their log-probabilities, fp64 [2, n]."""
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Runs a function so that it can be run again: what it returned, and what runs it again into the same memory."""
 
@@ -34,8 +42,20 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 class Decoding(Protocol):
     """Rows of a session that grow by a token a pass."""
 
+    draws: bool
+    """Whether it has `draw`."""
+
     def feed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """As `KVSession.feed`, with at most one token a row."""
+        ...
+
+    def draw(
+        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
+    ) -> tuple[list[int], list[float]]:
+        """Feed, and sample the token behind each row that is fed: tokens and log-probabilities, in their order.
+
+        allowed, universe: rows of the table of token sets, one of each row that is fed; uniforms: fp64, the same.
+        """
         ...
 
     def select(self, rows: Sequence[int]) -> None:
@@ -50,8 +70,15 @@ class Decoding(Protocol):
 class PlainDecoding:
     """On the session itself."""
 
+    draws = False
+
     def __init__(self, session: KVSession) -> None:
         self.feed, self.select = session.feed, session.select
+
+    def draw(
+        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
+    ) -> tuple[list[int], list[float]]:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing to do."""
@@ -60,20 +87,21 @@ class PlainDecoding:
 class DecodeGraphs:
     """Buffers and graphs of one model."""
 
-    def __init__(self, stage: StagePass, record: Recorder | None = None) -> None:
-        """record: none: of CUDA."""
+    def __init__(self, stage: StagePass, choose: Chooser | None = None, record: Recorder | None = None) -> None:
+        """choose: what is recorded behind a pass for `GraphDecoding.draw`; record: none: of CUDA."""
         if stage.runtime.tensor_size * stage.runtime.pipeline_size * stage.runtime.expert_size > 1:
             raise ValueError("a pass over several processes is not recorded")
-        self._stage, self._record = stage, record or CudaRecorder()
+        self._stage, self._choose, self._record = stage, choose, record or CudaRecorder()
         self._rows = self._slots = 0
         self._caches: list[LayerCache] = []
-        self._graphs: dict[tuple[int, int], _Pass] = {}
+        self._graphs: dict[tuple[int, int, bool], _Pass] = {}
         self._weights: tuple[int, ...] = ()
+        self.draws = choose is not None
 
     @property
     def recorded(self) -> list[tuple[int, int]]:
         """Rows and slots of the graphs there are, oldest first."""
-        return list(self._graphs)
+        return [(rows, slots) for rows, slots, _ in self._graphs]
 
     def decoding(self, session: KVSession, more: int) -> "GraphDecoding":
         """The rows of a session, to grow by at most `more` tokens each. It holds nothing until they are given back."""
@@ -91,21 +119,23 @@ class DecodeGraphs:
         """The first rows of the buffers."""
         return [LayerCache(cache.keys[:rows], cache.values[:rows]) for cache in self._caches]
 
-    def forward(self, inputs: Longs, rows: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Hidden states [rows, hidden] of a token of each row, and the inputs on the device, long [3, rows].
+    def run(self, inputs: Longs, rows: int, slots: int, draws: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states [rows, hidden] behind a token of each row, or (`draws`) what is chosen behind it, fp64
+        [2, rows]; and the inputs on the device.
 
-        inputs: token and position of each row, and what else is to cross with them. What is returned is valid until the
-        next pass.
+        inputs: long [INPUTS, rows]. What is returned is valid until the next pass.
         """
-        found = self._graphs.get((rows, slots))
+        key = (rows, slots, draws)
+        found = self._graphs.get(key)
         if found is None:
             if len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            found = self._graphs[rows, slots] = _Pass(self._stage, self.caches(rows), rows, slots)
+            choose = self._choose if draws else None
+            found = self._graphs[key] = _Pass(self._stage, self.caches(rows), rows, slots, choose)
             found.begin(inputs, self._record)
         else:
             found.again(inputs)
-        return found.hidden, found.inputs
+        return found.out, found.inputs
 
     def _grow(self, rows: int, slots: int) -> None:
         self._graphs, self._caches = {}, []
@@ -123,6 +153,7 @@ class GraphDecoding:
 
     def __init__(self, graphs: DecodeGraphs, session: KVSession, rows: int, slots: int) -> None:
         self._graphs, self._session, self._rows, self._slots = graphs, session, rows, slots
+        self.draws = graphs.draws
         self._places = list(range(session.rows))
         self._lengths = list(session.lengths)
         used = max(self._lengths)
@@ -134,23 +165,39 @@ class GraphDecoding:
             buffer.values[:, :, used:slots] = 0
         session.open(0)
 
-    @torch.no_grad()
     def feed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-        if any(len(new) > 1 for new in tokens):
-            raise ValueError("a row grows by one token a pass")
-        inputs = np.zeros((3, self._rows), dtype=np.int64)
-        fed = [row for row, new in enumerate(tokens) if new]
-        for row, new in enumerate(tokens):
-            place = self._places[row]
-            inputs[1, place] = self._lengths[row]
-            if new:
-                inputs[0, place] = new[0]
+        fed, inputs = self._inputs(tokens)
         inputs[2, : len(fed)] = [self._places[row] for row in fed]
-        hidden, there = self._graphs.forward(inputs, self._rows, self._slots)
-        for row in fed:
-            self._lengths[row] += 1
+        hidden, there = self._run(inputs, fed, draws=False)
         begins = np.cumsum([0, *(len(new) for new in tokens)])[:-1].tolist()
         return hidden.index_select(0, there[2, : len(fed)]), begins
+
+    def draw(
+        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
+    ) -> tuple[list[int], list[float]]:
+        fed, inputs = self._inputs(tokens)
+        places = [self._places[row] for row in fed]
+        inputs[3], inputs[4] = allowed[0], universe[0]  # a choice behind other rows is made, too, and left
+        inputs[3, places], inputs[4, places], inputs[5, places] = allowed, universe, uniforms.view(np.int64)
+        ids, values = self._run(inputs, fed, draws=True)[0].tolist()
+        return [int(ids[place]) for place in places], [values[place] for place in places]
+
+    def _inputs(self, tokens: Sequence[Sequence[int]]) -> tuple[list[int], Longs]:
+        """Rows that are fed, and the inputs of a pass as far as they are known."""
+        if any(len(new) > 1 for new in tokens):
+            raise ValueError("a row grows by one token a pass")
+        inputs = np.zeros((INPUTS, self._rows), dtype=np.int64)
+        inputs[1, self._places] = self._lengths
+        fed = [row for row, new in enumerate(tokens) if new]
+        inputs[0, [self._places[row] for row in fed]] = [tokens[row][0] for row in fed]
+        return fed, inputs
+
+    @torch.no_grad()
+    def _run(self, inputs: Longs, fed: Sequence[int], draws: bool) -> tuple[Tensor, Tensor]:
+        found = self._graphs.run(inputs, self._rows, self._slots, draws)
+        for row in fed:
+            self._lengths[row] += 1
+        return found
 
     def select(self, rows: Sequence[int]) -> None:
         if len(set(rows)) != len(rows):
@@ -173,20 +220,22 @@ class GraphDecoding:
 
 
 class _Pass:
-    """A pass over rows with one token each."""
+    """A pass over rows with one token each, and the choice of the next ones where it is given."""
 
-    hidden: Tensor
+    out: Tensor
 
-    def __init__(self, stage: StagePass, caches: list[LayerCache], rows: int, slots: int) -> None:
-        self._stage, self._caches, self._rows, self._slots = stage, caches, rows, slots
+    def __init__(
+        self, stage: StagePass, caches: list[LayerCache], rows: int, slots: int, choose: Chooser | None
+    ) -> None:
+        self._stage, self._caches, self._rows, self._slots, self._choose = stage, caches, rows, slots, choose
         device = stage.runtime.device
-        self.inputs = torch.zeros(3, rows, dtype=torch.long, device=device)
+        self.inputs = torch.zeros(INPUTS, rows, dtype=torch.long, device=device)
         self._again: Callable[[], None] | None = None
 
     def begin(self, inputs: Longs, record: Recorder) -> None:
         """The first time."""
         self._move(inputs)
-        self.hidden, self._again = record(self._forward)
+        self.out, self._again = record(self._forward)
 
     def again(self, inputs: Longs) -> None:
         """Every other time."""
@@ -203,7 +252,8 @@ class _Pass:
         every = torch.arange(self._rows, device=ids.device)
         group = RowGroup(None, every[:, None], every, every, self._slots, positions[:, None])
         batch = TokenBatch(ids[None], positions[None], every[None], ids[None])
-        return self._stage(batch, self._caches, CacheView(every, positions, [group]))
+        hidden = self._stage(batch, self._caches, CacheView(every, positions, [group]))
+        return hidden if self._choose is None else self._choose(hidden, *self.inputs[3:])
 
 
 class CudaRecorder:

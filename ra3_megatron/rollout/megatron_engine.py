@@ -19,7 +19,14 @@ from ra3_megatron.mcore.vocab_parallel import event_log_probs
 from ra3_megatron.rollout.choice import choose, last_of_sets
 from ra3_megatron.rollout.decode_graphs import DecodeGraphs, Decoding, PlainDecoding
 from ra3_megatron.rollout.kv_session import KVSession, to_device
-from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
+from ra3_megatron.rollout.protocol import (
+    Completion,
+    Finish,
+    GenerateRequest,
+    LatentCompletion,
+    LatentRequest,
+    Uniforms,
+)
 from ra3_megatron.rollout.stage_pass import StagePass
 from ra3_megatron.text.latents import LatentFormat
 
@@ -45,7 +52,7 @@ class MegatronEngine:
         direct: bool = True,
     ) -> None:
         self.stage = StagePass(model, runtime, direct)
-        self.graphs = DecodeGraphs(self.stage) if cuda_graphs else None
+        self.graphs = DecodeGraphs(self.stage, self._choose) if cuda_graphs else None
         """None: every kernel is started by the host."""
         self.vocabulary = chunks_of(model)[-1].vocabulary
         self.runtime = runtime
@@ -85,12 +92,16 @@ class MegatronEngine:
         rows, hidden = self._open(requests)
         growing = list(range(len(rows)))  # of the session's rows, those that get another token
         decoding = self._decoding(self._free, max((len(requests[i].uniforms) for i in rows), default=0))
+        last: list[list[int]] | None = None  # of each row, what is to be fed first
         while growing:
             active = [rows[place] for place in growing]
             sets = [requests[i].allowed for i in active]
             draws = np.array([requests[i].uniforms[len(ids[i])] for i in active])
             greedy, top_p = [requests[i].greedy for i in active], [requests[i].top_p for i in active]
-            tokens, values = self._sample(hidden, sets, sets, draws, greedy, top_p)
+            if last is None:
+                tokens, values = self._sample(hidden, sets, sets, draws, greedy, top_p)
+            else:
+                tokens, values = self._next(decoding, last, sets, sets, draws, greedy, top_p)
             for i, token, value in zip(active, tokens, values, strict=True):
                 ids[i].append(token)
                 log_probs[i].append(value)
@@ -103,8 +114,7 @@ class MegatronEngine:
             decoding.select(left)
             rows, full = [rows[place] for place in left], [full[place] for place in left]
             growing = [place for place in range(len(rows)) if not full[place]]
-            if growing:
-                hidden, _ = decoding.feed([[] if full[p] else [ids[i][-1]] for p, i in enumerate(rows)])
+            last = [[] if full[p] else [ids[i][-1]] for p, i in enumerate(rows)]
         decoding.close()
         self._held = [(*requests[i].prompt, *ids[i]) for i in rows]
         return [Completion(a, b, c, self.weight_version) for a, b, c in zip(ids, log_probs, finish, strict=True)]
@@ -234,12 +244,11 @@ class MegatronEngine:
             assert decoding is not None
             growing = set(live)
             feed = [ids[k][-1:] if k in growing else [] for k in range(len(active))]
-            hidden, _ = decoding.feed(feed)
             for k in live:
                 cached[k].append(ids[k][-1])
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
             inner = [self.latents.thought_set] * len(live)
-            tokens, values = self._sample(hidden, inner, inner, draws)
+            tokens, values = self._next(decoding, feed, inner, inner, draws)
             for k, token, value in zip(live, tokens, values, strict=True):
                 ids[k].append(token)
                 log_probs[k].append(value)
@@ -284,12 +293,27 @@ class MegatronEngine:
             local = torch.cat(shards, dim=-1)
         return local[:, : self._vocab_size]
 
+    def _next(
+        self,
+        decoding: Decoding,
+        feed: Sequence[Sequence[int]],
+        allowed: Sequence[int],
+        universe: Sequence[int],
+        draws: Uniforms,
+        greedy: Sequence[bool] | None = None,
+        top_p: Sequence[float] | None = None,
+    ) -> tuple[list[int], list[float]]:
+        """Feed a token to some rows of a decoding, and sample what follows each."""
+        if decoding.draws and not any(greedy or ()) and min(top_p or (1.0,)) >= 1:
+            return decoding.draw(feed, allowed, universe, draws)
+        return self._sample(decoding.feed(feed)[0], allowed, universe, draws, greedy, top_p)
+
     def _sample(
         self,
         hidden: Tensor,
         allowed: Sequence[int],
         universe: Sequence[int],
-        draws: np.ndarray,
+        draws: Uniforms,
         greedy: Sequence[bool] | None = None,
         top_p: Sequence[float] | None = None,
     ) -> tuple[list[int], list[float]]:
@@ -297,15 +321,29 @@ class MegatronEngine:
 
         hidden [n, hidden]; allowed, universe [n]; draws [n] uniforms.
         """
-        chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
         if self.runtime.is_last_stage:
             # the uniforms cross with the rest, as the bits that they are
-            arrays = [np.array(allowed), np.array(universe), draws.view(np.int64)]
-            within, of, uniforms = to_device(arrays, hidden.device)
-            logits, sets, last = self._logits(hidden), self._sets, self._last
-            chosen[0], chosen[1] = choose(logits, sets, last, within, of, uniforms.view(torch.float64), greedy, top_p)
+            asked = [np.array(allowed), np.array(universe), draws.view(np.int64)]
+            within, of, uniforms = to_device(asked, hidden.device)
+            chosen = self._choose(hidden, within, of, uniforms, greedy, top_p)
+        else:
+            chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
         tokens, values = self.runtime.agree(chosen).tolist()
         return [int(token) for token in tokens], values
+
+    def _choose(
+        self,
+        hidden: Tensor,
+        allowed: Tensor,
+        universe: Tensor,
+        draws: Tensor,
+        greedy: Sequence[bool] | None = None,
+        top_p: Sequence[float] | None = None,
+    ) -> Tensor:
+        """The same on the device: tokens and log-probabilities, fp64 [2, n]. draws: fp64 seen as long."""
+        logits, uniforms = self._logits(hidden), draws.view(torch.float64)
+        tokens, values = choose(logits, self._sets, self._last, allowed, universe, uniforms, greedy, top_p)
+        return torch.stack((tokens.double(), values.double()))
 
 
 def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[list[int]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from ra3_megatron.rollout.decode_graphs import DecodeGraphs, require_cuda_graphs
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.latent_sampler import Job, LatentSampler
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
-from ra3_megatron.rollout.protocol import GenerateRequest
+from ra3_megatron.rollout.protocol import Completion, GenerateRequest
 from ra3_megatron.rollout.stage_pass import StagePass
 
 OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -68,7 +69,7 @@ def test_any_history_equals_a_full_pass(
     monkeypatch.setattr(decode_graphs, "SLOTS", 16)
     draw = random.Random(seed)
     stage, again = StagePass(model, runtime), Again()
-    graphs = DecodeGraphs(stage, again)
+    graphs = DecodeGraphs(stage, record=again)
     session = KVSession(stage)
     rows = [[draw.randrange(25) for _ in range(draw.randint(1, 30))] for _ in range(draw.choice([3, 4, 5]))]
     session.open(len(rows))
@@ -100,23 +101,37 @@ def test_any_history_equals_a_full_pass(
     assert again.recorded < again.replayed
 
 
-def test_transcripts_and_completions_are_those_without(toy: Toy, model: LanguageModel, runtime: Runtime) -> None:
-    def sampled(graphs: DecodeGraphs | None) -> tuple[object, object]:
-        engine = MegatronEngine(model, runtime, toy.latents, toy.tokenizer.vocab_size)
-        engine.graphs = graphs
+@pytest.mark.parametrize("draws", [True, False], ids=["choices recorded, too", "passes alone"])
+def test_transcripts_and_completions_are_those_without(
+    toy: Toy, model: LanguageModel, runtime: Runtime, draws: bool
+) -> None:
+    """Sampled from several sets of tokens, the most probable ones, and from nuclei, some of which are not recorded."""
+
+    def sampled(recorder: Again | None) -> tuple[list[list[int]], list[Completion]]:
+        engine = MegatronEngine(model, runtime, toy.latents, toy.tokenizer.vocab_size, temperature=0.8)
+        if recorder is not None:
+            engine.graphs = DecodeGraphs(engine.stage, engine._choose if draws else None, recorder)
         sampler = LatentSampler(engine, toy.latents, toy.tokenizer, 128, 16)
         documents = [toy.document(code, f"document {n}") for n, code in enumerate(CODE)]
         jobs = [Job(document, (n, g)) for n, document in enumerate(documents) for g in range(6)]
         transcripts = [transcript.ids.tolist() for transcript in sampler.sample(jobs)]
         draw = np.random.default_rng(2)
-        requests = [GenerateRequest([toy.tokenizer.bos, *range(3, 3 + n)], draw.random(5 + n)) for n in range(5)]
+        sets = (toy.latents.universe, toy.latents.thought_set)
+        requests = [
+            GenerateRequest([toy.tokenizer.bos, *range(3, 3 + n)], draw.random(5 + n), allowed=sets[n % 2])
+            for n in range(5)
+        ]
         found = engine.generate(requests)
-        return transcripts, [(each.ids, pytest.approx(each.log_probs, abs=2e-5)) for each in found]
+        found += engine.generate([replace(request, greedy=n == 1) for n, request in enumerate(requests)])
+        found += engine.generate([replace(request, top_p=0.7) for request in requests])
+        return transcripts, found
 
     again = Again()
-    plain, recorded = sampled(None), sampled(DecodeGraphs(StagePass(model, runtime), again))
+    plain, recorded = sampled(None), sampled(again)
     assert recorded[0] == plain[0]
-    assert [ids for ids, _ in recorded[1]] == [ids for ids, _ in plain[1]]  # type: ignore[attr-defined]
+    for one, other in zip(recorded[1], plain[1], strict=True):
+        assert one.ids == other.ids and one.finish == other.finish
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
     assert again.recorded and again.replayed
 
 
@@ -124,7 +139,7 @@ def test_what_drops_a_graph(model: LanguageModel, runtime: Runtime, monkeypatch:
     """Larger buffers, weights at another place; new values at the same place do not. The oldest goes for a new one."""
     monkeypatch.setattr(decode_graphs, "SLOTS", 16)
     stage, again = StagePass(model, runtime), Again()
-    graphs = DecodeGraphs(stage, again)
+    graphs = DecodeGraphs(stage, record=again)
 
     def decode(rows: int, length: int) -> Tensor:
         session = KVSession(stage)
@@ -160,7 +175,7 @@ def test_what_drops_a_graph(model: LanguageModel, runtime: Runtime, monkeypatch:
 def test_what_a_diverged_model_left_is_not_attended_to(model: LanguageModel, runtime: Runtime) -> None:
     """NaN in slots behind a row would spoil it, mask or not."""
     stage = StagePass(model, runtime)
-    graphs = DecodeGraphs(stage, Again())
+    graphs = DecodeGraphs(stage, record=Again())
 
     def decode(length: int) -> Tensor:
         session = KVSession(stage)
@@ -184,7 +199,7 @@ def test_what_is_no_decoding(model: LanguageModel, runtime: Runtime) -> None:
     session = KVSession(stage)
     session.open(2)
     session.feed([[1, 2], [3]])
-    decoding = DecodeGraphs(stage, Again()).decoding(session, 3)
+    decoding = DecodeGraphs(stage, record=Again()).decoding(session, 3)
     with pytest.raises(ValueError, match="one token a pass"):
         decoding.feed([[1, 2], []])
     with pytest.raises(ValueError, match="kept once"):
