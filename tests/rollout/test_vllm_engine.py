@@ -42,6 +42,7 @@ def assert_same(one: list[Transcript], other: list[Transcript]) -> None:
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=2e-5)
 
 
+@pytest.mark.extended
 def test_prefix_caching_changes_nothing(toy: Toy) -> None:
     jobs = jobs_of(toy)
     cached = VllmEngine(client_for(toy), toy.latents, 0.9)

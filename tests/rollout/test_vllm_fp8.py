@@ -111,6 +111,7 @@ def test_every_update_is_quantised(tmp_path: Path) -> None:
     assert [d.log_probs for d in found[0][0]] != [d.log_probs for d in found[1][0]]
 
 
+@pytest.mark.extended
 def test_vllm_for_cpus_cannot_and_says_so(tmp_path: Path) -> None:
     """Without the kernel that the test above replaces, the engine does not start."""
     need_vllm()

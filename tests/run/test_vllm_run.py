@@ -124,7 +124,8 @@ def test_a_run_ahead_says_how_old_its_transcripts_are(ahead: Path, live: Path) -
     assert steps[0]["reward"] == pytest.approx(first["reward"], rel=1e-4), "the first update is on-policy"
 
 
-@pytest.mark.parametrize("call", [2, pytest.param(4, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("call", [2, 4])
 def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
     ra3: Ra3, config: Path, ahead: Path, tmp_path: Path, call: int
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_job_survives_requeue_signals_and_a_killed_rank(site: Site, calm: list
     assert metrics(run) == calm
 
 
+@pytest.mark.extended
 def test_a_job_survives_a_lost_node(site: Site, calm: list[dict[str, object]]) -> None:
     """A node's daemon and all processes of the job there are killed, and Slurm is told what it finds out by itself
     `SlurmdTimeout` later: the node is down. It requeues the job, which goes on when there are two nodes again."""
@@ -158,6 +159,7 @@ def test_engines_on_a_node_of_their_own(site: Site) -> None:
     assert "RA3_ROLLOUT_NODES=2 leaves no node to train on: the job has 2" in site.output("none_left")
 
 
+@pytest.mark.extended
 def test_a_full_disk_ends_the_job_at_once(site: Site, calm: list[dict[str, object]], tmp_path: Path) -> None:
     """It burns no retries. With more room the same run goes on."""
     with small_disk(tmp_path / "disk", megabytes=1) as disk:

@@ -37,6 +37,7 @@ def checkpoint(site: Site) -> Path:
     return run / "checkpoints" / "warm_start" / "final"
 
 
+@pytest.mark.extended
 def test_a_stopped_job_goes_on(site: Site, checkpoint: Path) -> None:
     problems = site.folder / "problems.jsonl"
     rows = [
