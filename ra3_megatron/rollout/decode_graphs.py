@@ -42,20 +42,8 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 class Decoding(Protocol):
     """Rows of a session that grow by a token a pass."""
 
-    draws: bool
-    """Whether it has `draw`."""
-
     def feed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """As `KVSession.feed`, with at most one token a row."""
-        ...
-
-    def draw(
-        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
-    ) -> tuple[list[int], list[float]]:
-        """Feed, and sample the token behind each row that is fed: tokens and log-probabilities, in their order.
-
-        allowed, universe: rows of the table of token sets, one of each row that is fed; uniforms: fp64, the same.
-        """
         ...
 
     def select(self, rows: Sequence[int]) -> None:
@@ -70,15 +58,8 @@ class Decoding(Protocol):
 class PlainDecoding:
     """On the session itself."""
 
-    draws = False
-
     def __init__(self, session: KVSession) -> None:
         self.feed, self.select = session.feed, session.select
-
-    def draw(
-        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
-    ) -> tuple[list[int], list[float]]:
-        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing to do."""
@@ -154,6 +135,7 @@ class GraphDecoding:
     def __init__(self, graphs: DecodeGraphs, session: KVSession, rows: int, slots: int) -> None:
         self._graphs, self._session, self._rows, self._slots = graphs, session, rows, slots
         self.draws = graphs.draws
+        """Whether choices are recorded, which `draw` needs."""
         self._places = list(range(session.rows))
         self._lengths = list(session.lengths)
         used = max(self._lengths)
@@ -175,6 +157,10 @@ class GraphDecoding:
     def draw(
         self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
     ) -> tuple[list[int], list[float]]:
+        """Feed, and sample the token behind each row that is fed: tokens and log-probabilities, in their order.
+
+        allowed, universe: rows of the table of token sets, one of each row that is fed; uniforms: fp64, the same.
+        """
         fed, inputs = self._inputs(tokens)
         places = [self._places[row] for row in fed]
         inputs[3], inputs[4] = allowed[0], universe[0]  # a choice behind other rows is made, too, and left

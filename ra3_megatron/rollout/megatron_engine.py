@@ -10,14 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import event_log_probs
-from ra3_megatron.rollout.choice import choose, last_of_sets
-from ra3_megatron.rollout.decode_graphs import DecodeGraphs, Decoding, PlainDecoding
+from ra3_megatron.rollout.decode_graphs import DecodeGraphs, Decoding, GraphDecoding, PlainDecoding
 from ra3_megatron.rollout.kv_session import KVSession, to_device
 from ra3_megatron.rollout.protocol import (
     Completion,
@@ -27,6 +25,7 @@ from ra3_megatron.rollout.protocol import (
     LatentRequest,
     Uniforms,
 )
+from ra3_megatron.rollout.stage_choice import StageChoice
 from ra3_megatron.rollout.stage_pass import StagePass
 from ra3_megatron.text.latents import LatentFormat
 
@@ -52,17 +51,16 @@ class MegatronEngine:
         direct: bool = True,
     ) -> None:
         self.stage = StagePass(model, runtime, direct)
-        self.graphs = DecodeGraphs(self.stage, self._choose) if cuda_graphs else None
-        """None: every kernel is started by the host."""
         self.vocabulary = chunks_of(model)[-1].vocabulary
         self.runtime = runtime
         self.latents = latents
         self.temperature = temperature
         self.share_first_pass = share_first_pass
         self.weight_version = 0
-        self._vocab_size = vocab_size
-        self._sets = torch.as_tensor(latents.sets, device=runtime.device)
-        self._last = last_of_sets(self._sets)
+        sets = torch.as_tensor(latents.sets, device=runtime.device)
+        self.choose = StageChoice(self.stage, sets, vocab_size, temperature)
+        self.graphs = DecodeGraphs(self.stage, self.choose) if cuda_graphs else None
+        """None: every kernel is started by the host."""
         self._session = KVSession(self.stage)
         self._keys: list[int] = []
         self._cached: list[list[int]] = []
@@ -284,15 +282,6 @@ class MegatronEngine:
             overwrite=True,
         )[0]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the whole vocabulary of single positions, [n, vocab], gathered over the tensor-parallel group."""
-        local = self.stage.logits(hidden).float() / self.temperature
-        if self.runtime.tensor_size > 1:
-            shards = [torch.empty_like(local) for _ in range(self.runtime.tensor_size)]
-            dist.all_gather(shards, local.contiguous(), group=self.runtime.tensor_group)
-            local = torch.cat(shards, dim=-1)
-        return local[:, : self._vocab_size]
-
     def _next(
         self,
         decoding: Decoding,
@@ -304,7 +293,8 @@ class MegatronEngine:
         top_p: Sequence[float] | None = None,
     ) -> tuple[list[int], list[float]]:
         """Feed a token to some rows of a decoding, and sample what follows each."""
-        if decoding.draws and not any(greedy or ()) and min(top_p or (1.0,)) >= 1:
+        plain = not any(greedy or ()) and min(top_p or (1.0,)) >= 1
+        if plain and isinstance(decoding, GraphDecoding) and decoding.draws:
             return decoding.draw(feed, allowed, universe, draws)
         return self._sample(decoding.feed(feed)[0], allowed, universe, draws, greedy, top_p)
 
@@ -325,25 +315,11 @@ class MegatronEngine:
             # the uniforms cross with the rest, as the bits that they are
             asked = [np.array(allowed), np.array(universe), draws.view(np.int64)]
             within, of, uniforms = to_device(asked, hidden.device)
-            chosen = self._choose(hidden, within, of, uniforms, greedy, top_p)
+            chosen = self.choose(hidden, within, of, uniforms, greedy, top_p)
         else:
             chosen = torch.zeros(2, len(allowed), dtype=torch.float64, device=hidden.device)
         tokens, values = self.runtime.agree(chosen).tolist()
         return [int(token) for token in tokens], values
-
-    def _choose(
-        self,
-        hidden: Tensor,
-        allowed: Tensor,
-        universe: Tensor,
-        draws: Tensor,
-        greedy: Sequence[bool] | None = None,
-        top_p: Sequence[float] | None = None,
-    ) -> Tensor:
-        """The same on the device: tokens and log-probabilities, fp64 [2, n]. draws: fp64 seen as long."""
-        logits, uniforms = self._logits(hidden), draws.view(torch.float64)
-        tokens, values = choose(logits, self._sets, self._last, allowed, universe, uniforms, greedy, top_p)
-        return torch.stack((tokens.double(), values.double()))
 
 
 def _layout(requests: Sequence[LatentRequest]) -> tuple[list[list[int]], list[list[int]]]:

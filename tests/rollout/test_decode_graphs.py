@@ -110,7 +110,7 @@ def test_transcripts_and_completions_are_those_without(
     def sampled(recorder: Again | None) -> tuple[list[list[int]], list[Completion]]:
         engine = MegatronEngine(model, runtime, toy.latents, toy.tokenizer.vocab_size, temperature=0.8)
         if recorder is not None:
-            engine.graphs = DecodeGraphs(engine.stage, engine._choose if draws else None, recorder)
+            engine.graphs = DecodeGraphs(engine.stage, engine.choose if draws else None, recorder)
         sampler = LatentSampler(engine, toy.latents, toy.tokenizer, 128, 16)
         documents = [toy.document(code, f"document {n}") for n, code in enumerate(CODE)]
         jobs = [Job(document, (n, g)) for n, document in enumerate(documents) for g in range(6)]
