@@ -69,6 +69,8 @@ class RowGroup:
     """Leading slots that any of these tokens attends to."""
     positions: Tensor
     """Position of each token of `index`, long [n, longest]."""
+    whole: bool = False
+    """All tokens of the pass are in this group, as many of each row: `index` is their order."""
     _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def visible(self, share: int) -> Tensor:
@@ -218,19 +220,23 @@ class CachedAttention(MegatronModule):
         tokens, _, h, d = query.shape
         cache.keys[view.rows, :, view.positions] = key[:, 0]
         cache.values[view.rows, :, view.positions] = value[:, 0]
-        out = query.new_zeros(tokens, h * d)
+        out = None
         for group in view.groups:
             k, v = cache.keys[:, :, : group.slots], cache.values[:, :, : group.slots]
             if group.rows is not None:
                 k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
             n, longest = group.index.shape
             g = k.shape[1]
-            q = query[:, 0].index_select(0, group.index.flatten())
+            q = query[:, 0] if group.whole else query[:, 0].index_select(0, group.index.flatten())
             # the query heads of one key/value head stand behind each other, so that keys and values need no copies
-            q = q.view(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
+            q = q.reshape(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
             attended = self._attend(q, k, v, group.visible(h // g)).view(n, g, h // g, longest, d)
             attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
+            if group.whole:
+                return attended[:, None]
+            out = query.new_zeros(tokens, h * d) if out is None else out
             out.index_copy_(0, group.places, attended.index_select(0, group.sources))
+        assert out is not None, "a pass of no tokens"
         return out[:, None]
 
 

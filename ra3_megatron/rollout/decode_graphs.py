@@ -236,7 +236,7 @@ class _Pass:
     def _forward(self) -> Tensor:
         ids, positions = self.inputs[0], self.inputs[1]
         every = torch.arange(self._rows, device=ids.device)
-        group = RowGroup(None, every[:, None], every, every, self._slots, positions[:, None])
+        group = RowGroup(None, every[:, None], every, every, self._slots, positions[:, None], whole=True)
         batch = TokenBatch(ids[None], positions[None], every[None], ids[None])
         hidden = self._stage(batch, self._caches, CacheView(every, positions, [group]))
         return hidden if self._choose is None else self._choose(hidden, *self.inputs[3:])

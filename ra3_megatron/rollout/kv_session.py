@@ -38,6 +38,7 @@ class _Group:
     places: Longs
     sources: Longs
     slots: int
+    whole: bool
 
 
 class KVSession:
@@ -143,9 +144,8 @@ class KVSession:
         view = CacheView(row_of, position_of, [])
         for n, group in enumerate(groups):
             members, index, places, sources, at = rest[5 * n : 5 * n + 5]
-            view.groups.append(
-                RowGroup(None if group.everyone else members, index, places, sources, self._slots(group.slots), at)
-            )
+            here, slots = None if group.everyone else members, self._slots(group.slots)
+            view.groups.append(RowGroup(here, index, places, sources, slots, at, whole=group.whole))
         batch = TokenBatch(token_ids[None], position_of[None], row_of[None], token_ids[None])
         hidden = self.stage(batch, self.caches, view)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
@@ -166,7 +166,8 @@ class KVSession:
             index = np.where(inside, np.array([starts[r] for r in members])[:, None] + place[None], 0)
             slots = int(max(self.lengths[r] + counts[r] for r in members if counts[r]))
             everyone = len(members) == self.rows
-            groups.append(_Group(members, everyone, index, index[inside], np.flatnonzero(inside), slots))
+            whole = bool(inside.all()) and inside.size == sum(counts)
+            groups.append(_Group(members, everyone, index, index[inside], np.flatnonzero(inside), slots, whole))
         return groups
 
     def _slots(self, slots: int) -> int:
