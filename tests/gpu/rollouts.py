@@ -37,6 +37,9 @@ PASSES = 6
 """That are compared: the first one is recorded."""
 AGREE = 1e-2
 """Relative difference in bf16: slots are padded, so sums have another order."""
+DIRECT = 3e-2
+"""The same between passes by Transformer Engine's modules and without them: each norm and product rounds to bf16 in a
+kernel of another library, in up to 16 layers."""
 TOKENS, ROWS = 64, (1, 32, 256)
 """Tokens that are decoded behind each prompt; prompts at once."""
 
@@ -88,7 +91,7 @@ def direct(evidence: Evidence, setting: Setting, name: str, work: Workload) -> N
         sides[label] = partial(_one_more, session)
     worst = relative(found["without them"], found["by its modules"])
     text = f"{name}: a pass without Megatron-Core's modules, off one by them"
-    evidence.check(text, worst, AGREE, unit="relative difference")
+    evidence.check(text, worst, DIRECT, unit="relative difference")
     for label, timing in alternate(sides, 5, wait=setting.wait).items():
         evidence.figure(f"{name}: a pass of a token a row, {label}", 1e3 * timing.median, "ms")
 
