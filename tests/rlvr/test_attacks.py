@@ -5,6 +5,7 @@ An attack tells what it found as the result of `attack()`; a test that passes on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -499,8 +500,10 @@ def test_everything_is_gone(sandbox: Sandbox) -> None:
     """After all of the above: no process of a sandbox is below this one."""
 
     def left() -> list[bytes]:
-        lines = [Path(f"/proc/{pid}/cmdline") for pid in descendants(os.getpid())]
-        told = [line.read_bytes() for line in lines if line.exists()]
+        told = []
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                told.append(Path(f"/proc/{pid}/cmdline").read_bytes())
         return [line for line in told if b"bwrap" in line or b"inside.main" in line]
 
     assert soon(lambda: not left()), left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -197,9 +198,10 @@ def test_a_killed_runner_is_no_verdict(bubblewrap: Isolation, monkeypatch: pytes
 
     def kill_first(watched: execute.Watched, disk: int) -> int:
         first = watched.first()
-        if first is not None and b"inside.main" in Path(f"/proc/{first}/cmdline").read_bytes() and not killed:
-            killed.append(first)
-            os.kill(first, 9)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended by itself
+            if first is not None and b"inside.main" in Path(f"/proc/{first}/cmdline").read_bytes() and not killed:
+                os.kill(first, 9)
+                killed.append(first)
         return uses(watched, disk)
 
     monkeypatch.setattr(execute, "_uses", kill_first)

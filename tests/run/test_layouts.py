@@ -23,11 +23,12 @@ TOLERANCE = 5e-4
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        pytest.param("parallel.tensor=2", None, marks=pytest.mark.extended),
-        pytest.param("parallel.context=1", "parallel.data=2", marks=pytest.mark.extended),
+        ("parallel.tensor=2", None),
+        ("parallel.context=1", "parallel.data=2"),
         ("parallel.pipeline=2", "parallel.context=2"),
     ],
 )

@@ -139,11 +139,12 @@ def test_a_killed_run_ahead_ends_as_if_nothing_had_happened(
     assert not engines_of(tmp_path / "run")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("SIGKILL", "killed by SIGKILL; log "),
-        pytest.param("SIGSTOP", "within 15 s", marks=pytest.mark.extended),
+        ("SIGSTOP", "within 15 s"),
     ],
 )
 def test_a_run_goes_on_behind_an_engine_that_dies_or_hangs(
