@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.measure import ratio
+from benchmarks.measure import Timing, ratio
 from ra3_megatron.cli import prepare_threads
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def main() -> None:
             console.print("rollouts …")
             parts.append(_rollouts(rollout.measure(work, runtime, repeats), name))
             text = f"sampling goes, {name} model, thoughts on 30% of lines"
-            parts.append(_shares(text, shares.sampling(work, runtime, repeats)))
+            sides, timings = shares.sampling(work, runtime, repeats)
+            parts.append(_shares(text, sides) + _faster(timings[shares.DIRECT], timings[shares.MODULES]))
         if "estep" in arguments.sections:
             console.print("E-step …")
             parts.append(_estep(estep.measure(work, runtime, repeats), name))
@@ -163,6 +164,13 @@ def _shares(what: str, sides: "dict[str, Shares]") -> str:
         largest = ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in each.largest)
         lines += ["", f"The largest operations of {side} that are no matrix products: {largest}."]
     return _text(*lines)
+
+
+def _faster(direct: Timing, modules: Timing) -> str:
+    middle, least, most = ratio(direct, modules)
+    return _text(
+        f"Without the modules, in alternating repeats: **{middle:.2f}** ({least:.2f} to {most:.2f}) times as fast."
+    )
 
 
 def _packing(results: "list[PackingResult]", model: str) -> str:

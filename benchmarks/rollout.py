@@ -34,7 +34,9 @@ from ra3_megatron.text.tokenizer import Tokenizer, train_sentencepiece
 
 RATES = (0.0, 0.1, 0.3, 0.6)
 GROUP = 8
+"""Transcripts of each document."""
 BATCH = 64
+"""Transcripts at once."""
 TEXT = TextConfig(max_latent_tokens=6)
 
 
@@ -119,10 +121,11 @@ def measure(
     rates: Sequence[float] = RATES,
     graphs: bool = False,
     batch: int = BATCH,
+    model: torch.nn.Module | None = None,
 ) -> list[RolloutResult]:
     """Time the samplers on these documents. graphs: also with decoding by CUDA graphs, behind a warm-up; batch:
-    transcripts at once."""
-    sampler = partial(work.sampler, work.model(runtime), runtime, batch=batch)
+    transcripts at once; model: none: random weights."""
+    sampler = partial(work.sampler, work.model(runtime) if model is None else model, runtime, batch=batch)
     samplers = {
         "jump-ahead": sampler("jump_ahead"),
         "naive + cache": sampler("naive"),

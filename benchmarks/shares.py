@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import Timing, alternate
 from benchmarks.mstep import SIZES, VOCABULARY, build, hugging_face, megatron
 from benchmarks.rollout import Workload, forced_rate
 from ra3_megatron.mcore.startup import Runtime
@@ -28,6 +29,8 @@ INDEXING = ("aten::index", "aten::nonzero", "aten::embedding", "aten::scatter", 
 OPTIMIZER = ("Optimizer.step", "Optimizer.zero_grad")
 LARGEST = 6
 """Operations that are named."""
+MODULES, DIRECT = "by the modules", "without them"
+"""Sides of sampling."""
 KINDS = ("matrix products", "attention", "copies and casts", "indexing", "optimizer", "other operations", "Python")
 
 
@@ -89,14 +92,17 @@ def measure(name: str, runtime: Runtime, repeats: int) -> dict[str, Shares]:
         return {label: shares(step, repeats) for label, step in sides(name, runtime)}
 
 
-def sampling(work: Workload, runtime: Runtime, repeats: int, rate: float = 0.3) -> dict[str, Shares]:
-    """Side -> its shares, of the transcripts of the rollout benchmark at a thinking rate."""
-    model, found = work.model(runtime), {}
+def sampling(
+    work: Workload, runtime: Runtime, repeats: int, rate: float = 0.3
+) -> tuple[dict[str, Shares], dict[str, Timing]]:
+    """Side -> its shares, and its seconds in alternating repeats, of the transcripts of the rollout benchmark at a
+    thinking rate."""
+    model = work.model(runtime)
+    samplers = {MODULES: work.sampler(model, runtime, direct=False), DIRECT: work.sampler(model, runtime)}
+    steps = {label: partial(sampler.sample, work.jobs()) for label, sampler in samplers.items()}
     with one_thread(), forced_rate(rate):
-        for label, direct in (("by the modules", False), ("without them", True)):
-            sampler = work.sampler(model, runtime, direct=direct)
-            found[label] = shares(partial(sampler.sample, work.jobs()), repeats)
-    return found
+        timings = alternate(steps, repeats)
+        return {label: shares(step, repeats) for label, step in steps.items()}, timings
 
 
 @contextmanager

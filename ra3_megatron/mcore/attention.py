@@ -127,7 +127,8 @@ class CachedAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("CachedAttention takes segments of packed rows, no bias and no packed_seq_params")
         s, b, h, d = query.shape
-        if self.cache is not None and self.view is not None:
+        if self.cache is not None:
+            assert self.view is not None
             return self.incremental(query, key, value, self.cache, self.view)
         if attention_mask is not None and attention_mask.shape[1] != s:
             return self._split(query, key, value, attention_mask)
@@ -217,27 +218,28 @@ class CachedAttention(MegatronModule):
     def incremental(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, view: CacheView) -> Tensor:
         """Attention of new tokens [T, 1, ., d] to everything in their rows' caches, their own keys appended first:
         [T, 1, h * d]."""
-        tokens, _, h, d = query.shape
         cache.keys[view.rows, :, view.positions] = key[:, 0]
         cache.values[view.rows, :, view.positions] = value[:, 0]
-        out = None
+        if len(view.groups) == 1 and view.groups[0].whole:
+            return self._of_group(query[:, 0], cache, view.groups[0])[:, None]
+        out = query.new_zeros(len(query), query.shape[2] * query.shape[3])
         for group in view.groups:
-            k, v = cache.keys[:, :, : group.slots], cache.values[:, :, : group.slots]
-            if group.rows is not None:
-                k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
-            n, longest = group.index.shape
-            g = k.shape[1]
-            q = query[:, 0] if group.whole else query[:, 0].index_select(0, group.index.flatten())
-            # the query heads of one key/value head stand behind each other, so that keys and values need no copies
-            q = q.reshape(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
-            attended = self._attend(q, k, v, group.visible(h // g)).view(n, g, h // g, longest, d)
-            attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
-            if group.whole:
-                return attended[:, None]
-            out = query.new_zeros(tokens, h * d) if out is None else out
+            attended = self._of_group(query[:, 0].index_select(0, group.index.flatten()), cache, group)
             out.index_copy_(0, group.places, attended.index_select(0, group.sources))
-        assert out is not None, "a pass of no tokens"
         return out[:, None]
+
+    def _of_group(self, query: Tensor, cache: LayerCache, group: RowGroup) -> Tensor:
+        """Attention of a group's queries [n * longest, h, d] to their rows: [n * longest, h * d]."""
+        k, v = cache.keys[:, :, : group.slots], cache.values[:, :, : group.slots]
+        if group.rows is not None:
+            k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
+        _, h, d = query.shape
+        n, longest = group.index.shape
+        g = k.shape[1]
+        # the query heads of one key/value head stand behind each other, so that keys and values need no copies
+        q = query.reshape(n, longest, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(n, g, -1, d)
+        attended = self._attend(q, k, v, group.visible(h // g)).view(n, g, h // g, longest, d)
+        return attended.permute(0, 3, 1, 2, 4).reshape(-1, h * d)
 
 
 def _cudnn_first() -> AbstractContextManager[None]:

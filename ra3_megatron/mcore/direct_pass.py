@@ -2,9 +2,9 @@
 
 Sampling is made of many passes of few tokens, in which what Megatron-Core's modules do around the products (hooks,
 autograd functions, wrappers that look at every case) takes longer than the products. `DirectPass` computes the same
-operations, in the same order, from the same memory of weights, and nothing else; that it computes the same numbers is
-tested for every architecture it takes (`tests/mcore/test_direct_pass.py`). Models it does not take (several processes,
-experts, layers in FP8) go through their modules.
+operations, in the same order, from the same memory of weights, and nothing else; on a CPU the numbers are the same bit
+for bit (`tests/rollout/test_direct_pass.py`). Models it does not take (several processes, experts, layers in FP8) go
+through their modules.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ra3_megatron.mcore.model import LanguageModel
 
 @dataclass(frozen=True)
 class _Linear:
-    """A product, and the norm before it where Transformer Engine's module holds that, too."""
+    """The product with a module's weight, and its bias where there is one."""
 
     module: Any
 
@@ -34,6 +34,8 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Norm:
+    """A root-mean-square norm with the weight `name` of a module."""
+
     owner: Any
     name: str
     eps: float
@@ -56,7 +58,7 @@ class _Layer:
 
 
 class DirectPass:
-    """Of one chunk that is the whole model."""
+    """Through one chunk that is the whole model."""
 
     def __init__(self, chunk: LanguageModel) -> None:
         """Raises ValueError for a model that `takes` does not take."""

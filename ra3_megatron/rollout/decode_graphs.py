@@ -28,9 +28,9 @@ SLOTS = 256
 """Slots are padded to a multiple of this."""
 GRAPHS = 32
 """At most so many are kept."""
-INPUTS = 6
-"""Of each row: its token, its position, the row of which the hidden state is asked for, the set that is allowed, the
-one that log-probabilities are of, the uniform."""
+INPUTS = 5
+"""Of each row: its token, its position, the row of which the hidden state is asked for, the set of tokens that may
+follow, the uniform."""
 
 Chooser = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of hidden states [n, hidden], sets that are allowed, sets that log-probabilities are of, uniforms (fp64 seen as
@@ -155,16 +155,16 @@ class GraphDecoding:
         return hidden.index_select(0, there[2, : len(fed)]), begins
 
     def draw(
-        self, tokens: Sequence[Sequence[int]], allowed: Sequence[int], universe: Sequence[int], uniforms: Uniforms
+        self, tokens: Sequence[Sequence[int]], sets: Sequence[int], uniforms: Uniforms
     ) -> tuple[list[int], list[float]]:
         """Feed, and sample the token behind each row that is fed: tokens and log-probabilities, in their order.
 
-        allowed, universe: rows of the table of token sets, one of each row that is fed; uniforms: fp64, the same.
+        sets: rows of the table of token sets, uniforms: fp64, one of each row that is fed.
         """
         fed, inputs = self._inputs(tokens)
         places = [self._places[row] for row in fed]
-        inputs[3], inputs[4] = allowed[0], universe[0]  # a choice behind other rows is made, too, and left
-        inputs[3, places], inputs[4, places], inputs[5, places] = allowed, universe, uniforms.view(np.int64)
+        inputs[3] = sets[0]  # a choice behind other rows is made, too, and left
+        inputs[3, places], inputs[4, places] = sets, uniforms.view(np.int64)
         ids, values = self._run(inputs, fed, draws=True)[0].tolist()
         return [int(ids[place]) for place in places], [values[place] for place in places]
 
@@ -239,7 +239,7 @@ class _Pass:
         group = RowGroup(None, every[:, None], every, every, self._slots, positions[:, None], whole=True)
         batch = TokenBatch(ids[None], positions[None], every[None], ids[None])
         hidden = self._stage(batch, self._caches, CacheView(every, positions, [group]))
-        return hidden if self._choose is None else self._choose(hidden, *self.inputs[3:])
+        return hidden if self._choose is None else self._choose(hidden, self.inputs[3], self.inputs[3], self.inputs[4])
 
 
 class CudaRecorder:

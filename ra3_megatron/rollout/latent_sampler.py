@@ -5,8 +5,8 @@ these decisions are exact, because up to there the text is the expert's. The num
 of thoughts, not of lines. `naive` asks for one line at a time. Both draw line t of a transcript from the same
 uniforms, so they sample the same transcript; the law is that of q in method.md.
 
-Transcripts have different numbers of thoughts: the place of one that is done is taken by one that waits, so a round
-is full until none waits.
+Transcripts have different numbers of thoughts: the places of those that are done are taken by those that wait, a whole
+document's at a time.
 """
 
 from collections import deque

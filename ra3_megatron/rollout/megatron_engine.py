@@ -99,7 +99,7 @@ class MegatronEngine:
             if last is None:
                 tokens, values = self._sample(hidden, sets, sets, draws, greedy, top_p)
             else:
-                tokens, values = self._next(decoding, last, sets, sets, draws, greedy, top_p)
+                tokens, values = self._next(decoding, last, sets, draws, greedy, top_p)
             for i, token, value in zip(active, tokens, values, strict=True):
                 ids[i].append(token)
                 log_probs[i].append(value)
@@ -167,18 +167,18 @@ class MegatronEngine:
         session.select([known[keys[i]] for i in old])
         shared = [_common(self._cached[known[keys[i]]], sequences[i][: heads[i]]) for i in old]
         session.cut(shared)
-        asked = [tuple(sequences[i]) for i in new]
-        distinct = list(dict.fromkeys(asked)) if self.share_first_pass else asked
-        session.extend(len(distinct))
-        hidden, begins = session.feed([*(sequences[i][n:] for i, n in zip(old, shared, strict=True)), *distinct])
-        rows, starts = [0] * len(keys), [0] * len(keys)
-        for row, (i, n) in enumerate(zip(old, shared, strict=True)):
-            rows[i], starts[i] = row, begins[row] - n
-        row_of = {text: len(old) + row for row, text in enumerate(distinct)}
-        for place, i in enumerate(new):
-            rows[i] = row_of[asked[place]] if self.share_first_pass else len(old) + place
-            starts[i] = begins[rows[i]]
-        session.select(rows)
+        rows = {i: row for row, i in enumerate(old)}
+        first: dict[object, int] = {}
+        for i in new:
+            same = tuple(sequences[i]) if self.share_first_pass else i
+            rows[i] = first.setdefault(same, len(old) + len(first))
+        whole = {rows[i]: sequences[i] for i in new}
+        session.extend(len(whole))
+        rest = [sequences[i][n:] for i, n in zip(old, shared, strict=True)]
+        hidden, begins = session.feed([*rest, *whole.values()])
+        skipped = dict(zip(old, shared, strict=True))
+        starts = [begins[rows[i]] - skipped.get(i, 0) for i in range(len(keys))]
+        session.select([rows[i] for i in range(len(keys))])
         self._keys, self._cached = list(keys), [list(s) for s in sequences]
         return hidden, starts
 
@@ -246,7 +246,7 @@ class MegatronEngine:
                 cached[k].append(ids[k][-1])
             draws = np.array([requests[active[k][0]].uniforms[active[k][1], 1 + len(ids[k])] for k in live])
             inner = [self.latents.thought_set] * len(live)
-            tokens, values = self._next(decoding, feed, inner, inner, draws)
+            tokens, values = self._next(decoding, feed, inner, draws)
             for k, token, value in zip(live, tokens, values, strict=True):
                 ids[k].append(token)
                 log_probs[k].append(value)
@@ -286,17 +286,16 @@ class MegatronEngine:
         self,
         decoding: Decoding,
         feed: Sequence[Sequence[int]],
-        allowed: Sequence[int],
-        universe: Sequence[int],
+        sets: Sequence[int],
         draws: Uniforms,
         greedy: Sequence[bool] | None = None,
         top_p: Sequence[float] | None = None,
     ) -> tuple[list[int], list[float]]:
-        """Feed a token to some rows of a decoding, and sample what follows each."""
+        """Feed a token to some rows of a decoding, and sample what follows each, within rows `sets` of the table."""
         plain = not any(greedy or ()) and min(top_p or (1.0,)) >= 1
         if plain and isinstance(decoding, GraphDecoding) and decoding.draws:
-            return decoding.draw(feed, allowed, universe, draws)
-        return self._sample(decoding.feed(feed)[0], allowed, universe, draws, greedy, top_p)
+            return decoding.draw(feed, sets, draws)
+        return self._sample(decoding.feed(feed)[0], sets, sets, draws, greedy, top_p)
 
     def _sample(
         self,
