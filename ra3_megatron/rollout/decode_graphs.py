@@ -20,6 +20,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.runtime import RolloutConfig
 from ra3_megatron.mcore.attention import CacheView, LayerCache, RowGroup
 from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.rollout.cuda_recorder import CudaRecorder, Recorder
 from ra3_megatron.rollout.kv_session import GROWTH, KVSession, Longs
 from ra3_megatron.rollout.protocol import Uniforms
 from ra3_megatron.rollout.stage_pass import StagePass
@@ -35,8 +36,6 @@ follow, the uniform."""
 Chooser = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of hidden states [n, hidden], sets that are allowed, sets that log-probabilities are of, uniforms (fp64 seen as
 long), [n] each: the tokens that follow and their log-probabilities, fp64 [2, n]."""
-Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Runs a function so that it can be run again: what it returned, and what runs it again into the same memory."""
 
 
 class Decoding(Protocol):
@@ -112,8 +111,9 @@ class DecodeGraphs:
             if len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             choose = self._choose if draws else None
-            found = self._graphs[key] = _Pass(self._stage, self.caches(rows), rows, slots, choose)
+            found = _Pass(self._stage, self.caches(rows), rows, slots, choose)
             found.begin(inputs, self._record)
+            self._graphs[key] = found
         else:
             found.again(inputs)
         return found.out, found.inputs
@@ -240,28 +240,6 @@ class _Pass:
         batch = TokenBatch(ids[None], positions[None], every[None], ids[None])
         hidden = self._stage(batch, self._caches, CacheView(every, positions, [group]))
         return hidden if self._choose is None else self._choose(hidden, self.inputs[3], self.inputs[3], self.inputs[4])
-
-
-class CudaRecorder:
-    """Records into graphs that share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        """What `function` returned, and what runs its kernels again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up, which cannot be recorded
-            for _ in range(2):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # other threads, as NCCL's that watches, go on with what they do
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = function()
-        graph.replay()  # recording computes nothing
-        return out, graph.replay
 
 
 def require_cuda_graphs(rollout: RolloutConfig, device: torch.device) -> None:

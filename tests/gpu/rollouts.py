@@ -6,16 +6,19 @@ forced, so that it does not depend on random weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import rollout
 from benchmarks.measure import alternate
 from benchmarks.rollout import Workload
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.rollout.cuda_recorder import Recorder
 from ra3_megatron.rollout.decode_graphs import DecodeGraphs
 from ra3_megatron.rollout.kv_session import KVSession
 from ra3_megatron.rollout.megatron_engine import MegatronEngine
@@ -34,31 +37,60 @@ MODELS = {
         num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8
     ),
 }
+Part = Callable[[Evidence, Setting, str, Workload, torch.nn.Module], None]
 PASSES = 6
 """That are compared: the first one is recorded."""
-AGREE = 1e-2
-"""Relative difference in bf16: slots are padded, so sums have another order."""
-DIRECT = 3e-2
+AGREE = 3e-2
+"""Relative difference in bf16: rows and slots are padded, so sums have another order, other kernels may be chosen."""
+DIRECT = 5e-2
 """The same between passes by Transformer Engine's modules and without them: each norm and product rounds to bf16 in a
-kernel of another library, in up to 16 layers."""
+kernel of another library. Orders of summation alone make 0.8e-2 in 8 layers of 512 channels, 2.1e-2 in 16 of 2,048."""
+SAME = 0.8
+"""Share of tokens sampled as without graphs, up to the first other one of a row: about once in a hundred choices a
+uniform lies so near to the border of two tokens that rounding decides. Choices behind another row, from another set or
+by another uniform agree hardly ever."""
+NOISE = 0.3
+"""Standard deviation of what is added to weights of norms and to biases: as drawn, they change nothing."""
 TOKENS, ROWS = 64, (1, 32, 256)
 """Tokens that are decoded behind each prompt; prompts at once."""
 
 
 def run(evidence: Evidence, setting: Setting) -> None:
-    """Every model."""
+    """Every model; passes of one with biases and more norms as well."""
     work = toy(setting) if setting.small else rollout.load("28M", setting.folder, DOCUMENTS)
     shapes = {"toy": work.config} if setting.small else MODELS
     for name, shape in shapes.items():
         if evidence.enough(name, setting.pick(60.0, 1.0)):
-            with evidence.attempt(name):
-                precision = "bf16" if setting.cuda else "fp32"
-                mine = replace(work, config=with_precision(shape, precision))
-                model = mine.model(setting.runtime)  # once: drawing a billion weights on the host takes half a minute
-                for part in (direct, agree, decode, sample):
-                    part(evidence, setting, name, mine, model)
-                del model
-            release()
+            measure(evidence, setting, name, work, shape, (direct, agree, choices, decode, sample))
+    name, shape = next(iter(shapes.items()))
+    if evidence.enough(name := f"{name} with biases and q/k norms", setting.pick(15.0, 1.0)):
+        more = ModelConfig(**(shape.model_dump() | {"qkv_bias": True, "qk_norm": True}))
+        measure(evidence, setting, name, work, more, (direct, agree))
+
+
+def measure(
+    evidence: Evidence, setting: Setting, name: str, work: Workload, shape: ModelConfig, parts: Sequence[Part]
+) -> None:
+    """Parts, of one model."""
+    with evidence.attempt(name):
+        mine = replace(work, config=with_precision(shape, "bf16" if setting.cuda else "fp32"))
+        model = mine.model(setting.runtime)  # once: drawing a billion weights on the host takes half a minute
+        disturb(model)
+        for part in parts:
+            with evidence.attempt(f"{name}: {part.__name__}"):
+                part(evidence, setting, name, mine, model)
+        del model
+    release()
+
+
+def disturb(model: torch.nn.Module) -> None:
+    """Weights of norms and biases that a pass without them would not get right."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=draw)
+                parameter.add_(noise.to(parameter.device, parameter.dtype), alpha=NOISE)
 
 
 def sample(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
@@ -105,21 +137,59 @@ def _one_more(session: KVSession) -> None:
 
 def agree(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
     """Passes that are graphs compute what passes that are none do: hidden states of the same tokens."""
-    if not setting.cuda:
-        evidence.missing(f"{name}: passes that are graphs", NEEDS_GPU)
-        return
     stage = StagePass(model, setting.runtime)
-    session = KVSession(stage)
+    graphs = DecodeGraphs(stage, record=recorder(evidence, setting, f"{name}: passes that are graphs"))
     prompts = [[work.tokenizer.bos, *document.lines[0].body] for document in work.documents]
-    session.open(len(prompts))
-    session.feed(prompts)
-    plain = session.split(range(session.rows))
-    decoding = DecodeGraphs(stage).decoding(session, PASSES)
     worst = 0.0
-    for token in range(PASSES):
-        new = [[5 + token + row] for row in range(plain.rows)]
-        worst = max(worst, relative(decoding.feed(new)[0], plain.feed(new)[0]))
+    for rows in (2, len(prompts)):  # the buffers grow, and all graphs are dropped
+        session = KVSession(stage)
+        session.open(rows)
+        session.feed(prompts[:rows])
+        plain = session.split(range(session.rows))
+        decoding = graphs.decoding(session, PASSES)
+        for token in range(PASSES):
+            new = [[5 + token + row] for row in range(plain.rows)]
+            worst = max(worst, relative(decoding.feed(new)[0], plain.feed(new)[0]))
     evidence.check(f"{name}: a pass that is a graph, off one that is none", worst, AGREE, unit="relative difference")
+
+
+def recorder(evidence: Evidence, setting: Setting, name: str) -> Recorder | None:
+    """CUDA's; on a CPU one that runs the function again into the same memory, for the code around it."""
+    if setting.cuda:
+        return None
+    evidence.missing(name, NEEDS_GPU)
+    return again
+
+
+def again(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """As a `Recorder`."""
+    out = function()
+
+    def run_again() -> None:
+        out.copy_(function())
+
+    return out, run_again
+
+
+def choices(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
+    """Tokens chosen within graphs are those chosen behind plain passes: the same uniforms, two sets of tokens."""
+    draw = np.random.default_rng(2)
+    sets = (work.latents.universe, work.latents.thought_set)
+    prompts = [[work.tokenizer.bos, *document.lines[0].body] for document in work.documents]
+    requests = [
+        GenerateRequest(prompt, draw.random(8 + n % 3), allowed=sets[n % 2]) for n, prompt in enumerate(prompts)
+    ]
+    plain, graphs = (MegatronEngine(model, setting.runtime, work.latents, work.tokenizer.vocab_size) for _ in range(2))
+    graphs.graphs = DecodeGraphs(
+        graphs.stage, graphs.choose, recorder(evidence, setting, f"{name}: choices within graphs")
+    )
+    same = total = 0
+    for rows in (3, len(requests)):
+        for one, other in zip(graphs.generate(requests[:rows]), plain.generate(requests[:rows]), strict=True):
+            equal = [token == wanted for token, wanted in zip(one.ids, other.ids, strict=False)]
+            same += [*equal, False].index(False)
+            total += len(one.ids)
+    evidence.check(f"{name}: tokens chosen within graphs as without", same / total, at_least=SAME, unit="share")
 
 
 def decode(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
