@@ -6,6 +6,7 @@ forced, so that it does not depend on random weights.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -95,10 +96,12 @@ def disturb(model: torch.nn.Module) -> None:
 
 def sample(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
     """Documents a second of each sampler, `rollout.GROUP` transcripts each."""
+    seconds = setting.pick(40.0, 1.0)
     for rate in setting.pick(RATES, RATES[1:]):
         repeats = setting.pick(3, 1)
-        if not evidence.enough(f"{name}, thoughts on {rate:.0%} of lines", setting.pick(40.0, 1.0)):
+        if not evidence.enough(f"{name}, thoughts on {rate:.0%} of lines", seconds):
             continue
+        begin = time.monotonic()
         result = rollout.measure(work, setting.runtime, repeats, (rate,), setting.cuda, BATCH, model)[0]
         for sampler, timing in result.timings.items():
             text = f"{name}, thoughts on {rate:.0%} of lines, {sampler}"
@@ -107,6 +110,7 @@ def sample(evidence: Evidence, setting: Setting, name: str, work: Workload, mode
             fast, slow = result.timings[f"jump-ahead{suffix}"], result.timings[f"naive{suffix}"]
             text = f"{name}, thoughts on {rate:.0%} of lines{suffix}: jump-ahead, of one request per line"
             evidence.figure(text, slow.median / fast.median)
+        seconds = time.monotonic() - begin  # the next rate takes as long or longer
 
 
 def direct(evidence: Evidence, setting: Setting, name: str, work: Workload, model: torch.nn.Module) -> None:
