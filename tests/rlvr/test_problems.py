@@ -55,7 +55,7 @@ def test_generated_tasks_are_solved_by_their_programs_alone(family: Any, sandbox
 def test_an_answer_comes_out_of_its_fence() -> None:
     tests = FunctionTests(setup="", tests=("assert f() == 1",))
     whole = Problem("b", "Say one.\n", tests, answer="program")
-    said = "First\n```python\nx = 1\n```\nno, this:\n```py\ndef f():\n    return 1\n```\nDone."
+    said = "First\n```text\nx = 1\n```\nno, this:\n```py\ndef f():\n    return 1\n```\nDone."
     assert (
         whole.program(said).code == "def f():\n    return 1\n" and whole.program("def f(): ...").code == "def f(): ..."
     )

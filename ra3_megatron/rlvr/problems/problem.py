@@ -1,13 +1,12 @@
 """One problem: what the policy is given, and the tests that its answer must pass."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ra3_megatron.rlvr.sandbox import FunctionTests, Program, StdinTests
+from ra3_megatron.text.fences import program_in
 
 Answer = Literal["continues", "program"]
-_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Problem:
     tests: FunctionTests | StdinTests
     answer: Answer = "continues"
     """`continues`: the program is the prompt and the response behind it; `program`: the response holds the program, in
-    its last fenced code block or, without one, as it is."""
+    a fenced code block or as it is (`text.fences.program_in`)."""
     stop: tuple[str, ...] = ()
     """The response ends before the first of these texts."""
     solution: str | None = None
@@ -39,5 +38,4 @@ class Problem:
         (rlvr/cutting.py)."""
         if self.answer == "continues":
             return Program(self.prelude + self.prompt + text, self.tests)
-        blocks = _FENCE.findall(text)
-        return Program(self.prelude + (blocks[-1] if blocks else text), self.tests)
+        return Program(self.prelude + program_in(text), self.tests)
