@@ -15,7 +15,10 @@ class Cuts:
     def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, latents: LatentFormat) -> None:
         self._problems = problems
         thoughts = cast(Thoughts, latents.name)
-        self._cutters = [Cutter(tokenizer, each.stop, thoughts, each.answer == "continues") for each in problems]
+        self._cutters = [
+            Cutter(tokenizer, each.stop, thoughts, each.answer == "continues", each.answer == "program")
+            for each in problems
+        ]
 
     @property
     def needed(self) -> bool:

@@ -2,6 +2,9 @@
 
 In this order, because a thought at column 0 is a line "# …", and "\\n#" is a stop sequence of HumanEval. What the text
 is cut to depends on the ids alone. Offsets are in bytes, in which no stop sequence can be seen inside a character.
+
+Where an answer may hold its program in a fenced block, each block, and what stands before, between and behind them, is
+read as Python by itself: a fence is none, and behind it a "#" line of a string would pass for a thought.
 """
 
 from bisect import bisect_right
@@ -10,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from ra3_megatron.text.segment import WHITESPACE, written_comment_rows
+from ra3_megatron.text.fences import Part, parts
+from ra3_megatron.text.segment import WHITESPACE, split_rows, written_comment_rows
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
 
@@ -43,6 +47,8 @@ class Cutter:
     """How the model writes thoughts: as full-line comments, between reserved tokens, or not at all."""
     code_prompt: bool
     """The prompt is Python that the completion goes on with."""
+    fenced: bool = False
+    """The completion may hold its program in a fenced block."""
 
     def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
         """Cut a continuation of `prompt`."""
@@ -91,7 +97,7 @@ class Cutter:
         before = prompt if self.code_prompt else ""
         above = before.count("\n")
         first_whole = above + (bool(before) and not before.endswith("\n"))
-        dropped = {r for r in written_comment_rows(before + raw.decode("utf-8", "replace")) if r >= first_whole}
+        dropped = {row for row in self._comments(before + raw.decode("utf-8", "replace")) if row >= first_whole}
         kept: list[tuple[int, int]] = []
         start = 0
         ends = tuple(stop.encode() for stop in self.stops)
@@ -100,6 +106,14 @@ class Cutter:
                 kept.append((start, start + len(row)))
             start += len(row)
         return kept
+
+    def _comments(self, text: str) -> set[int]:
+        """Indices of the lines that are comments."""
+        rows = split_rows(text)
+        found = parts(rows) if self.fenced else [Part(0, len(rows), block=False)]
+        return {
+            part.first + row for part in found for row in written_comment_rows("".join(rows[part.first : part.end]))
+        }
 
 
 def _rows(raw: bytes) -> list[bytes]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.text.cutting import Cutter, Thoughts
+from ra3_megatron.text.fences import program_in
 
 PROMPT = 'def f(x):\n    """Twice."""\n'
 HUMANEVAL = SUITES["humaneval"].stops
@@ -33,8 +34,15 @@ def ids(text: str) -> list[int]:
     return found
 
 
-def cut(text: str, thoughts: Thoughts, stops: tuple[str, ...] = HUMANEVAL, prompt: str = PROMPT, code: bool = True):  # type: ignore[no-untyped-def]
-    return Cutter(Bytes(), stops, thoughts, code).cut(prompt, ids(text))  # type: ignore[arg-type]
+def cut(  # type: ignore[no-untyped-def]
+    text: str,
+    thoughts: Thoughts,
+    stops: tuple[str, ...] = HUMANEVAL,
+    prompt: str = PROMPT,
+    code: bool = True,
+    fenced: bool = False,
+):
+    return Cutter(Bytes(), stops, thoughts, code, fenced).cut(prompt, ids(text))  # type: ignore[arg-type]
 
 
 def test_a_thought_at_column_0_does_not_end_a_completion() -> None:
@@ -71,6 +79,22 @@ def test_a_prompt_that_is_no_code_is_not_read_as_code() -> None:
 
 def test_where_it_is_no_python_comment_lines_go_too() -> None:
     assert cut("    ) ] return\n# thought\n    x\n", "comment", ()).text == "    ) ] return\n    x\n"
+
+
+@pytest.mark.parametrize("before", ["", "Here's the program:\n# think\n```text\n#.\n```\n"])
+def test_a_fenced_program_is_read_by_itself(before: str) -> None:
+    """A "#" line of its strings is no thought; comments, in the block and around it, are; the text may end anywhere."""
+    written = "```python\nprint('''\\\n#.\n##''')\n# think\nx = 1\n```\nDone (isn't it)\n# think\n"
+    kept = (before + written).replace("# think\n", "").replace("text\n#.\n", "text\n")
+    found = cut(before + written, "comment", (), "Print.\n", code=False, fenced=True)
+    assert found.text == kept and program_in(found.text) == "print('''\\\n#.\n##''')\nx = 1\n"
+    behind = len(before) + written.index("x = 1")
+    assert (
+        cut((before + written)[:behind], "comment", (), "Print.\n", code=False, fenced=True).text
+        == (kept[: kept.index("x = 1")])
+    )
+    stopped = cut(before + written, "comment", ("\nx =",), "Print.\n", code=False, fenced=True)
+    assert program_in(stopped.text) == "print('''\\\n#.\n##''')" and stopped.stopped
 
 
 def test_marked_thoughts() -> None:
@@ -114,10 +138,14 @@ def test_where_a_stop_is_complete() -> None:
     assert marked.ended == len("    return 1«\nx»\nde«»f"), "thoughts between are among them"
 
 
-@given(st.lists(st.sampled_from(["\n", "#", "a", "    ", '"""', "def", "if", "é", "\r", "##"]), max_size=30), st.data())
+@given(
+    st.lists(st.sampled_from(["\n", "#", "a", "    ", '"""', "def", "if", "é", "\r", "##", "```"]), max_size=30),
+    st.data(),
+)
 def test_looking_for_the_end_alone_finds_the_same(parts: list[str], data: st.DataObject) -> None:
     stops = data.draw(st.sampled_from([HUMANEVAL, ("\n\n\n", "a\n\ndef"), ("###",), ("é\n",), ()]))
-    cutter = Cutter(Bytes(), stops, "comment", True)  # type: ignore[arg-type]
+    fenced = data.draw(st.booleans())
+    cutter = Cutter(Bytes(), stops, "comment", not fenced, fenced)  # type: ignore[arg-type]
     sampled = ids("".join(parts))
     whole = cutter.cut(PROMPT, sampled)
     assert cutter.ended(PROMPT, sampled) == whole.ended
