@@ -16,6 +16,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.rlvr import RlvrLimits
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.tasks import TasksConfig
+from ra3_megatron.corpus.sources import iter_texts
 from ra3_megatron.rlvr.problems.competition import competition_problems
 from ra3_megatron.rlvr.problems.decontamination import TOKENS, decontaminate, tokens_of
 from ra3_megatron.rlvr.problems.generated import generated_problems
@@ -25,8 +26,9 @@ from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.problems.sources import encode_prompts
 from ra3_megatron.rlvr.rewards import sandbox_limits
 from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Sandbox, StdinTests, Verdict
-from ra3_megatron.text.latents import build_format
+from ra3_megatron.text.latents import build_format, encode_document, raw
 from ra3_megatron.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from ra3_megatron.text.transcript import Role
 from tests.evaluate.made import ADD, EQUAL, PAIRS, SPLIT, write_rows
 
 SHARED = Path(os.environ.get("RA3_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -74,11 +76,36 @@ def test_prompts_that_are_code_have_the_markers_of_code(tmp_path: Path) -> None:
     ]
     plain = [[tokenizer.bos, *tokenizer.encode(each.prompt)] for each in problems]
     for name in ("comment", "tokens"):
-        config = RunConfig.model_validate({"text": {"latent_format": name}, "rlvr": {"max_response_tokens": 8}})
+        asked = {"problems": {"source": "jsonl", "path": "own.jsonl"}, "max_response_tokens": 8}
+        config = RunConfig.model_validate({"text": {"latent_format": name}, "rlvr": asked})
         found = encode_prompts(problems, tokenizer, build_format(config.text, tokenizer), config)
         assert found[1:] == plain[1:]
         marker = [tokenizer.special["<act>"]] if name == "tokens" else []
         assert found[0] == [tokenizer.bos, *marker, *tokenizer.encode("def f():\n")]
+
+
+@pytest.mark.parametrize("latent_format", ["comment", "tokens"])
+def test_prompts_of_generated_tasks_are_those_of_mid_training(latent_format: str, tmp_path: Path) -> None:
+    asked = {"source": "tasks", "tasks": {"family": "hopprog", "count": 12}}
+    config = RunConfig.model_validate(
+        {
+            "corpus": asked,
+            "text": {"latent_format": latent_format},
+            "model": {"context_length": 1024},
+            "rlvr": {"problems": {"source": "tasks"}, "max_response_tokens": 8},
+        }
+    )
+    texts = {text.path: text for text in iter_texts(config.corpus)}
+    train_sentencepiece([text.prompt + text.text for text in texts.values()] * 20, 400, tmp_path / "tokenizer")
+    tokenizer = SentencePieceTokenizer.load(tmp_path / "tokenizer")
+    format = build_format(config.text, tokenizer)
+    problems = [problem for split in generated_problems(config.corpus, None, 4)[:2] for problem in split]
+    assert len(problems) > 8
+    for problem, ids in zip(problems, encode_prompts(problems, tokenizer, format, config), strict=True):
+        text = texts[problem.name]
+        document = encode_document(text.text, text.path, tokenizer, format, config.text, "strip", text.prompt)
+        transcript = raw(document, format, tokenizer)
+        assert ids == transcript.ids[transcript.roles == Role.CONTEXT].tolist()
 
 
 def test_jsonl_splits_and_kinds(tmp_path: Path, sandbox: Sandbox) -> None:

@@ -60,13 +60,15 @@ def load_problems(config: RunConfig) -> Problems:
 def encode_prompts(
     problems: Sequence[Problem], tokenizer: Tokenizer, latents: LatentFormat, config: RunConfig
 ) -> list[list[int]]:
-    """Ids of each problem's prompt, [bos, prompt …]. It is code where the response goes on with its program.
+    """Ids of each problem's prompt, [bos, prompt …], as the model has read it in training: code where the response goes
+    on with its program; what stands before the first line of a document where it is that of a generated task.
 
     Raises UserError when one leaves no room for a response.
     """
     max_response, context = config.rlvr.max_response_tokens, config.model.context_length
+    given = config.rlvr.problems.source == "tasks"
     prompts = [
-        prompt_ids(each.prompt, each.name, each.answer == "continues", tokenizer, latents, config.text)
+        prompt_ids(each.prompt, each.name, each.answer == "continues" and not given, tokenizer, latents, config.text)
         for each in problems
     ]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
