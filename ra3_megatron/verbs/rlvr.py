@@ -13,7 +13,7 @@ from rich.console import Console
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.inherit import TOKENIZER, run_of
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.report.run_folder import RunFolder, write_json
+from ra3_megatron.report.run_folder import RunFolder, read_json, write_json
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.problems.sources import Problems, encode_prompts, load_problems
 from ra3_megatron.rlvr.sandbox import Isolation, Sandbox, require_bubblewrap
@@ -65,9 +65,11 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     require_cuda_graphs(config.rollout, runtime.device)
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
+    on_main(runtime, lambda: check_folder(config, resume))
+    problems = load_problems(config)
+    on_main(runtime, lambda: _check_problems(config, folder, problems))
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
-            problems = load_problems(config)
             _say(problems, progress)
             tokenizer = _tokenizer(config, folder)
             latents = build_format(config.text, tokenizer)
@@ -156,6 +158,26 @@ def _say(problems: Problems, progress: Any) -> None:
         compared = " and ".join(f"{count} by their {kind}" for kind, count in report.compared.items() if count)
         dropped = f"{len(report.names)} problems share text with a benchmark and are left out ({counts})"
         progress.message(f"{dropped}; compared: {compared}")
+
+
+def _check_problems(config: RunConfig, folder: RunFolder, problems: Problems) -> None:
+    """Refuse to go on with other problems than the run has: what is held out might have been trained on, or the other
+    way round. A run without any checkpoint may begin anew with any."""
+    if not folder.checkpoints.is_dir() or not folder.problems.is_file():
+        return
+    before, here = read_json(folder.problems), _manifest(problems)
+    changed = [
+        f"{kind.replace('_', '-')} problems, {before[kind]} there, {here[kind]} here"
+        for kind in ("training", "held_out")
+        if before[f"{kind}_hash"] != here[f"{kind}_hash"]
+    ]
+    if changed:
+        asked = config.rlvr.problems
+        named = f"source={asked.source}" if asked.path is None else f"path={asked.path}"
+        raise UserError(
+            f"rlvr.problems.{named}: the run in run_dir={config.run_dir} has others ({'; '.join(changed)}): go on with "
+            "those that it began with, or choose another run_dir"
+        )
 
 
 def _manifest(problems: Problems) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_been(
     names = sorted(path.name for path in (whole / "responses").iterdir())
     assert names == sorted(path.name for path in (run / "responses").iterdir())
     assert all((whole / "responses" / n).read_bytes() == (run / "responses" / n).read_bytes() for n in names)
+
+
+def test_it_does_not_go_on_with_other_problems(
+    whole: Path, problems: Path, ra3: Ra3, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With lines behind those of the file, other ones are the last and held out."""
+    run, kept = tmp_path / "run", problems.read_text()
+    shutil.copytree(whole, run)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+    row = json.loads(kept.splitlines()[0])
+    problems.write_text(kept + "".join(json.dumps({**row, "name": f"more-{number}"}) + "\n" for number in range(2)))
+    try:
+        said = ra3.refuses(*arguments, f"run_dir={run}", "--resume")
+    finally:
+        problems.write_text(kept)
+    assert f"rlvr.problems.path={problems}: the run in run_dir={run} has others" in said
+    assert "training problems, 6 there, 8 here; held-out problems, 3 there, 3 here" in said
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
