@@ -60,7 +60,9 @@ class Writer:
         self.engine, self.tokenizer, self.suite, self.settings = engine, tokenizer, suite, settings
         self.latents, self.text = latents, text
         thoughts = latents.name if mode is Mode.THINK else "none"
-        self.cutter = Cutter(tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt)
+        self.cutter = Cutter(
+            tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt, ends=settings.stop_ids
+        )
         self.allowed = latents.no_thought_set if mode is Mode.NO_THINK else latents.ALL
 
     def too_long(self, prompts: Sequence[str]) -> list[int]:

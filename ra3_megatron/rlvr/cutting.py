@@ -1,4 +1,5 @@
-"""Where responses end, and what is executed of them: thoughts are dropped, then the text ends before the first stop."""
+"""Where responses end, and what is executed of them: thoughts and the end token are dropped, then the text ends before
+the first stop."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -12,11 +13,19 @@ from ra3_megatron.text.tokenizer import Tokenizer
 class Cuts:
     """Of the responses to these problems."""
 
-    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, latents: LatentFormat) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+        latents: LatentFormat,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        """ends: tokens that end a response beside the tokenizer's own."""
         self._problems = problems
+        self.ends = ends | {tokenizer.eos}
         thoughts = cast(Thoughts, latents.name)
         self._cutters = [
-            Cutter(tokenizer, each.stop, thoughts, each.answer == "continues", each.answer == "program")
+            Cutter(tokenizer, each.stop, thoughts, each.answer == "continues", each.answer == "program", self.ends)
             for each in problems
         ]
 

@@ -43,13 +43,19 @@ class Rlvr:
     """RLVR of one run in one process; all processes do the same."""
 
     def __init__(
-        self, run: RunContext, sandbox: Sandbox, problems: Problems, prompts: Prompts, held_out_prompts: Prompts
+        self,
+        run: RunContext,
+        sandbox: Sandbox,
+        problems: Problems,
+        prompts: Prompts,
+        held_out_prompts: Prompts,
+        ends: frozenset[int],
     ) -> None:
-        """prompts: token ids of each problem's."""
+        """prompts: token ids of each problem's; ends: tokens that end a response."""
         self.run, self.sandbox, self.train, self.held_out = run, sandbox, problems.train, problems.held_out
         self.prompts, self.held_out_prompts = prompts, held_out_prompts
-        self.cuts = Cuts(self.train, run.tokenizer, run.latents)
-        self.held_out_cuts = Cuts(self.held_out, run.tokenizer, run.latents)
+        self.cuts = Cuts(self.train, run.tokenizer, run.latents, ends)
+        self.held_out_cuts = Cuts(self.held_out, run.tokenizer, run.latents, ends)
         self.allowed = run.latents.ALL if run.config.rlvr.think else run.latents.no_thought_set
 
     def optimize(self) -> Path:
@@ -105,7 +111,7 @@ class Rlvr:
         self._evaluate(self._responder(sampling, self.held_out_prompts, self.held_out_cuts), steps)
 
     def _responder(self, sampling: Sampling, prompts: Prompts, cuts: Cuts) -> Responder:
-        return Responder(sampling, prompts, cuts, self.run.config, self.run.tokenizer.eos, self.allowed)
+        return Responder(sampling, prompts, cuts, self.run.config, self.allowed)
 
     def _evaluate(self, responder: Responder, step: int) -> None:
         """Figures of the published weights on the held-out problems, logged once."""

@@ -32,13 +32,11 @@ class Responder:
         prompts: Sequence[Sequence[int]],
         cuts: Cuts,
         config: RunConfig,
-        stop: int,
         allowed: int,
     ) -> None:
-        """prompts: ids of each problem's; cuts: of the same problems; stop: the token that ends a response; allowed:
-        row of the table of sets."""
+        """prompts: ids of each problem's; cuts: of the same problems; allowed: row of the table of sets."""
         self.sampling, self._cuts = sampling, cuts
-        self._prompts, self._stop, self._allowed = prompts, frozenset({stop}), allowed
+        self._prompts, self._allowed = prompts, allowed
         self._most = config.rlvr.max_response_tokens
 
     def begin(
@@ -61,7 +59,7 @@ class Responder:
                     prompt,
                     generator((*key, place, number)).random(self._most),
                     allowed=self._allowed,
-                    stop=self._stop,
+                    stop=self._cuts.ends,
                     greedy=greedy,
                 )
                 for number in range(group)

@@ -49,11 +49,13 @@ class Cutter:
     """The prompt is Python that the completion goes on with."""
     fenced: bool = False
     """The completion may hold its program in a fenced block."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a completion: what they are called is no text of it."""
 
     def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
         """Cut a continuation of `prompt`."""
         special = self.tokenizer.special if self.thoughts == "tokens" else {}
-        visible, marked = _without_marked(ids, special)
+        visible, marked = _without_marked(ids, special, self.ends)
         table = self.tokenizer.token_bytes
         starts, raw = [], b""
         for place in visible:
@@ -123,9 +125,9 @@ def _rows(raw: bytes) -> list[bytes]:
     return rows if rows[-1] else rows[:-1]
 
 
-def _without_marked(ids: Sequence[int], special: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>`, and an end without a
-    beginning, are neither."""
+def _without_marked(ids: Sequence[int], special: dict[str, int], ends: frozenset[int]) -> tuple[list[int], list[int]]:
+    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>`, an end without a
+    beginning, and what ends a completion are neither."""
     think, end, act = (special.get(name, -1) for name in (THINK, END_THINK, ACT))
     visible, thoughts, inside = [], [], False
     for place, token in enumerate(ids):
@@ -133,7 +135,7 @@ def _without_marked(ids: Sequence[int], special: dict[str, int]) -> tuple[list[i
         if inside:
             thoughts.append(place)
             inside = token != end
-        elif token not in (act, end):
+        elif token not in (act, end) and token not in ends:
             visible.append(place)
     return visible, thoughts
 

@@ -85,9 +85,8 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             source = hf_source(folder)
             engines = rollout_engines(config, runtime, latents, tokenizer, folder.path, source)
-            benchmarks = training_suites(
-                config, suites, runtime, tokenizer, latents, end_ids(tokenizer, source), progress
-            )
+            ends = end_ids(tokenizer, source)
+            benchmarks = training_suites(config, suites, runtime, tokenizer, latents, ends, progress)
             with engines as pool, _sandbox(config, runtime, problems) as sandbox, benchmarks as evaluates:
                 run = RunContext(
                     config,
@@ -104,7 +103,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                 )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
-                        Rlvr(run, sandbox, problems, *prompts).optimize()
+                        Rlvr(run, sandbox, problems, *prompts, ends).optimize()
                 finally:
                     if writer is not None:
                         writer.close()

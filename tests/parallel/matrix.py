@@ -403,7 +403,7 @@ class Method:
             for n, prompt in enumerate(prompts)
         ]
         cuts = Cuts(problems, toy.tokenizer, toy.latents)
-        responder = Responder(sampling, prompts, cuts, config, toy.tokenizer.eos, toy.latents.ALL)
+        responder = Responder(sampling, prompts, cuts, config, toy.latents.ALL)
         step = GRPO(config, trainer, reference, toy.latents.ALL)
         metrics, responses = [], []
         for number in range(config.rlvr.steps):
