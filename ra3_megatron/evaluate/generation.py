@@ -61,7 +61,7 @@ class Writer:
         self.latents, self.text = latents, text
         thoughts = latents.name if mode is Mode.THINK else "none"
         self.cutter = Cutter(
-            tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt, ends=settings.stop_ids
+            tokenizer, suite.stops, cast(Thoughts, thoughts), suite.code_prompt, suite.fenced, settings.stop_ids
         )
         self.allowed = latents.no_thought_set if mode is Mode.NO_THINK else latents.ALL
 

@@ -13,6 +13,7 @@ from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.evaluate.scoring import Done, HarnessScorer, Scorer
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
 from ra3_megatron.rlvr.sandbox import Isolation, Limits, Program, Sandbox, Verdict
+from ra3_megatron.text.fences import program_in
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class GradedScorer:
         for limits, names in by_limits.items():
             with Sandbox(self.isolation, limits, self.workers) as sandbox:
                 for name in names:
-                    texts = [samples[place].solution or samples[place].completion or "" for place in by_task[name]]
+                    texts = [_code(samples[place]) for place in by_task[name]]
                     outcomes = sandbox.grade([self.program(rows[name], text) for text in texts])
                     for place, outcome in zip(by_task[name], outcomes, strict=True):
                         passed = outcome.verdict is Verdict.PASSED
@@ -52,6 +53,11 @@ class GradedScorer:
                         scores[place] = Score({"passed": float(passed)}, detail)
                     on_done(len(texts))
         return [scores[place] for place in range(len(samples))]
+
+
+def _code(sample: Sample) -> str:
+    """The program of a sample: what a completion holds, as in RLVR, or a solution as it is."""
+    return sample.solution or program_in(sample.completion or "")
 
 
 _GRADED = {

@@ -7,6 +7,8 @@ own; tests compare them with the installed harness.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ra3_megatron.rlvr.problems import codeforces, livecodebench
+
 Kind = Literal["human-eval", "evalplus", "lm-eval", "livecodebench", "codeforces"]
 
 EVALPLUS_STOPS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(")
@@ -43,6 +45,8 @@ class Suite:
     """Data set on the hub, its configuration, a split for each of `files`; None: the hub's lacks what scoring needs."""
     code_prompt: bool = False
     """The prompt is Python that the completion goes on with."""
+    fenced: bool = False
+    """The program may stand in a fenced block of the completion."""
     answers_are_code: bool = True
     """False: a line that starts with "#" is part of an answer, not a comment."""
     tabs_to_spaces: bool = False
@@ -186,11 +190,12 @@ _ALL = (
         version="schema of code_generation_lite, graded by ra3",
         metrics=("passed",),
         prompt="the sections of LiveCodeBench's template for base models, without its example",
-        stops=("###",),
+        stops=livecodebench.STOPS,
         stops_from="LiveCodeBench's runner for base models",
         max_new_tokens=2000,
         files=("livecodebench/*.jsonl",),
         id_field="question_id",
+        fenced=True,
         hub=("livecodebench/code_generation_lite", None, ("test",)),
         faults=(
             "graded by ra3 in its sandbox, not by LiveCodeBench's own runner; no reference solutions are published",
@@ -204,11 +209,12 @@ _ALL = (
         version="schema of open-r1/codeforces, graded by ra3",
         metrics=("passed",),
         prompt="statement, input, output and examples in sections; the model writes a program",
-        stops=("###",),
+        stops=codeforces.STOPS,
         stops_from="ra3's prompt",
         max_new_tokens=2000,
         files=("codeforces/*.jsonl",),
         id_field="id",
+        fenced=True,
         hub=("open-r1/codeforces", None, ("test",)),
         faults=(
             "graded by ra3 in its sandbox, not by Codeforces; a program gets four times the time limit",

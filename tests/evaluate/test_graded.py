@@ -6,8 +6,10 @@ import base64
 import json
 import pickle
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from made import ADD, EQUAL, PAIRS, SPLIT, packed, write_rows
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.evaluate.data import Tasks, load_tasks
+from ra3_megatron.evaluate.generation import Writer
+from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample, Score
 from ra3_megatron.evaluate.scorers import scorer_for
 from ra3_megatron.evaluate.suites import SUITES
+from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
-from ra3_megatron.rlvr.sandbox import Isolation
+from ra3_megatron.rlvr.problems.competition import competition_problems
+from ra3_megatron.rlvr.sandbox import Isolation, Outcome, Program, Sandbox, Verdict
 
 PAIRS_RIGHT = (
     "class Solution:\n    def pairs(self, row: List[int], twice: bool) -> List[List[int]]:\n"
@@ -43,8 +49,9 @@ def test_livecodebench_programs(tmp_path: Path) -> None:
         ("made_a", "print(3)"),
         ("made_b", PAIRS_RIGHT.replace("row[1:]", "row")),
         ("made_b", "class Solution:\n    pass"),
+        ("made_b", f"So:\n```python\n{PAIRS_RIGHT}```\nIt gives\n```\n[]\n```\n"),
     )
-    assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0], [s.detail for s in found]
+    assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], [s.detail for s in found]
     assert found[2].detail.startswith("wrong") and "case 2" in found[2].detail, "the private test"
     assert found[4].detail.startswith("crashed")
 
@@ -85,6 +92,45 @@ def test_livecodebench_prompts_and_windows(tmp_path: Path) -> None:
         load_tasks(suite, tmp_path, window=("May", None))
     assert livecodebench.prompt(ADD) == "### Question\nPrint the sum of two numbers.\n\n### Answer\n\n"
     assert f"### Starter Code\n{PAIRS['starter_code']}\n\n### Answer\n\n" in livecodebench.prompt(PAIRS)
+
+
+ANSWERS = (
+    "print(1)\n",
+    "Here's one:\n```python\n# think\nprint('''\n#.\n''')\n```\nDone.\n### Question\n```python\nprint(2)\n```\n",
+    "It reads\n```text\n1 2\n```\nso\n```python\nprint(1)\n```\nand prints\n```\n1\n```\n",
+    "print(1)\n### Question\nmore\n",
+)
+
+
+@pytest.mark.parametrize("suite", ["livecodebench", "codeforces"])
+def test_an_answer_is_the_same_program_here_and_in_rlvr(suite: str, tmp_path: Path) -> None:
+    rows = [ADD, PAIRS] if suite == "livecodebench" else [SPLIT, EQUAL]
+    file = write_rows(tmp_path / suite / "test.jsonl", rows)
+    tasks = load_tasks(SUITES[suite], tmp_path)
+    problems, *_ = competition_problems(str(file), suite, None, 0)
+    tokenizer: Any = SimpleNamespace(token_bytes=[bytes([byte]) for byte in range(256)] + [b""], special={}, eos=256)
+    latents: Any = SimpleNamespace(name="comment", ALL=0)
+    cuts = Cuts(problems, tokenizer, latents)
+    settings: Any = SimpleNamespace(stop_ids=frozenset({256}))
+    cutter = Writer(None, tokenizer, latents, None, tasks.suite, Mode.THINK, settings).cutter  # type: ignore[arg-type]
+    graded: list[Program] = []
+
+    class Opened(Sandbox):
+        def grade(self, programs: Sequence[Program]) -> list[Outcome]:
+            graded.extend(programs)
+            return [Outcome(Verdict.WRONG, 0, 1, "", 0.0) for _ in programs]
+
+    with pytest.MonkeyPatch.context() as patch, scorer_for(tasks, Isolation.BUBBLEWRAP, 1) as scorer:
+        patch.setattr("ra3_megatron.evaluate.scorers.Sandbox", Opened)
+        assert scorer.prompts() == [problem.prompt for problem in problems]
+        for place, (name, problem) in enumerate(zip(tasks.ids, problems, strict=True)):
+            ids = [list(answer.encode()) for answer in ANSWERS]
+            assert [cutter.ended(problem.prompt, each) for each in ids] == [cuts.ended(place, each) for each in ids]
+            samples = [Sample(name, completion=cutter.cut(problem.prompt, each).text) for each in ids]
+            scorer.score(samples, True, lambda _: None)
+            wanted = [problem.program(cuts.cut(place, each).text) for each in ids]
+            assert graded == wanted and all("print" in each.code.removeprefix(problem.prelude) for each in wanted)
+            graded.clear()
 
 
 class Evil:

@@ -10,6 +10,8 @@ STARTING = 10.0
 SLOWER = 4.0
 """Python gets this many times the time limit, which is set for compiled languages."""
 DEFAULT_SECONDS, DEFAULT_MEGABYTES = 2.0, 256.0
+STOPS = ("###",)
+"""A section of the prompt's form begins."""
 
 _CHECKER = '''
 import contextlib, io, os, sys, tempfile

@@ -140,10 +140,12 @@ def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
             livecodebench.prompt(row),
             asked.tests,
             "program",
+            livecodebench.STOPS,
             prelude=livecodebench.PRELUDE,
         )
     if schema == "codeforces":
-        return Problem(f"{schema}/{row['id']}", codeforces.prompt(row), codeforces.program(row, "").tests, "program")
+        tests = codeforces.program(row, "").tests
+        return Problem(f"{schema}/{row['id']}", codeforces.prompt(row), tests, "program", codeforces.STOPS)
     if schema == "areal":
         text = row["prompt"] if "prompt" in row else row["question"]
         tests = _loaded(row["input_output"])

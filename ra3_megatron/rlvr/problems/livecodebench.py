@@ -43,6 +43,9 @@ PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
 )
 """What LiveCodeBench imports before a program: starter codes use `List` without an import."""
 
+STOPS = ("###",)
+"""A section of the prompt's form begins, as LiveCodeBench's runner for base models has it."""
+
 _SETUP = """
 from math import inf, nan
 
