@@ -39,7 +39,7 @@ class TasksConfig(Section):
     """Task number k is a function of (family's keys, seed, k)."""
 
     first: int = Field(default=0, ge=0)
-    """Number of the first task: ranges that do not overlap have no task in common."""
+    """Number of the first task. Each number is a task drawn by itself: where few are different, two may be the same."""
 
     min_items: int = Field(default=1, ge=1)
     """Items of a task (routines one after another; equations) at least."""

@@ -16,10 +16,11 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.rlvr import RlvrLimits
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.tasks import TasksConfig
+from ra3_megatron.corpus.generated import Tasks
 from ra3_megatron.corpus.sources import iter_texts
 from ra3_megatron.rlvr.problems.competition import competition_problems
 from ra3_megatron.rlvr.problems.decontamination import TOKENS, decontaminate, tokens_of
-from ra3_megatron.rlvr.problems.generated import generated_problems
+from ra3_megatron.rlvr.problems.generated import SAME, generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
 from ra3_megatron.rlvr.problems.mbpp import HELD_OUT, TRAIN, mbpp_problems, plus_ids
 from ra3_megatron.rlvr.problems.problem import Problem
@@ -46,12 +47,28 @@ def verdicts(sandbox: Sandbox, problems: list[Problem], answers: list[str]) -> l
 @pytest.mark.parametrize("family", ["hopprog", "stateprog", "composition"])
 def test_generated_tasks_are_solved_by_their_programs_alone(family: Any, sandbox: Sandbox) -> None:
     config = CorpusConfig(source="tasks", valid_fraction=0.3, tasks=TasksConfig(family=family, count=30))
-    train, valid = generated_problems(config, 8, 4)
+    train, valid, same = generated_problems(config, 8, 4)
+    assert not same
     assert len(train) == 8 and len(valid) == 4 and not {p.name for p in train} & {p.name for p in valid}
     both = [*train, *valid]
     assert verdicts(sandbox, both, [str(p.solution) for p in both]) == [Verdict.PASSED] * 12
     wrong = ["    return []\n" if family != "composition" else "    return None\n"] * 12
     assert Verdict.PASSED not in verdicts(sandbox, both, wrong)
+
+
+def test_a_task_that_is_trained_on_is_not_held_out() -> None:
+    few = TasksConfig(family="hopprog", symbols=2, max_items=1, count=300)
+    config = CorpusConfig(source="tasks", valid_fraction=0.3, min_lines=1, tasks=few)
+    train, valid, left_out = generated_problems(config, None, 10**6)
+    tasks = Tasks(config)
+    asked = {each.prompt for each in train}
+    held = [task.prompt for task in tasks if tasks.split(int(task.name.partition("#")[2])) == "valid"]
+    both = sum(prompt in asked for prompt in held)
+    assert both > 5 and left_out == {SAME: both} and len(valid) == len(held) - both
+    assert not asked & {each.prompt for each in valid}
+    first, fewer, count = generated_problems(config, 20, 5)
+    assert len(first) == 20 and len(fewer) == 5 and not {each.prompt for each in first} & {p.prompt for p in fewer}
+    assert sum(count.values()) < both, "only what would have been held out counts"
 
 
 def test_an_answer_comes_out_of_its_fence() -> None:

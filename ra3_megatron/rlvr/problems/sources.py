@@ -25,7 +25,7 @@ class Problems:
     decontamination: Report | None
     """What was left out of the training problems; None: they were compared with nothing."""
     left_out: dict[str, int]
-    """Rows of the source that cannot be graded, by reason."""
+    """Rows of the source that cannot be graded, and tasks that cannot be held out, by reason."""
 
 
 def load_problems(config: RunConfig) -> Problems:
@@ -38,7 +38,8 @@ def load_problems(config: RunConfig) -> Problems:
                 f"rlvr.problems.source=tasks needs corpus.source=tasks, not {config.corpus.source}: or set "
                 "rlvr.problems.source to mbpp or jsonl"
             )
-        found = generated_problems(config.corpus, asked.limit, asked.held_out)
+        train, held_out, left_out = generated_problems(config.corpus, asked.limit, asked.held_out)
+        found = train, held_out
     else:
         assert asked.path is not None
         if asked.source == "mbpp":
