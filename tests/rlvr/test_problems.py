@@ -322,6 +322,28 @@ def test_numbers_are_compared_as_the_data_sets_graders_do(tmp_path: Path, sandbo
     assert verdicts(sandbox, problems, also)[2:] == [Verdict.PASSED] * 2
 
 
+def test_a_text_beside_values_may_be_the_result_itself(tmp_path: Path, sandbox: Sandbox) -> None:
+    """Beside arguments in JSON it is JSON, too."""
+    tests: list[Any] = [
+        {"fn_name": "f", "inputs": [["12"]], "outputs": ["123"]},
+        [{"type": "function_call", "fn_name": "f", "input": '"12"', "output": "123"}],
+    ]
+    rows = [{"problem": "x", "tests": json.dumps(test)} for test in tests]
+    problems, *_ = competition_problems(str(write_rows(tmp_path / "a.jsonl", rows)), "deepcoder", None, 0)
+    answers = ["def f(x): return x + '3'", "def f(x): return 123", "def f(x): return '124'"]
+    found = [verdicts(sandbox, problems, [answer] * 2) for answer in answers]
+    assert found == [[Verdict.PASSED, Verdict.WRONG], [Verdict.PASSED] * 2, [Verdict.WRONG] * 2]
+
+
+def test_arguments_may_hold_other_ends_of_lines(tmp_path: Path, sandbox: Sandbox) -> None:
+    case = {"type": "function_call", "fn_name": "f", "input": '"a\u2028b"\r\n1', "output": '"a\u2028b1"'}
+    row = {"problem": "x", "tests": json.dumps([case], ensure_ascii=False)}
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    problems, *_ = competition_problems(str(file), "deepcoder", None, 0)
+    assert verdicts(sandbox, problems, ["def f(a, b): return f'{a}{b}'"]) == [Verdict.PASSED]
+
+
 def test_long_outputs_that_are_expected_are_no_flood(bubblewrap: Isolation) -> None:
     asked = Problem("long", "p", StdinTests((("", "7 " * 300000),)), "program")
     limits = sandbox_limits(RlvrLimits(), [asked])

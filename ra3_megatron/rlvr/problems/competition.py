@@ -197,7 +197,7 @@ def contest_problem(
     tests = []
     for given, expected in cases:
         arguments = ", ".join(repr(value) for value in _arguments(given))
-        tests.append(f"assert _same({called}({arguments}), {_values(expected)!r})")
+        tests.append(f"assert _same({called}({arguments}), {_values(expected, isinstance(given, str))!r})")
     require_parsed(SAME, tests)
     instructions = INSTRUCTIONS["function"].format(starter=starter.strip() or f"def {function}(…):")
     entry = "Solution" if "class Solution" in starter else function
@@ -232,17 +232,20 @@ def _lines(value: Any) -> str:
 def _arguments(given: Any) -> list[Any]:
     """Arguments of a call: a list of values, or a text with one JSON value a line."""
     if isinstance(given, str):
-        return [json.loads(line) for line in given.splitlines() if line.strip()]
+        return [json.loads(line) for line in given.split("\n") if line.strip()]
     if not isinstance(given, list):
         raise ValueError(f"arguments must be a list or lines of JSON, not {type(given).__name__}")
     return given
 
 
-def _values(expected: Any) -> list[Any]:
-    """The expected result: JSON in a text, or a value. Alone in a list, as taco writes most, it may be the list."""
+def _values(expected: Any, encoded: bool) -> list[Any]:
+    """The expected results that are right: JSON in a text, or a value. Alone in a list, as taco writes most, it may be
+    the list; a text beside arguments that are values may be one itself ("123"). encoded: arguments are a text of JSON,
+    and so is then the result."""
     if isinstance(expected, str):
         try:
-            return [json.loads(expected)]
+            value = json.loads(expected)
         except ValueError:
             return [expected]
+        return [value] if encoded else [value, expected]
     return [expected, expected[0]] if isinstance(expected, list) and len(expected) == 1 else [expected]
