@@ -103,7 +103,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
                 )
                 try:
                     with run.stop.listening(), watching(folder.path, runtime, config.watchdog.timeout_minutes):
-                        Rlvr(run, sandbox, problems, *prompts, ends).optimize()
+                        Rlvr(run, sandbox, problems, prompts[0], prompts[1], ends).optimize()
                 finally:
                     if writer is not None:
                         writer.close()
