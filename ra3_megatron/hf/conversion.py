@@ -9,7 +9,6 @@ Units are done in this process, or handed to processes that end when this one do
 """
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.mcore.checkpoint import PARTIAL
 from ra3_megatron.mcore.checkpoint_files import force_to_disk
-from ra3_megatron.text.files import write_atomic
+from ra3_megatron.text.files import lock_file, write_atomic
 
 IDENTITY = "conversion.json"
 JOURNAL = "journal.jsonl"
@@ -69,6 +68,9 @@ def convert(job: Job, out: Path, identity: dict[str, Any], workers: int = 1, pro
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial):
             try:
+                if _is_taken(out, identity):  # by a process that held the folder until a moment ago
+                    shutil.rmtree(partial, ignore_errors=True)
+                    return False
                 done = _begin(partial, identity)
                 sizes = job.sizes()
                 report = progress(sum(sizes)) if progress is not None else (lambda count: None)
@@ -100,6 +102,8 @@ def _is_taken(out: Path, identity: dict[str, Any]) -> bool:
     """Whether `out` is the result of this very conversion. Raises UserError when it is anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
+    if (out / JOURNAL).exists():
+        raise UserError(f"{out}: holds an unfinished conversion ({JOURNAL}): choose another folder, or delete it")
     with suppress(OSError, ValueError):
         if json.loads((out / IDENTITY).read_text(encoding="utf-8")) == identity:
             return True
@@ -115,13 +119,10 @@ def _is_ours(partial: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Hold the folder against a second conversion to the same place."""
-    with (partial / LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{partial}: another process is writing there: wait for it, or stop it") from error
-            # a file system without locks: go on without one
+    held = lock_file(partial / LOCK)
+    if held is None:
+        raise UserError(f"{partial}: another process is writing there: wait for it, or stop it")
+    with held:
         yield
 
 
@@ -180,10 +181,11 @@ def _in_processes(
     job: Job, folder: Path, units: list[int], workers: int, on_bytes: OnBytes
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     spawn = multiprocessing.get_context("spawn")
-    processes, at_work = [], {}
+    processes, connections, at_work = [], [], {}
     try:
         for _ in range(workers):
             here, there = spawn.Pipe()
+            connections.append(here)
             process = spawn.Process(target=_work, args=(there, job, folder), daemon=True)
             process.start()
             there.close()
@@ -203,18 +205,19 @@ def _in_processes(
                     message.error.add_note(message.trace)
                     raise message.error
                 else:
-                    yield at_work.pop(connection), message
+                    unit = at_work.pop(connection)
                     if units:
                         at_work[connection] = units.pop(0)
                         connection.send(at_work[connection])
-                    else:
-                        connection.close()
+                    yield unit, message
+    except BaseException:  # an error here or in a worker, or of the caller, who closes this generator
+        for process in processes:
+            process.kill()
+        raise
     finally:
-        for connection in at_work:
+        for connection in connections:  # which ends the workers
             connection.close()
         for process in processes:
-            if at_work:  # after an error
-                process.kill()
             process.join()
 
 

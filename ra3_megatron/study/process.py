@@ -5,7 +5,6 @@ ended. So whoever gets the lock is alone in the folder. Linux.
 """
 
 import ctypes
-import fcntl
 import os
 import select
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.text.files import lock_file
 
 LOCK = ".study.lock"
 """Locked file in the folder of a cell, or of a study."""
@@ -31,19 +31,7 @@ def lock(folder: Path, wait: float = 0.0) -> IO[bytes] | None:
     wait: seconds to wait for a process that is about to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("wb")
-    until = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                file.close()
-                return None
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return file
+    return lock_file(folder / LOCK, wait)
 
 
 class Child:

@@ -1,8 +1,11 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Writing small files so that a reader never sees half of one, and locks that say who may write to a folder."""
 
+import fcntl
 import os
 import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -19,3 +22,24 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def lock_file(path: Path, wait: float = 0.0) -> IO[bytes] | None:
+    """Lock a file; None: another process has it. On a file system without locks there is none, and nobody is refused.
+
+    The open file that is returned holds the lock, and so does a child that inherits it; the same file, opened and
+    closed once more, releases nothing (flock). wait: seconds to wait for a process that is about to end.
+    """
+    file = path.open("wb")
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                file.close()
+                return None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return file

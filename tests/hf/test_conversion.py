@@ -23,7 +23,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.hf import conversion, exporting, importing
 from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.importing import import_hf
-from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore import checkpoint, checkpoint_files
 from ra3_megatron.mcore.checkpoint_contents import read_contents
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.tokenizer import HFTokenizer
@@ -306,6 +306,42 @@ def test_processes_end_when_the_conversion_is_killed(hf: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+FULL = """
+import os, sys
+from pathlib import Path
+import ra3_megatron.mcore
+from ra3_megatron.hf import conversion, importing
+importing.UNIT_BYTES = {small}
+fsync, lines, units = os.fsync, 0, 0
+def full(handle):
+    global lines
+    fsync(handle)
+    if os.readlink(f"/proc/self/fd/{{handle}}").endswith("journal.jsonl"):
+        lines += 1
+        if lines == units:
+            raise OSError(28, "No space left on device")
+def sizes(job, found=importing._Import.sizes):
+    global units
+    units = len(found(job))
+    return found(job)
+if __name__ == "__main__":
+    os.fsync, importing._Import.sizes = full, sizes
+    importing.import_hf(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
+"""
+
+
+@pytest.mark.multiprocess
+def test_an_error_behind_the_last_unit_ends_all_processes(hf: Path, tmp_path: Path) -> None:
+    """The disk is full when the journal gets its last line, while the workers wait for a next unit."""
+    script = tmp_path / "script.py"
+    script.write_text(FULL.format(small=SMALL))
+    words = [sys.executable, str(script), str(hf), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert "No space left on device): make room and run the same command again" in ended.stderr
+    assert ended.returncode == 1 and (tmp_path / "out.partial" / "journal.jsonl").exists()
+
+
 def test_targets_that_are_taken(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
@@ -324,11 +360,12 @@ def test_targets_that_are_taken(hf: Path, tmp_path: Path) -> None:
     assert again == f"{tmp_path / 'empty'} (complete since an earlier run)\n"
 
 
-def test_two_conversions_to_one_place(hf: Path, tmp_path: Path) -> None:
-    """While one is at work, another is refused, and disturbs nothing."""
+@pytest.mark.parametrize("moment", ["first", "last"])
+def test_two_conversions_to_one_place(moment: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is at work, another is refused, and disturbs nothing: before the first unit, and before the rename."""
     started = []
 
-    def progress(total: int) -> conversion.OnBytes:
+    def another() -> None:
         code = (
             "import sys; from ra3_megatron.cli import main; "
             "sys.argv = ['ra3', 'convert', 'hf-to-megatron', '--hf', sys.argv[1], '--out', sys.argv[2]]; main()"
@@ -336,11 +373,44 @@ def test_two_conversions_to_one_place(hf: Path, tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
         words = [sys.executable, "-c", code, str(hf), str(tmp_path / "out")]
         started.append(subprocess.run(words, env=environment, capture_output=True, text=True))
+
+    def progress(total: int) -> conversion.OnBytes:
+        if moment == "first":
+            another()
         return lambda count: None
 
+    def force_to_disk(folder: Path, recursive: bool = True) -> None:
+        checkpoint_files.force_to_disk(folder, recursive)
+        if moment == "last" and recursive:
+            another()
+
+    monkeypatch.setattr(conversion, "force_to_disk", force_to_disk)
     assert import_hf(hf, tmp_path / "out", progress=progress)
+    assert len(started) == 1
     assert started[0].returncode == 2 and "another process is writing there" in started[0].stderr
     checkpoint.read_record(tmp_path / "out")
+
+
+def test_a_conversion_that_another_one_ended(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one held the folder until this one got its lock: its result counts, and nothing is left beside it."""
+    real = conversion.lock_file
+
+    def behind_another(path: Path) -> Any:
+        monkeypatch.undo()
+        assert import_hf(hf, tmp_path / "out")
+        path.parent.mkdir()
+        return real(path)
+
+    monkeypatch.setattr(conversion, "lock_file", behind_another)
+    assert not import_hf(hf, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if path != hf) == ["out"]
+
+
+def test_a_folder_with_a_journal_is_not_complete(hf: Path, tmp_path: Path) -> None:
+    import_hf(hf, tmp_path / "out")
+    (tmp_path / "out" / "journal.jsonl").touch()
+    error = command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "out", code=2)
+    assert f"{tmp_path / 'out'}: holds an unfinished conversion (journal.jsonl)" in error
 
 
 def test_a_full_disk_keeps_what_is_complete(
