@@ -164,6 +164,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}"
             )
+        elif self.experts_per_token == 1 and self.normalize_expert_weights:
+            raise ValueError(
+                "model.experts_per_token=1 needs model.normalize_expert_weights=false: normalised weights of a token's "
+                "experts sum to 1, so a single one's is always 1 and its router cannot learn"
+            )
         return self
 
 

@@ -110,6 +110,15 @@ class ConfigJson:
         if value is not None and value not in allowed:
             raise UserError(f"{self.path}: {key}={json.dumps(value)} cannot be represented: {meaning}")
 
+    def require_null(self, key: str, default: Any, meaning: str) -> None:
+        """Refuse any value of `key` but null, and its absence, which stands for `default` to Hugging Face."""
+        if key not in self.values:
+            raise UserError(
+                f"{self.path}: {key} is missing, which means {json.dumps(default)} to Hugging Face and cannot be "
+                f'represented: write "{key}": null if {meaning}'
+            )
+        self.require(key, meaning=meaning)
+
     def check(self, key: str, fits: Callable[[Any], bool], meaning: str) -> None:
         """Refuse a value of `key` that does not fit (absent and null are allowed)."""
         value = self._get(key)
@@ -121,35 +130,47 @@ class ConfigJson:
         self._asked.update(keys)
 
     def rotary(self, default_base: float) -> dict[str, Any]:
-        """`rope_base` and `rope_scaling` of the model, of either spelling (`rope_theta`, `rope_parameters`)."""
-        base = self.number("rope_theta", None)
-        held = [
-            (key, value) for key in ("rope_parameters", "rope_scaling") if isinstance(value := self._get(key), dict)
-        ]
+        """`rope_base` and `rope_scaling` of the model, of either spelling (`rope_parameters`, `rope_scaling`).
+
+        Raises UserError where both are there and say different things: their readers take one or the other.
+        """
+        base = self.number("rope_theta", default_base)
+        held = {key: self._get(key) for key in ("rope_scaling", "rope_parameters")}
+        read = {key: self._rotary_part(key, value, base) for key, value in held.items() if value}
+        if len(read) == 2 and read["rope_scaling"] != read["rope_parameters"]:
+            raise UserError(
+                f"{self.path}: rope_scaling={_short(held['rope_scaling'])} and rope_parameters="
+                f"{_short(held['rope_parameters'])} say different things (rope_theta is {base:g} where one names "
+                "none): keep the one that is right"
+            )
+        return next(iter(read.values()), {"rope_base": float(base), "rope_scaling": {"kind": "none"}})
+
+    def _rotary_part(self, key: str, value: Any, base: float) -> dict[str, Any]:
+        """What one of the two objects says. base: where it has no `rope_theta`."""
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path}: {key}={_short(value)} must be an object")
+        part = ConfigJson(value, f"{self.path}: {key}")
+        kind = part._get("rope_type") or part._get("type") or "default"
+        part.ignore("type")
+        base = part.number("rope_theta", base)
+        part.require("partial_rotary_factor", 1, 1.0, meaning="rotary positions turn all channels")
         scaling: dict[str, Any] = {"kind": "none"}
-        for key, value in held[:1]:
-            part = ConfigJson(value, f"{self.path}: {key}")
-            kind = part._get("rope_type") or part._get("type") or "default"
-            part.ignore("type")
-            base = part.number("rope_theta", base)
-            part.require("partial_rotary_factor", 1, 1.0, meaning="rotary positions turn all channels")
-            if kind == "llama3":
-                scaling = {
-                    "kind": "llama3",
-                    "factor": float(part.number("factor")),
-                    "low_freq_factor": float(part.number("low_freq_factor")),
-                    "high_freq_factor": float(part.number("high_freq_factor")),
-                    "original_context_length": part.count("original_max_position_embeddings"),
-                }
-            elif kind == "linear":
-                scaling = {"kind": "linear", "factor": float(part.number("factor"))}
-            elif kind != "default":
-                raise UserError(
-                    f"{self.path}: {key}.rope_type={json.dumps(kind)} cannot be represented: "
-                    "default, linear and llama3 can"
-                )
-            part.close()
-        return {"rope_base": float(base or default_base), "rope_scaling": scaling}
+        if kind == "llama3":
+            scaling = {
+                "kind": "llama3",
+                "factor": float(part.number("factor")),
+                "low_freq_factor": float(part.number("low_freq_factor")),
+                "high_freq_factor": float(part.number("high_freq_factor")),
+                "original_context_length": part.count("original_max_position_embeddings"),
+            }
+        elif kind == "linear":
+            scaling = {"kind": "linear", "factor": float(part.number("factor"))}
+        elif kind != "default":
+            raise UserError(
+                f"{self.path}: {key}.rope_type={json.dumps(kind)} cannot be represented: default, linear and llama3 can"
+            )
+        part.close()
+        return {"rope_base": float(base), "rope_scaling": scaling}
 
     def close(self) -> None:
         """Refuse every key that was not asked for, is not harmless, and has a value that means something."""
@@ -163,7 +184,8 @@ class ConfigJson:
 
 
 def rotary_json(rope_base: float, scaling: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a `config.json` for these rotary positions (the inverse of `ConfigJson.rotary`)."""
+    """The keys of a `config.json` for these rotary positions (the inverse of `ConfigJson.rotary`), in the spelling of
+    transformers 5 and, where positions are scaled, of transformers 4 too, which does not read the other."""
     values: dict[str, Any] = {"rope_type": "default"}
     if scaling["kind"] != "none":
         values = {"rope_type": scaling["kind"], "factor": scaling["factor"]}
@@ -171,7 +193,8 @@ def rotary_json(rope_base: float, scaling: dict[str, Any]) -> dict[str, Any]:
         values["low_freq_factor"] = scaling["low_freq_factor"]
         values["high_freq_factor"] = scaling["high_freq_factor"]
         values["original_max_position_embeddings"] = scaling["original_context_length"]
-    return {"rope_theta": rope_base, "rope_parameters": {**values, "rope_theta": rope_base}}
+    both = {"rope_theta": rope_base, "rope_parameters": {**values, "rope_theta": rope_base}}
+    return both if scaling["kind"] == "none" else {**both, "rope_scaling": values}
 
 
 def _short(value: Any) -> str:

@@ -68,6 +68,11 @@ BAD_KEYS = [
 BAD_MODELS = [
     ("experts_per_token=5 num_experts=4", "model.experts_per_token=5 is more than model.num_experts=4"),
     (
+        "experts_per_token=1 num_experts=4",
+        "model.experts_per_token=1 needs model.normalize_expert_weights=false: normalised weights of a token's experts "
+        "sum to 1, so a single one's is always 1 and its router cannot learn",
+    ),
+    (
         "expert_ffn_hidden_size=64",
         "model.expert_ffn_hidden_size=64 needs model.num_experts (dense layers have model.ffn_hidden_size)",
     ),

@@ -29,7 +29,18 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 4096}, "sliding_window=4096 cannot be represented"),
+    (
+        "mistral",
+        {"sliding_window": "absent"},
+        "sliding_window is missing, which means 4096 to Hugging Face and cannot be represented: "
+        'write "sliding_window": null if every layer attends to the whole context',
+    ),
     ("mixtral", {"sliding_window": 4096}, "sliding_window=4096 cannot be represented"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 cannot be represented: the weights of a token"),
+    ("qwen3-moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 cannot be represented: the weights of a token"),
+    ("llama", {"rope_parameters": "linear"}, 'rope_parameters="linear" must be an object'),
+    ("llama", {"rope_scaling": LINEAR}, "say different things"),
+    ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "say different things"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true cannot be represented"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
     ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" cannot be represented'),
@@ -76,6 +87,69 @@ def test_spellings_of_transformers_4(name: str, rope: dict[str, Any] | None, tmp
         scaling["type"] = scaling.pop("rope_type")  # older still
         older = write(tmp_path / "older", name, **{**changes, "rope_scaling": scaling})
         assert read_folder(older) == read_folder(new)
+
+
+def read_as_transformers_does(values: dict[str, Any], folder: Path) -> Any:
+    """Family, keys with all channels a head named, and longest context; None where it is refused."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    try:
+        family, keys, longest = read_folder(folder)
+    except UserError:
+        return None
+    return (
+        family.name,
+        keys | {"head_dim": keys["head_dim"] or keys["hidden_size"] // keys["num_attention_heads"]},
+        longest,
+    )
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES.values()}))
+def test_a_key_that_is_absent_means_what_transformers_takes_it_for(kind: str, tmp_path: Path) -> None:
+    """Without any one of its keys, a config.json is refused, or read as the one in which transformers' default of that
+    key is written out."""
+    config_class = getattr(transformers, f"{kind}Config")
+    own = next(changes for name, changes in FAMILIES.values() if name == kind)
+    whole = config_class(**{**SIZES, **own}, architectures=[f"{kind}ForCausalLM"]).to_dict()
+    assert read_as_transformers_does(whole, tmp_path) is not None
+    told_apart = 0
+    for key in sorted(whole.keys() - {"architectures", "model_type", "num_local_experts"}):
+        less = {name: value for name, value in whole.items() if name != key}
+        found = read_as_transformers_does(less, tmp_path)
+        if found is not None:
+            explicit = config_class(**{name: value for name, value in less.items() if name != "model_type"}).to_dict()
+            told_apart += explicit.get(key) != whole[key]
+            assert found == read_as_transformers_does(explicit, tmp_path), key
+    assert told_apart > 0
+
+
+def test_either_spelling_of_rotary_positions_counts(tmp_path: Path) -> None:
+    """Both may be there when they agree; an empty one says nothing, as transformers has it."""
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    for changes in (
+        {"rope_scaling": scaling, "rope_theta": LLAMA3["rope_theta"]},
+        {"rope_scaling": LLAMA3, "rope_parameters": {}},
+        {"rope_scaling": {}},
+    ):
+        folder = write(tmp_path, "llama", **changes)
+        keys = read_folder(folder)[1]
+        theirs = transformers.AutoConfig.from_pretrained(folder).rope_parameters
+        assert keys["rope_scaling"]["kind"] == theirs["rope_type"] == "llama3", changes
+        assert keys["rope_base"] == theirs["rope_theta"] == LLAMA3["rope_theta"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+def test_scaling_is_written_for_transformers_4_too(name: str, tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling`, the only ones that it reads, say all that `rope_parameters` says."""
+    _, keys, longest = read_folder(write(tmp_path / "theirs", name))
+    write_config(tmp_path / "ours", ModelConfig(**keys, context_length=longest), keys["vocab_size"], {})
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters
+    del values["rope_parameters"]
+    assert ("rope_scaling" in values) == (name != "qwen2")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(values))
+    assert read_folder(tmp_path / "ours")[1]["rope_scaling"] == keys["rope_scaling"]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters == theirs
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson, rotary_json
 from ra3_megatron.hf.weights import EMBEDDING, OUTPUT, Link, Slot, concatenated, query_key_value, same
@@ -138,6 +139,17 @@ def common_keys(config: ConfigJson, multi_head: bool = False, rope_base: float =
         "num_experts": None,
         **config.rotary(rope_base),
     }
+
+
+def experts_per_token(config: ConfigJson, normalised: bool) -> int:
+    """Experts of a token. Refuses one whose weight is normalised, which is 1 whatever the router says."""
+    number: int = config.count("num_experts_per_tok")
+    if normalised and number == 1:
+        raise UserError(
+            f"{config.path}: num_experts_per_tok=1 cannot be represented: the weights of a token's experts sum to 1, "
+            "so a single one's is always 1 and its router cannot learn"
+        )
+    return number
 
 
 def common_json(family: Family, model: ModelConfig, vocab_size: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class _Mistral:
         return not model.qkv_bias and not model.qk_norm and model.num_experts is None
 
     def model_keys(self, config: ConfigJson) -> dict[str, Any]:
-        config.require("sliding_window", meaning="every layer attends to the whole context")
+        config.require_null("sliding_window", 4096, "every layer attends to the whole context")
         return common_keys(config)
 
     def config_json(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson
-from ra3_megatron.hf.families.base import common_json, common_keys, mixture_links
+from ra3_megatron.hf.families.base import common_json, common_keys, experts_per_token, mixture_links
 from ra3_megatron.hf.weights import Link
 
 
@@ -23,7 +23,7 @@ class _Mixtral:
         return {
             **common_keys(config, rope_base=1_000_000.0),
             "num_experts": config.count("num_local_experts"),
-            "experts_per_token": config.count("num_experts_per_tok"),
+            "experts_per_token": experts_per_token(config, normalised=True),
             "expert_ffn_hidden_size": None,
             "normalize_expert_weights": True,
         }

@@ -4,7 +4,7 @@ from typing import Any
 
 from ra3_megatron.config.model import ModelConfig
 from ra3_megatron.hf.config_json import ConfigJson
-from ra3_megatron.hf.families.base import common_json, common_keys, mixture_links
+from ra3_megatron.hf.families.base import common_json, common_keys, experts_per_token, mixture_links
 from ra3_megatron.hf.weights import Link
 
 
@@ -22,13 +22,14 @@ class _Qwen3MoE:
         config.require("decoder_sparse_step", 1, meaning="every layer is a mixture of experts")
         config.require("mlp_only_layers", [], meaning="every layer is a mixture of experts")
         config.ignore("sliding_window")  # read with use_sliding_window only
+        normalised = config.flag("norm_topk_prob", False)
         return {
             **common_keys(config),
             "qk_norm": True,
             "num_experts": config.count("num_experts", None) or config.count("num_local_experts"),  # of either spelling
-            "experts_per_token": config.count("num_experts_per_tok"),
+            "experts_per_token": experts_per_token(config, normalised),
             "expert_ffn_hidden_size": config.count("moe_intermediate_size"),
-            "normalize_expert_weights": config.flag("norm_topk_prob", False),
+            "normalize_expert_weights": normalised,
         }
 
     def config_json(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
