@@ -6,6 +6,7 @@ Tested against Megatron models that are built at these layouts (`tests/scaling/t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ra3_megatron.config.layouts import chunk_layers
@@ -89,13 +90,19 @@ class Layer:
 class Stage:
     """What one GPU of a pipeline stage holds."""
 
-    layers: int
+    chunks: tuple[int, ...]
+    """Layers of each of its model chunks."""
     dense: int
     """Parameters outside of experts, embeddings included."""
     sparse: int
     """Parameters of experts."""
     output: bool
     """It computes the output layer."""
+
+    @property
+    def layers(self) -> int:
+        """All of them."""
+        return sum(self.chunks)
 
     @property
     def parameters(self) -> int:
@@ -109,8 +116,9 @@ def stages(model: ModelConfig, vocab_size: int, parallel: ParallelConfig) -> lis
     table = rows * model.hidden_size // parallel.tensor
     expert_tensor = parallel.expert_tensor or parallel.tensor
     found = []
-    held = [sum(chunks) for chunks in chunk_layers(model.num_layers, parallel)]
-    for number, layers in enumerate(held):
+    held = chunk_layers(model.num_layers, parallel)
+    for number, chunks in enumerate(held):
+        layers = sum(chunks)
         first, last = number == 0, number == len(held) - 1
         dense = layers * layer.dense(parallel.tensor)
         if first:
@@ -120,8 +128,17 @@ def stages(model: ModelConfig, vocab_size: int, parallel: ParallelConfig) -> lis
             if not (first and model.tied_embeddings):  # with tied embeddings the last stage has a copy
                 dense += table
         sparse = layers * layer.sparse(expert_tensor, parallel.expert) if layer.experts else 0
-        found.append(Stage(layers, dense, sparse, last))
+        found.append(Stage(tuple(chunks), dense, sparse, last))
     return found
+
+
+def recomputed_layers(parallel: ParallelConfig, chunks: Sequence[int]) -> float:
+    """Share of a stage's layers that `recompute=full` computes again. chunks: layers of each of its model chunks."""
+    if parallel.recompute != "full":
+        return 0.0
+    if parallel.recompute_method == "uniform":
+        return 1.0
+    return sum(min(parallel.recompute_layers, layers) for layers in chunks) / sum(chunks)
 
 
 def total_parameters(model: ModelConfig, vocab_size: int) -> int:

@@ -10,7 +10,7 @@ Sampling is by vLLM on the trainer's GPUs.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ra3_megatron.scaling.counts import Layer, token_flops, total_parameters
@@ -171,7 +171,7 @@ def run_cost(
     documents = tokens / thinking.document_tokens
     trained = documents * thinking.transcript_tokens
     per_token = planned.step.total / (planned.work.global_batch * planned.work.sequence)
-    infused = sampling_seconds(made, thinking, gpus, documents, gpu)
+    infused = sampling_seconds(made, replace(thinking, group=1), gpus, documents, gpu)  # one transcript of each
     return RunCost(
         esteps=iterations * updates * estep_time(made, planned, thinking, gpu).total * gpus / 3600,
         infusion=infused * gpus / 3600,

@@ -7,16 +7,17 @@ backward pass needs of a pre-norm decoder with fused attention, which keeps no s
     residual stream before each norm, and the output of each norm     4 h   (split over the tensor group under
                                                                              sequence parallelism)
     queries, keys, values, the output of attention                    2 q + 2 kv          (split over the tensor group)
-    both halves of the feed-forward layer, and their product          3 f a token and expert
+    both halves of the feed-forward layer, and their product          3 f a token and expert (split likewise)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ra3_megatron.config.layouts import chunk_layers
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.scaling.counts import Layer, Stage, padded, stages
+from ra3_megatron.scaling.counts import Layer, Stage, padded, recomputed_layers, stages
 from ra3_megatron.scaling.rates import CONTEXT_GIB
 
 GIB = 2**30
@@ -117,7 +118,7 @@ def _of_stage(
     shares = (replicas, expert_replicas) if parallel.distributed_optimizer else (1, 1)
     state = work.state_bytes * (stage.dense / shares[0] + stage.sparse / shares[1]) / GIB
     tokens = work.micro_batch * work.sequence // parallel.context
-    layer_kept, again = activation_bytes(model, parallel)
+    layer_kept, again = activation_bytes(model, parallel, stage.chunks)
     layers = _layers_in_flight(number, model, parallel, work.micro_batches(parallel))
     logits = 0.0
     if stage.output:
@@ -152,19 +153,25 @@ def _fp8_copies(stage: Stage, model: ModelConfig, parallel: ParallelConfig, work
     return FP8_COPIES * (products + stage.sparse)
 
 
-def activation_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
-    """Bytes in bf16 of one token and layer that are kept for the backward pass, and those of one layer that are
-    computed again when its turn comes."""
+def activation_bytes(model: ModelConfig, parallel: ParallelConfig, chunks: Sequence[int]) -> tuple[float, float]:
+    """Bytes in bf16 of one token and layer that are kept for the backward pass (the mean of a stage's layers), and
+    those of the layers that are computed again at once. chunks: layers of each model chunk of the stage.
+
+    Experts, however wide `expert_tensor` is, have all in all the tokens of their tensor group, each `active` times: one
+    GPU its share of these. Only the experts' inputs are there whole on each of the `expert_tensor` that split them.
+    """
     layer, tensor = Layer.of(model), parallel.tensor
     shared = tensor if parallel.sequence else 1
     stream, norms = 2 * 2 * layer.hidden / shared, 2 * 2 * layer.hidden / shared
     attention = (2 * (2 * layer.query + 2 * layer.key_value) + 4 * layer.heads) / tensor
-    feed_forward = 2 * 3 * layer.width * layer.active / (parallel.expert_tensor or tensor)
+    feed_forward = 2 * 3 * layer.width * layer.active / tensor
     if layer.experts:  # inputs of the experts, as they were dispatched
-        feed_forward += 2 * layer.hidden * layer.active / shared
+        feed_forward += 2 * layer.hidden * layer.active * (parallel.expert_tensor or tensor) / tensor
     everything = stream + norms + attention + feed_forward
     if parallel.recompute == "full":
-        return 2 * layer.hidden / shared, everything
+        share, entry = recomputed_layers(parallel, chunks), 2 * layer.hidden / shared
+        unit = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
+        return share * entry / unit + (1 - share) * everything, unit * everything
     if parallel.recompute == "selective":
         named = set(parallel.recompute_modules)
         again = (norms if "layernorm" in named else 0) + (feed_forward if named & {"mlp", "moe"} else 0)

@@ -94,7 +94,8 @@ def describe(parallel: ParallelConfig, micro_batch: int) -> str:
     if parallel.counted_ends:
         text += ", ends count"
     if parallel.recompute == "full":
-        return text + ", recompute all"
+        block = parallel.recompute_method == "block"
+        return text + (f", recompute {parallel.recompute_layers} a chunk" if block else ", recompute all")
     return text + (f", recompute {'+'.join(parallel.recompute_modules)}" if parallel.recompute == "selective" else "")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.scaling.counts import Layer, Stage, padded, stages, token_flops
+from ra3_megatron.scaling.counts import Layer, Stage, padded, recomputed_layers, stages, token_flops
 from ra3_megatron.scaling.memory import Work
 from ra3_megatron.scaling.rates import RATES, Rates
 from ra3_megatron.scaling.tables import Gpu
@@ -158,10 +158,10 @@ def _micro_batch(
 ) -> _Pass:
     layer, tensor = Layer.of(model), parallel.tensor
     tokens = work.micro_batch * work.sequence / parallel.context
-    inner = parallel.expert_tensor or tensor
-    products = 2 * tokens * (layer.attention / tensor + layer.active * layer.expert / inner + layer.router)
+    weights = (layer.attention + layer.active * layer.expert) / tensor  # of experts too, whatever expert_tensor is
+    products = 2 * tokens * (weights + layer.router / (tensor if parallel.sequence else 1))
     scores = 4 * tokens * (work.sequence + 1) / 2 * layer.query / tensor
-    again = _recomputed(layer, parallel, tokens, products, scores)
+    again = _recomputed(layer, stage, parallel, tokens, products)
 
     rate = _products(gpu, work.precision, rates)
     plain = "bf16" if work.precision == "fp8" else work.precision  # of attention and the output layer
@@ -178,7 +178,6 @@ def _micro_batch(
 
     forward = products / rate + attention_forward + bytes_forward / bandwidth + messages + exchanged + ring[0]
     idle = max(0.0, rates.launch_seconds - forward)  # small layers: nothing to do until the next kernel is started
-    full = parallel.recompute == "full"
     layers = stage.layers
     output = 2 * tokens * model.hidden_size * padded(vocab_size, tensor) / tensor if stage.output else 0.0
     output_seconds = output / _products(gpu, plain, rates)
@@ -187,9 +186,9 @@ def _micro_batch(
     matmul = layers * (3 * products + again.products) / rate + (4 if parallel.recompute_logits else 3) * output_seconds
     attention = layers * (attention_forward * (1 + again.scores) + attention_backward)
     pointwise = layers * ((bytes_forward * (1 + again.pointwise) + bytes_backward) / bandwidth + 3 * idle) + accumulated
-    rounds = 3 if full else 2
+    rounds = 2 + again.layers
     tensor_seconds, expert_seconds = layers * rounds * messages, layers * rounds * exchanged
-    context_seconds = layers * (ring[0] * (2 if full else 1) + ring[1])
+    context_seconds = layers * (ring[0] * (1 + again.layers) + ring[1])
     total = matmul + attention + pointwise + tensor_seconds + expert_seconds + context_seconds
     return _Pass(matmul, attention, pointwise, tensor_seconds, context_seconds, expert_seconds, 1 - first / total)
 
@@ -202,21 +201,24 @@ def _products(gpu: Gpu, precision: str, rates: Rates) -> float:
 
 @dataclass(frozen=True)
 class _Again:
-    """What is computed a second time: FLOPs of products, and shares of scores and pointwise kernels."""
+    """What is computed a second time: FLOPs of a layer's products, shares of its scores and pointwise kernels, and of
+    whole layers (the mean of a stage)."""
 
     products: float = 0.0
     scores: float = 0.0
     pointwise: float = 0.0
+    layers: float = 0.0
 
 
-def _recomputed(layer: Layer, parallel: ParallelConfig, tokens: float, products: float, scores: float) -> _Again:
+def _recomputed(layer: Layer, stage: Stage, parallel: ParallelConfig, tokens: float, products: float) -> _Again:
     if parallel.recompute == "full":
-        return _Again(products, 1.0, 1.0)
+        share = recomputed_layers(parallel, stage.chunks)
+        return _Again(share * products, share, share, share)
     if parallel.recompute == "none":
         return _Again()
     named = set(parallel.recompute_modules)
-    inner = parallel.expert_tensor or parallel.tensor
-    first = 2 * tokens * layer.active * 2 * layer.hidden * layer.width / inner  # the second product is not needed
+    # the second product is not needed
+    first = 2 * tokens * layer.active * 2 * layer.hidden * layer.width / parallel.tensor
     return _Again(
         products=first if named & {"mlp", "moe"} else 0.0,
         scores=1.0 if "core_attn" in named else 0.0,
@@ -232,7 +234,7 @@ def _pointwise(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float
     """
     hidden = layer.hidden / (parallel.tensor if parallel.sequence else 1)
     rotated = (layer.query + layer.key_value) / parallel.tensor
-    width = layer.width * layer.active / (parallel.expert_tensor or parallel.tensor)
+    width = layer.width * layer.active / parallel.tensor
     forward = work.element_bytes * (10 * hidden + 2 * rotated + 3 * width)
     backward = work.element_bytes * (12 * hidden + 2 * rotated + 5 * width)
     if work.precision == "fp8":

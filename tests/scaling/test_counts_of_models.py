@@ -12,8 +12,9 @@ from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.model import build_model, language_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.scaling.counts import Layer, padded, stages, token_flops, total_parameters
-from ra3_megatron.scaling.memory import activation_bytes
-from ra3_megatron.scaling.tables import architecture_named, table
+from ra3_megatron.scaling.memory import Work, activation_bytes
+from ra3_megatron.scaling.step import _pointwise, step_time
+from ra3_megatron.scaling.tables import architecture_named, gpu_named, table
 
 BASE: dict[str, Any] = {
     "num_layers": 3,
@@ -117,16 +118,61 @@ def test_activations_are_of_the_size_that_a_backward_pass_keeps(runtime: Runtime
         lengths[layers] = sum(kept.values())
         del out
     measured = (lengths[2] - lengths[1]) / (4 * 64)
-    counted, _ = activation_bytes(config, ParallelConfig())
+    counted, _ = activation_bytes(config, ParallelConfig(), [3])
     assert counted <= measured <= 2 * counted
 
 
 def test_recomputation_keeps_less_and_says_what_it_computes_again() -> None:
     config = ModelConfig(**BASE)
     layer = Layer.of(config)
-    everything, nothing = activation_bytes(config, ParallelConfig())
+    everything, nothing = activation_bytes(config, ParallelConfig(), [3])
     assert nothing == 0
-    kept, again = activation_bytes(config, ParallelConfig(recompute="full"))
+    kept, again = activation_bytes(config, ParallelConfig(recompute="full"), [3])
     assert (kept, again) == (2 * layer.hidden, everything)
-    kept, again = activation_bytes(config, ParallelConfig(recompute="selective", recompute_modules=["mlp"]))
+    kept, again = activation_bytes(config, ParallelConfig(recompute="selective", recompute_modules=["mlp"]), [3])
     assert kept + again == everything and again == 2 * 3 * layer.width
+
+
+def test_methods_of_full_recomputation() -> None:
+    """`block` keeps everything of the layers behind the first ones of a chunk; `uniform` one input of each unit, all of
+    whose layers are there while they are computed again."""
+    config = ModelConfig(**{**BASE, "num_layers": 8})
+    entry, everything = 2 * config.hidden_size, activation_bytes(config, ParallelConfig(), [4, 4])[0]
+
+    def held(**keys: Any) -> tuple[float, float]:
+        return activation_bytes(config, ParallelConfig(recompute="full", **keys), [4, 4])
+
+    assert held(recompute_layers=4) == (entry / 4, 4 * everything)
+    assert held(recompute_method="block", recompute_layers=4) == (entry, everything)
+    assert held(recompute_method="block", recompute_layers=1) == ((entry + 3 * everything) / 4, everything)
+
+
+def test_time_of_full_recomputation_is_that_of_the_layers_that_are_computed_again() -> None:
+    made, work = architecture_named("llama3.1-8b", 8192), Work(8192, 128, 1)
+
+    def products(**keys: Any) -> float:
+        parallel = ParallelConfig(tensor=2, sequence=True, data=8, **keys)
+        return step_time(made.model, made.vocab_size, parallel, work, gpu_named("h100")).matmul
+
+    none, full = products(), products(recompute="full")
+    assert products(recompute="full", recompute_layers=4) == full
+    for layers in (1, 8, 32):
+        found = products(recompute="full", recompute_method="block", recompute_layers=layers)
+        assert found - none == pytest.approx(layers / 32 * (full - none))
+
+
+@pytest.mark.parametrize("expert_tensor", [1, 2, 4])
+def test_experts_are_computed_by_the_whole_tensor_group(expert_tensor: int) -> None:
+    """Each GPU has the tokens of its tensor group / the group's size, whether experts are whole or split: products take
+    as long as without tensor parallelism, and only the inputs of experts are there on all that split them."""
+    made, work = architecture_named("qwen3-30b-a3b", 4096), Work(4096, 256, 1)
+    whole = ParallelConfig(data=32, expert=8)
+    split = ParallelConfig(tensor=4, sequence=True, data=8, expert=8, expert_tensor=expert_tensor)
+    one, four = (step_time(made.model, made.vocab_size, each, work, gpu_named("h100")) for each in (whole, split))
+    assert four.matmul == pytest.approx(one.matmul, rel=1e-3)
+    layer = Layer.of(made.model)
+    moved = [_pointwise(layer, each, work, 4096) for each in (whole, split)]
+    assert [4 * share for share in moved[1]] == pytest.approx(moved[0])
+    found = [activation_bytes(made.model, each, [48])[0] for each in (whole, split)]
+    dispatched = 2 * layer.hidden * layer.active
+    assert found[1] == pytest.approx(found[0] / 4 + dispatched * (expert_tensor - 1) / 4)

@@ -81,6 +81,15 @@ def test_a_run_is_its_parts() -> None:
     assert cost.msteps == pytest.approx(with_thoughts / plan.tokens_per_second_per_gpu / 3600)
 
 
+def test_infusion_samples_one_transcript_of_a_document() -> None:
+    """Nobody shares its first pass, however many an E-step samples."""
+    made, plan = planned()
+    alone = sampling_seconds(made, replace(THINKING, group=1), 16, 1e9 / THINKING.document_tokens, GPU) * 16 / 3600
+    for group in (2, 8):
+        cost = run_cost(made, plan, replace(THINKING, group=group), GPU, 1e9, 2, 100)
+        assert cost.infusion == pytest.approx(alone)
+
+
 def test_json_and_table_hold_the_estep() -> None:
     arguments = ["plan", "--model", "llama3.1-8b", "--gpus", "16", "--think-rate", "0.4"]
     table = CliRunner().invoke(app, [*arguments, "--top", "1"])
