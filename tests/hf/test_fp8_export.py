@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import util
@@ -21,6 +22,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.corpus.build import build_corpus
+from ra3_megatron.hf.fp8.export import _checked_source
 from ra3_megatron.hf.fp8.measure import Written, compare_weights, error_bound, fp8_model
 from ra3_megatron.hf.fp8.passages import CalibrationSettings, draw_passages
 from ra3_megatron.hf.importing import import_hf
@@ -376,6 +378,24 @@ def test_inputs_that_are_always_0(corpus: Path, tmp_path: Path) -> None:
 
 
 @needs_modelopt
+def test_the_reading_back_looks_for_the_tensors_of_the_model(exported: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """Buffers of old checkpoints are no part of it; the output layer of an untied model is."""
+    hf, out, _ = exported
+    old = Path(shutil.copytree(hf, tmp_path / "old"))
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, old / "model.safetensors", {"format": "pt"})
+    source, wanted = _checked_source(old)
+    assert compare_weights(Written(out), source, wanted, lambda: None).fp8_tensors == 14
+    (tmp_path / "less").mkdir()
+    written = load_file(out / "model.safetensors")
+    del written["lm_head.weight"]
+    save_file(written, tmp_path / "less" / "model.safetensors")
+    with pytest.raises(UserError, match=r"less: lacks lm_head\.weight"):
+        compare_weights(Written(tmp_path / "less"), source, wanted, lambda: None)
+
+
+@needs_modelopt
 def test_the_reading_back_finds_damage(exported: tuple[Path, Path, str], tmp_path: Path) -> None:
     """A weight further off than FP8 can be, a NaN, a scale of 0, NaN or infinity, another tensor that changed."""
     hf, out, _ = exported
@@ -385,7 +405,7 @@ def test_the_reading_back_finds_damage(exported: tuple[Path, Path, str], tmp_pat
         tensors = load_file(out / "model.safetensors") | {k.replace("/", "."): v for k, v in changes.items()}
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=match):
-            compare_weights(Written(tmp_path), source, lambda: None)
+            compare_weights(Written(tmp_path), source, list(source.entries), lambda: None)
 
     weight = load_file(out / "model.safetensors")[f"{name}.weight"].view(torch.uint8)
     off, nan = weight.clone(), weight.clone()

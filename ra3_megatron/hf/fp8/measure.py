@@ -11,7 +11,7 @@ fp32 on the way (the scale, the quotient):
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,11 @@ def error_bound(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.maximum(RELATIVE * size, ABSOLUTE * scale) + ROUNDING * size
 
 
-def compare_weights(written: Written, source: Source, on_step: Callable[[], None]) -> WeightResult:
-    """Read everything back. Raises UserError for a scale that is none, a weight outside the bound, and other tensors
-    that are not the originals in bf16."""
+def compare_weights(
+    written: Written, source: Source, wanted: Collection[str], on_step: Callable[[], None]
+) -> WeightResult:
+    """Read everything back. Raises UserError for a scale that is none, a weight outside the bound, other tensors that
+    are not the originals in bf16, and one of `wanted` (names of the model's tensors) that is missing."""
     worst, worst_in, share, lost, count = 0.0, "", 0.0, 0, 0
     squares = torch.zeros(2, dtype=torch.float64)
     for name in written.weights:
@@ -150,7 +152,7 @@ def compare_weights(written: Written, source: Source, on_step: Callable[[], None
         if not torch.equal(written.read(name), source.read(name, torch.float32).to(torch.bfloat16)):
             raise UserError(f"{written.folder}: {name} is not the original in bf16")
         on_step()
-    missing = sorted(source.entries.keys() - set(written.names) - {"lm_head.weight"})
+    missing = sorted(set(wanted) - set(written.names))
     if missing:
         raise UserError(f"{written.folder}: lacks {missing[0]}")
     rms = float((squares[0] / squares[1]).sqrt())
