@@ -36,7 +36,7 @@ from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.report.transcripts import write_transcripts
 from ra3_megatron.text.latents import full_text
 from ra3_megatron.training.identity import check_fit
-from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
+from ra3_megatron.training.phases import Phase, final_of, finished, train_phase
 
 
 class EM:
@@ -93,7 +93,7 @@ class EM:
         """pi_0: next-token prediction on documents with their human comments."""
         run, settings = self.run_context, self.config.warm_start
         phase = Phase("warm_start", 0)
-        if is_done(run, phase):
+        if finished(run, phase):
             return final_of(run, phase)
         store = run.corpus.store("warm", "train")
         order = DocumentOrder(store, settings, self._length, order_seed(self.config.seed, Stream.WARM_ORDER))
@@ -117,7 +117,7 @@ class EM:
             return pi
         if settings.policy is not None:
             return Path(settings.policy)
-        if is_done(run, phase):
+        if finished(run, phase):
             return final_of(run, phase)
         scorer = run.new_model(drawn=False, trained=False)
         checkpoint.load(pi, scorer, run.runtime, verify=self.config.checkpoint.verify)
@@ -177,7 +177,7 @@ class EM:
     def mstep(self, phase: Phase, start: Path, documents: Any) -> Path:
         """pi_i: next-token prediction on these documents."""
         run, settings = self.run_context, self.config.mstep
-        if is_done(run, phase):
+        if finished(run, phase):
             return final_of(run, phase)
 
         def steps(trainer: Trainer) -> PackedSteps:

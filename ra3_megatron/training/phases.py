@@ -89,6 +89,14 @@ def is_done(run: RunContext, phase: Phase) -> bool:
     return (final_of(run, phase) / checkpoint.RECORD).is_file()
 
 
+def finished(run: RunContext, phase: Phase) -> bool:
+    """`is_done`, of a phase that this run may train. Collective: deletes what a kill right behind `final` left."""
+    if not is_done(run, phase):
+        return False
+    _prune(folder_of(run, phase), run, keep=0)
+    return True
+
+
 def train_phase(
     run: RunContext,
     phase: Phase,
@@ -109,7 +117,7 @@ def train_phase(
     checkpoint is kept in both cases. Raises StoppedBySignal behind a checkpoint when a signal asked for it.
     """
     final = final_of(run, phase)
-    if is_done(run, phase):
+    if finished(run, phase):
         return final
     folder = folder_of(run, phase)
     latest = latest_checkpoint(folder)
