@@ -247,11 +247,18 @@ def _pointwise(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float
 def _tensor_messages(
     layer: Layer, parallel: ParallelConfig, work: Work, tokens: float, gpu: Gpu, rates: Rates
 ) -> float:
-    """Exposed seconds of a layer's forward pass: two gathers and two scatters of the stream (or two reductions)."""
+    """Exposed seconds of a layer's forward pass: a gather and a scatter of the stream (or a reduction) around attention
+    and around a dense feed-forward layer; around experts, of what was dispatched to them, within their own group."""
     if parallel.tensor == 1:
         return 0.0
-    volume = 4 * work.element_bytes * tokens * layer.hidden * (parallel.tensor - 1) / parallel.tensor
-    return rates.exposed * volume / group_bandwidth(gpu, 1, parallel.tensor, rates)
+    blocks = 1 if layer.experts else 2
+    share = (parallel.tensor - 1) / parallel.tensor
+    seconds = 2 * blocks * share * tokens * layer.hidden / group_bandwidth(gpu, 1, parallel.tensor, rates)
+    if layer.experts:
+        group = parallel.expert_tensor or parallel.tensor
+        sent = tokens / parallel.tensor * layer.active * layer.hidden * (group - 1)
+        seconds += 2 * sent / group_bandwidth(gpu, 1, group, rates)
+    return rates.exposed * work.element_bytes * seconds
 
 
 def _context_messages(layer: Layer, parallel: ParallelConfig, work: Work, gpu: Gpu, rates: Rates) -> float:
@@ -271,7 +278,7 @@ def _dispatch(layer: Layer, parallel: ParallelConfig, work: Work, tokens: float,
         return 0.0
     own = tokens / parallel.tensor  # sequence parallelism
     volume = 2 * work.element_bytes * own * layer.active * layer.hidden * (parallel.expert - 1) / parallel.expert
-    return volume / group_bandwidth(gpu, parallel.tensor, parallel.expert, rates)
+    return volume / group_bandwidth(gpu, parallel.expert_tensor or parallel.tensor, parallel.expert, rates)
 
 
 def _between_stages(model: ModelConfig, parallel: ParallelConfig, work: Work, gpu: Gpu, rates: Rates) -> float:

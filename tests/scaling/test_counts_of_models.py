@@ -13,7 +13,7 @@ from ra3_megatron.mcore.model import build_model, language_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.scaling.counts import Layer, padded, stages, token_flops, total_parameters
 from ra3_megatron.scaling.memory import Work, activation_bytes
-from ra3_megatron.scaling.step import _pointwise, step_time
+from ra3_megatron.scaling.step import StepTime, _pointwise, step_time
 from ra3_megatron.scaling.tables import architecture_named, gpu_named, table
 
 BASE: dict[str, Any] = {
@@ -176,3 +176,24 @@ def test_experts_are_computed_by_the_whole_tensor_group(expert_tensor: int) -> N
     found = [activation_bytes(made.model, each, [48])[0] for each in (whole, split)]
     dispatched = 2 * layer.hidden * layer.active
     assert found[1] == pytest.approx(found[0] / 4 + dispatched * (expert_tensor - 1) / 4)
+
+
+def test_messages_around_experts() -> None:
+    """Whole experts exchange nothing within the tensor group, and their ranks are neighbours: eight of them stay on a
+    node of eight GPUs, and eight groups of four do not."""
+    made, work = architecture_named("qwen3-30b-a3b", 4096), Work(4096, 256, 1)
+    dense = made.model.model_copy(update={"num_experts": None})
+
+    def times(model: ModelConfig, **keys: Any) -> StepTime:
+        parallel = ParallelConfig(**{"tensor": 4, "sequence": True, "data": 8, **keys})
+        return step_time(model, made.vocab_size, parallel, work, gpu_named("h100"))
+
+    whole, split = (times(made.model, expert=8, expert_tensor=each) for each in (1, 4))
+    stream = times(dense).tensor
+    assert whole.tensor == pytest.approx(stream / 2)
+    # of a token: four channels of the stream for a dense layer's exchanges, and what its experts read and write
+    active = made.model.experts_per_token
+    assert split.tensor == pytest.approx(stream / 2 + stream / 2 * active)
+    alone = times(made.model, tensor=1, sequence=False, data=32, expert=8)
+    assert whole.expert == pytest.approx(alone.expert)
+    assert split.expert > 2 * whole.expert
