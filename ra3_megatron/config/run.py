@@ -137,6 +137,11 @@ class RunConfig(Section):
                 "estep.latent_price=inf (never think) does not go with corpus.human_comments=as_thoughts: "
                 "use strip or keep, or a finite price"
             )
+        if self.evaluation.observed_thoughts and self.corpus.human_comments != "as_thoughts":
+            yield (
+                f"evaluation.observed_thoughts=true goes with corpus.human_comments=as_thoughts: with "
+                f"{self.corpus.human_comments} no comment stands for a thought"
+            )
         yield from self._staleness_problems("estep", self.estep)
         if self.model.hf is not None and self.warm_start.checkpoint is not None:
             yield (

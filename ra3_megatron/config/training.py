@@ -193,6 +193,11 @@ class EvaluationConfig(Section):
     samples: int = Field(default=1, ge=1)
     """Transcripts sampled of each held-out document."""
 
+    observed_thoughts: bool = False
+    """With `corpus.human_comments=as_thoughts`, held-out documents keep the comments that stand for thoughts, and q
+    decides at the other lines only: an oracle, whose figures are given the right thoughts. Otherwise all thoughts there
+    are sampled; figures without thoughts never read one."""
+
     snippets: int = Field(default=3, ge=0)
     """Infused snippets shown at the end."""
 

@@ -3,13 +3,16 @@
 Every arm is measured on the same documents with the same random streams. Figures:
 
     code_ce      -log pi(code token | everything before it, thoughts included), nats per token of the expert's document
-    raw_code_ce  the same on the documents without thoughts: what next-token prediction is judged by
+    raw_code_ce  the same on the documents without any thought: what next-token prediction is judged by
     code_accuracy, raw_code_accuracy
                  share of these code tokens that greedy decoding would write
     thought_ce   -log pi(thought token), nats per sampled token
     reward       mean r_t of a line, as in the E-step
     elbo         mean over lines of  log pi(a_t | s_t, z_t) (summed over the line) - c * 1[new thought], nats per line:
                  the objective with the fixed price of the paper's implementation, without the entropy of q
+
+Comments of held-out documents that stand for thoughts (`corpus.human_comments=as_thoughts`) are left out, so that all
+thoughts are the policy's own; with `evaluation.observed_thoughts` they stay, and q decides at the other lines only.
 
 A line's first visible token is renormalised over the tokens that start no thought in both cases (method.md, Objective).
 """
@@ -23,12 +26,14 @@ import numpy.typing as npt
 import torch
 
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.corpus.indexed import to_document
 from ra3_megatron.em import objective
 from ra3_megatron.em.latent_context import contexts_of
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.policy import LatentPolicy
 from ra3_megatron.em.scoring import TokenScores, line_log_likelihoods, malformed_thoughts, token_scores
 from ra3_megatron.report.held_out import DocumentFigures, LineFigures
+from ra3_megatron.text.latents import raw
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
 from ra3_megatron.training.rows import Planner
@@ -45,8 +50,9 @@ class Evaluation:
     scores: list[TokenScores]
     """Of each transcript."""
     documents: Sequence[Transcript]
+    """Without thoughts."""
     raw_scores: list[TokenScores]
-    """Of each document without thoughts."""
+    """Of each document."""
 
     def by_line(self, tokenizer: Tokenizer) -> list[DocumentFigures]:
         """The figures of each transcript, line by line."""
@@ -76,8 +82,10 @@ def evaluate(
     blank: BlankTokens,
 ) -> Evaluation:
     """Measure `model` on held-out documents (transcripts without sampled thoughts). Collective."""
-    transcripts = policy.sample(documents, keys, config.evaluation.samples)
     runtime, latents = policy.runtime, policy.latents
+    plain = [_without_thoughts(document, policy) for document in documents]
+    observed = config.evaluation.observed_thoughts
+    transcripts = policy.sample(documents if observed else plain, keys, config.evaluation.samples)
     planner = Planner(config, config.estep, runtime)
 
     def score(items: Sequence[Transcript]) -> list[TokenScores]:
@@ -85,7 +93,7 @@ def evaluate(
         plan = planner.plan(contexts.sequences)
         return token_scores(model, items, plan, runtime, latents, everything=True, contexts=contexts)
 
-    raw, scored = score(documents), score(transcripts)
+    raw_scored, scored = score(plain), score(transcripts)
     settings = config.estep
     likelihoods, rewards, bounds = [], [], []
     for transcript, log_probs in zip(transcripts, [s.log_probs for s in scored], strict=True):
@@ -98,9 +106,9 @@ def evaluate(
     stats = latent_stats(transcripts, blank)
     figures = {
         "code_ce": _mean(transcripts, [-s.log_probs for s in scored], [t.is_code for t in transcripts]),
-        "raw_code_ce": _mean(documents, [-s.log_probs for s in raw], [t.is_code for t in documents]),
+        "raw_code_ce": _mean(plain, [-s.log_probs for s in raw_scored], [t.is_code for t in plain]),
         "code_accuracy": _mean(transcripts, [s.greedy for s in scored], [t.is_code for t in transcripts]),
-        "raw_code_accuracy": _mean(documents, [s.greedy for s in raw], [t.is_code for t in documents]),
+        "raw_code_accuracy": _mean(plain, [s.greedy for s in raw_scored], [t.is_code for t in plain]),
         "thought_ce": _mean(
             transcripts, [-s.log_probs for s in scored], [t.roles == Role.THOUGHT for t in transcripts]
         ),
@@ -109,7 +117,14 @@ def evaluate(
         "reward": float(np.concatenate(rewards).mean()),
         "elbo": float(np.concatenate(bounds).mean()),
     }
-    return Evaluation(figures, transcripts, likelihoods, rewards, scored, documents, raw)
+    return Evaluation(figures, transcripts, likelihoods, rewards, scored, plain, raw_scored)
+
+
+def _without_thoughts(document: Transcript, policy: LatentPolicy) -> Transcript:
+    """The document without the comments that stand for thoughts."""
+    if not document.think.any():
+        return document
+    return raw(to_document(document, policy.latents, policy.tokenizer), policy.latents, policy.tokenizer)
 
 
 def _reward(

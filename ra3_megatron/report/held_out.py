@@ -25,7 +25,7 @@ class LineFigures:
     text: str
     """The expert's line, its line break included."""
     thought: str | None
-    """Text of the thought that was sampled before it; None: <act>."""
+    """Text of the thought before it, which was sampled (or observed, `evaluation.observed_thoughts`); None: <act>."""
     offered: bool
     """Whether there was a choice."""
     tokens: int
@@ -33,7 +33,7 @@ class LineFigures:
     nll: float
     """-log pi(a_t | s_t, z_t), nats, summed over them."""
     raw_nll: float
-    """The same without sampled thoughts (comments of the document that stand for thoughts stay)."""
+    """The same without any thought."""
     greedy: bool
     """Greedy decoding would write these tokens."""
     raw_greedy: bool
@@ -43,7 +43,7 @@ class LineFigures:
     raw_layout_nll: float
     """The same without thoughts."""
     thought_nll: float = 0.0
-    """-log pi of the sampled tokens of the thought, nats; 0 without one."""
+    """-log pi of the tokens of the thought, nats; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,11 @@ def test_override_values() -> None:
             "corpus.path=code",
             "corpus.path=code is not read with corpus.source=installed: use folder, say",
         ),
+        (
+            "evaluation.observed_thoughts=true",
+            "evaluation.observed_thoughts=true goes with corpus.human_comments=as_thoughts: with strip no comment "
+            "stands for a thought",
+        ),
         ("corpus.source=folder", "corpus.path is missing: corpus.source=folder needs one"),
         (
             "parallel.sequence=true",

@@ -12,13 +12,13 @@ from torch import Tensor
 from toy import FORMATS, LARGE, Toy
 
 from ra3_megatron.config.training import EStepConfig
-from ra3_megatron.em.evaluation import evaluate
+from ra3_megatron.em.evaluation import Evaluation, evaluate
 from ra3_megatron.em.latent_stats import blank_tokens
 from ra3_megatron.em.policy import latent_policy
 from ra3_megatron.em.readable import transcript_records
 from ra3_megatron.em.scoring import malformed_thoughts
 from ra3_megatron.mcore.startup import Runtime
-from ra3_megatron.text.latents import raw
+from ra3_megatron.text.latents import compose, raw
 from ra3_megatron.text.transcript import Role, Transcript
 
 CODES = ("a = b\n  ab(c):\n   b\n\nc\n", "b\n", "  a\nb = d\nc\n")
@@ -124,6 +124,29 @@ def test_figures_by_hand(toy: Toy, likelihood: Any) -> None:
     assert {k: v for k, v in found.figures.items() if k != "mean_thought_tokens"} == pytest.approx(expected, abs=1e-5)
     again = evaluate(model, policy, documents(toy), keys, config, blank)
     assert again.figures == found.figures, "the same keys measure the same"
+
+
+def test_comments_of_held_out_documents_are_not_read(toy: Toy) -> None:
+    """As observed thoughts they would help figures that are called "without thoughts"."""
+    model = toy.model(seed=14, lean=1.0)
+    code = "# a\na = b\n# b\nab(c):\n"
+    document = toy.document(code, human_comments="as_thoughts")
+    stored, plain = (compose(document, t, toy.latents, toy.tokenizer) for t in (document.observed, {}))
+    assert stored.think.tolist() == [True, True] and not plain.think.any()
+
+    def measure(transcript: Transcript, **evaluation: Any) -> Evaluation:
+        corpus = {"human_comments": "as_thoughts"}
+        config = toy.config(corpus=corpus, evaluation={"samples": 4, **evaluation})
+        policy = latent_policy(model, config, toy.runtime, toy.latents, toy.tokenizer)
+        return evaluate(model, policy, [transcript], [(0,)], config, blank_tokens(toy.tokenizer))
+
+    found, expected = measure(stored), measure(plain)
+    assert found.figures == expected.figures and found.by_line(toy.tokenizer) == expected.by_line(toy.tokenizer)
+    assert any(not t.think.all() for t in found.transcripts)
+    given = measure(stored, observed_thoughts=True)
+    assert all(t.think.all() and not t.offered.any() for t in given.transcripts)
+    assert given.figures["raw_code_ce"] == expected.figures["raw_code_ce"]
+    assert given.figures["code_ce"] != pytest.approx(given.figures["raw_code_ce"], abs=1e-4)
 
 
 def test_a_model_that_never_thinks_has_no_thought_to_measure(toy: Toy) -> None:
