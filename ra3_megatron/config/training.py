@@ -160,7 +160,8 @@ class MStepConfig(PackedTraining):
     """Next-token prediction on the infused documents: method.md, M-step."""
 
     start: Literal["base", "pi", "q"] = "pi"
-    """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy."""
+    """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy. NTP's, which have
+    no policy, start from the warm start with `base`, and from the last iteration's model otherwise."""
 
     latents: Literal["sampled", "shuffled", "filler", "moved"] = "sampled"
     """What the infused documents hold: the latents as q sampled them, or, for controls, the same number with other

@@ -6,7 +6,7 @@
     pi_i   = M-step(start pi_{i-1}, on D_i)
 
 NTP is the same loop with nothing between the lines: its M-steps read the same documents in the same order from the
-same start. Every step is a function of (seed, phase, step) and the checkpoint before it.
+same start (`mstep.start`: pi_{i-1}, the base, or q_i, which without thoughts is pi_{i-1}). Every step is a function of (seed, phase, step) and the checkpoint before it.
 """
 
 import math
@@ -78,7 +78,8 @@ class EM:
         """The same M-steps on the same documents without latents."""
         pi = base
         for iteration in range(1, self.config.em.iterations + 1):
-            pi = self.mstep(Phase("ntp", iteration), pi, self._documents(iteration))
+            start = base if self.config.mstep.start == "base" else pi
+            pi = self.mstep(Phase("ntp", iteration), start, self._documents(iteration))
             self.evaluate("ntp", iteration, pi)
 
     def _check_policy(self) -> None:

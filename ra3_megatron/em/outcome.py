@@ -43,6 +43,8 @@ def summarize(run: EMContext) -> schema.Summary:
             if figures is None or not is_done(run, phase):
                 break
             cost = _cost(run, phase)
+            if run.config.mstep.start == "base":  # these weights have seen this M-step alone
+                spent = schema.Phase(seconds=0.0, tokens=0)
             spent = schema.Phase(seconds=spent.seconds + cost.seconds, tokens=spent.tokens + cost.tokens)
             estep = _estep(run, iteration, records) if arm == "ra3" else None
             before = ("estep", "infuse") if arm == "ra3" else ()

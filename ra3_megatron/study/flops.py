@@ -16,11 +16,13 @@ TRAINING = {"ra3": "mstep-", "ntp": "ntp-"}
 
 
 def with_equal_flops(config: RunConfig, reference: RunConfig, reference_folder: Path) -> RunConfig:
-    """`config` with as many M-step steps as the reference cell's FLOPs pay for.
+    """`config` with as many M-step steps as the reference cell's FLOPs pay for: in all of its M-steps, or in each where
+    each starts from the base (`mstep.start`), so that a model has seen one alone.
 
     Raises UserError when its summary does not hold them.
     """
-    steps = equal_steps(reference_folder, reference, config.em.iterations)
+    seen = 1 if config.mstep.start == "base" else config.em.iterations
+    steps = equal_steps(reference_folder, reference, seen)
     return config.model_copy(update={"mstep": config.mstep.model_copy(update={"steps": steps})})
 
 
