@@ -160,8 +160,8 @@ class MStepConfig(PackedTraining):
     """Next-token prediction on the infused documents: method.md, M-step."""
 
     start: Literal["base", "pi", "q"] = "pi"
-    """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy. NTP's, which have
-    no policy, start from the warm start with `base`, and from the last iteration's model otherwise."""
+    """Weights the M-step starts from: the warm start, the last iteration's model, or the E-step's policy. NTP
+    has no policy: with `base` it starts from the warm start each time, otherwise from its last model."""
 
     latents: Literal["sampled", "shuffled", "filler", "moved"] = "sampled"
     """What the infused documents hold: the latents as q sampled them, or, for controls, the same number with other
@@ -169,7 +169,8 @@ class MStepConfig(PackedTraining):
     `moved`: each document thinks as often as q did, at random lines (and q writes the thoughts there)."""
 
     thought_weight: float = Field(default=1.0, ge=0)
-    """Weight of thought tokens in the loss (code tokens weigh 1)."""
+    """Weight of thought tokens in the loss (code tokens, and the markers of the `tokens` format that hold a decision,
+    weigh 1)."""
 
 
 class EMConfig(Section):

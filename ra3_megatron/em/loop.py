@@ -6,7 +6,8 @@
     pi_i   = M-step(start pi_{i-1}, on D_i)
 
 NTP is the same loop with nothing between the lines: its M-steps read the same documents in the same order from the
-same start (`mstep.start`: pi_{i-1}, the base, or q_i, which without thoughts is pi_{i-1}). Every step is a function of (seed, phase, step) and the checkpoint before it.
+same start (`mstep.start`: pi_{i-1}, the base, or q_i, which without thoughts is pi_{i-1}). Every step is a function of
+(seed, phase, step) and the checkpoint before it.
 """
 
 import math

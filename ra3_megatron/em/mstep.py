@@ -2,7 +2,8 @@
 
 Documents come in an order that is fixed before the phase. A step takes as many as `global_batch_size` rows of
 `model.context_length` tokens hold, however they are dealt out to micro-batches then.
-Cross-entropy is reported apart for code tokens and thought tokens: only the former compares with NTP.
+Cross-entropy is reported apart for code tokens, thought tokens and decision markers (`tokens` format): only the first
+compares with NTP. It is that of training: in the `comment` format a line's first visible token has its decision in it.
 """
 
 from typing import Any
@@ -55,5 +56,8 @@ class MStep:
             "tokens": plan.tokens,  # those of prompts too: they are not trained on, but cost as much
             "fill_rate": plan.fill_rate,
         }
-        thought_ce = result.mean(Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS)
-        return metrics if thought_ce is None else metrics | {"thought_ce": thought_ce}
+        apart = {
+            "thought_ce": result.mean(Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS),
+            "decision_ce": result.mean(Stat.DECISION_NLL, Stat.DECISION_TOKENS),
+        }
+        return metrics | {name: value for name, value in apart.items() if value is not None}

@@ -8,27 +8,30 @@ import numpy as np
 import numpy.typing as npt
 
 from ra3_megatron.em.latent_context import Contexts, whole
-from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.batch import Events, Kind, TokenBatch
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
 from ra3_megatron.text.latents import LatentFormat
 from ra3_megatron.text.transcript import Role, Transcript
 from ra3_megatron.training.rows import Plan, RowWriter
 
+_KIND_OF_ROLE = np.full(len(Role), Kind.CODE, dtype=np.uint8)
+_KIND_OF_ROLE[[Role.DECISION, Role.THOUGHT, Role.FORCED]] = Kind.DECISION, Kind.THOUGHT, Kind.FORCED
+
 
 def training_batches(
     transcripts: Sequence[Transcript], plan: Plan, runtime: Runtime, thought_weight: float = 1.0
 ) -> list[TokenBatch]:
-    """Next-token prediction: code tokens weigh 1, tokens of latents `thought_weight`, those of a prompt nothing."""
-    thought = [~(t.is_code | t.is_given) for t in transcripts]
-    weight = [
-        np.where(t.is_given, np.float32(0), np.where(is_thought, np.float32(thought_weight), np.float32(1)))
-        for t, is_thought in zip(transcripts, thought, strict=True)
-    ]
+    """Next-token prediction: code tokens and decision markers weigh 1, tokens of thoughts `thought_weight` (with what
+    the format writes around them), those of a prompt nothing."""
+    by_role = np.ones(len(Role), dtype=np.float32)
+    by_role[[Role.THOUGHT, Role.FORCED]], by_role[Role.CONTEXT] = thought_weight, 0
+    weight = [by_role[t.roles] for t in transcripts]
+    kind = [_KIND_OF_ROLE[t.roles] for t in transcripts]
     batches = []
     for rows in plan.mine(runtime):
         writer = RowWriter(plan, rows, transcripts)
-        batches.append(replace(writer.base(), ce_weight=writer.spread(weight), is_thought=writer.spread(thought)))
+        batches.append(replace(writer.base(), ce_weight=writer.spread(weight), kind=writer.spread(kind)))
     return batches
 
 

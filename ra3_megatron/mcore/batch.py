@@ -5,6 +5,7 @@ Shapes: b rows, s tokens a row. Position j of a row *predicts* `targets[:, j]`, 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from torch import Tensor
 
 from ra3_megatron.mcore.packing import Packing, read_packing
 from ra3_megatron.mcore.sequence_split import places
+
+
+class Kind(IntEnum):
+    """What a target is to the metrics of the cross-entropy stream."""
+
+    CODE = 0
+    """A token of the expert's document."""
+    THOUGHT = 1
+    """A token of a thought."""
+    DECISION = 2
+    """A marker that holds a decision and nothing else."""
+    FORCED = 3
+    """Written by the format without a choice: no metric is of it."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,8 @@ class TokenBatch:
     copies: Tensor | None = None
     """How many equal choices each one stands for, fp32 [b, s] (advantages and entropy weights are their sums); None: 1
     each."""
-    is_thought: Tensor | None = None
-    """Targets that are not the expert's document, bool [b, s] (metrics are split by it)."""
+    kind: Tensor | None = None
+    """`Kind` of each target, uint8 [b, s] (metrics are split by it); None: all are CODE."""
     whole_segments: Tensor | None = None
     """Segments of the whole rows, long [b, S], when this is one context-parallel rank's share of them."""
     weighted: Tensor | None = None

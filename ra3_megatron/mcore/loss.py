@@ -23,7 +23,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.mcore.batch import Kind, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,20 @@ class Stat(IntEnum):
     """The largest |log q - log q_behaviour|: a maximum, not a sum."""
     KL = 14
     """k3 of each choice."""
+    DECISION_NLL = 15
+    """Of markers in the cross-entropy stream."""
+    DECISION_TOKENS = 16
 
 
 MAXIMA = [Stat.LARGEST_DIFFERENCE]
 """Those that are maxima over micro-batches and processes."""
+
+
+_CE_STATS = {
+    Kind.CODE: (Stat.CODE_NLL, Stat.CODE_TOKENS),
+    Kind.THOUGHT: (Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS),
+    Kind.DECISION: (Stat.DECISION_NLL, Stat.DECISION_TOKENS),
+}
 
 
 def local_counts(batches: list[TokenBatch]) -> Tensor:
@@ -103,10 +113,11 @@ def stream_loss(out: Tensor, batch: TokenBatch, counts: Counts, policy: PolicyLo
     if batch.ce_weight is not None:
         loss = loss - (batch.ce_weight * log_prob).sum() / max(counts.ce, 1e-30)
         weighted = batch.ce_weight > 0
-        thought = weighted & batch.is_thought if batch.is_thought is not None else torch.zeros_like(weighted)
-        code = weighted & ~thought
-        stats[Stat.CODE_NLL], stats[Stat.CODE_TOKENS] = -_sum(log_prob, code), code.sum()
-        stats[Stat.THOUGHT_NLL], stats[Stat.THOUGHT_TOKENS] = -_sum(log_prob, thought), thought.sum()
+        for kind, (nll, tokens) in _CE_STATS.items():
+            if batch.kind is None and kind != Kind.CODE:
+                continue
+            counted = weighted if batch.kind is None else weighted & (batch.kind == kind)
+            stats[nll], stats[tokens] = -_sum(log_prob, counted), counted.sum()
     if batch.choices is not None and batch.advantage is not None and batch.decision is not None:
         mask, copies = batch.choices.mask, copies_of(batch)
         difference = torch.zeros_like(choice_log_prob)

@@ -14,8 +14,9 @@ Names that the report draws (any other name is stored all the same):
     benchmarks evaluations on suites of tasks, made in the phase `of`: SUITE/MODE/METRIC (a share of 1),
                SUITE/MODE/tokens (a sample), SUITE/MODE/thought_share, SUITE/reference/METRIC
     monitors   a line with the strings `monitor`, `message` and `advice` says that a sign of failure was seen
-Also stored of every training step: tokens, and fill_rate, the share of the positions of its micro-batches that hold one
-(the only value, times aside, that depends on the layout and on the size of micro-batches). Of E-steps:
+Also stored of every training step: decision_ce, of the markers that hold decisions (`tokens` format); tokens; and
+fill_rate, the share of the positions of its micro-batches that hold one (the only value, times aside, that depends on
+the layout and on the size of micro-batches). Of E-steps:
 distinct_transcripts, the share of the transcripts that differ (equal ones are scored and trained on once; tokens counts
 them once).
 Of every training step, as the main process saw it (docs/profiling.md):

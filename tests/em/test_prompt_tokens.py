@@ -36,11 +36,27 @@ def test_a_prompt_has_no_weight_in_the_loss(toy: Toy) -> None:
     given, plain = document(toy, prompt=PROMPT), document(toy)
     plan = plan_rows([given.num_tokens], 64, 1, toy.runtime)
     (batch,) = training_batches([given], plan, toy.runtime)
-    assert batch.ce_weight is not None and batch.is_thought is not None
+    assert batch.ce_weight is not None and batch.kind is not None
     assert float(batch.ce_weight.sum()) == plain.num_tokens - 1, "as many as without a prompt"
     prompt = int(given.is_given.sum())
     assert not batch.ce_weight[0, : prompt - 1].any() and bool(batch.ce_weight[0, prompt - 1])
-    assert not batch.is_thought[0, : prompt - 1].any()
+    assert not batch.kind[0, : prompt - 1].any()
+
+
+@pytest.mark.parametrize("thought_weight", [1.0, 0.0])
+def test_an_mstep_reports_markers_of_decisions_apart(toy: Toy, thought_weight: float) -> None:
+    """A document without thoughts has no thought to measure, `<act>` or not; what `<act>` costs is trained on."""
+    settings = MStepConfig(global_batch_size=2, micro_batch_size=1)
+    config, plain = toy.config(mstep=settings), document(toy)
+    trainer = Trainer(toy.model(seed=2), settings.optimizer, ParallelConfig(), toy.runtime, steps=10)
+    metrics = MStep(config, settings, trainer, Documents([plain] * 9), thought_weight).step()
+    assert "thought_ce" not in metrics
+    if toy.latents.name == "comment":
+        assert "decision_ce" not in metrics and metrics["loss"] == pytest.approx(metrics["code_ce"])
+    else:
+        code, markers = int(plain.is_code.sum()), plain.num_lines
+        mean = (metrics["code_ce"] * code + metrics["decision_ce"] * markers) / (code + markers)
+        assert metrics["loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_an_mstep_counts_the_tokens_of_prompts(toy: Toy) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from toy import FORMATS, LARGE, Toy
 
 from ra3_megatron.em.packing import choices_of, policy_batches, scoring_batches, scoring_denominators, training_batches
+from ra3_megatron.mcore.batch import Kind
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import forward, global_counts
 from ra3_megatron.mcore.vocab_parallel import ALL, TARGET
@@ -198,15 +199,17 @@ def collected(toy: Toy, transcripts: list[Transcript], plan: Plan, name: str, ba
 
 @pytest.mark.parametrize("thought_weight", [1.0, 0.25, 0.0])
 def test_training_weights(toy: Toy, sampled: list[Transcript], thought_weight: float) -> None:
-    """Every token but the first of a document is predicted once: code at weight 1, latents at `thought_weight`."""
+    """Every token but the first of a document is predicted once: code and decision markers at weight 1, thoughts and
+    what the format writes around them at `thought_weight`."""
     plan = plan_rows([t.num_tokens for t in sampled], 60, 2, toy.runtime)
     batches = training_batches(sampled, plan, toy.runtime, thought_weight)
-    weights, thoughts = (collected(toy, sampled, plan, name, batches) for name in ("ce_weight", "is_thought"))
+    weights, kinds = (collected(toy, sampled, plan, name, batches) for name in ("ce_weight", "kind"))
+    kind_of = {Role.DECISION: Kind.DECISION, Role.THOUGHT: Kind.THOUGHT, Role.FORCED: Kind.FORCED}
     code = latent = 0
     for i, transcript in enumerate(sampled):
-        is_latent = np.isin(transcript.roles, (Role.DECISION, Role.THOUGHT, Role.FORCED))
+        is_latent = np.isin(transcript.roles, (Role.THOUGHT, Role.FORCED))
         assert weights[i][1:].tolist() == np.where(is_latent, thought_weight, 1.0)[1:].tolist()
-        assert thoughts[i][1:].tolist() == is_latent[1:].tolist()
+        assert kinds[i][1:].tolist() == [kind_of.get(Role(role), Kind.CODE) for role in transcript.roles[1:]]
         code, latent = code + int((~is_latent[1:]).sum()), latent + int(is_latent.sum())
     assert latent > 20
     assert global_counts(batches, toy.runtime).ce == pytest.approx(code + thought_weight * latent)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
-from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.batch import Events, Kind, TokenBatch
 from ra3_megatron.mcore.model import build_model, chunks_of
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
@@ -146,7 +146,7 @@ def pack_rows(rows: Sequence[Sequence[Document]], length: int = ROW_LENGTH) -> T
         behaviour=behaviour,
         proximal=proximal,
         decision=decision,
-        is_thought=mask & ~decision,
+        kind=(mask & ~decision).to(torch.uint8) * int(Kind.THOUGHT),
     )
 
 

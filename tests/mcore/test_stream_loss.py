@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ra3_megatron.mcore.batch import Events, TokenBatch
+from ra3_megatron.mcore.batch import Events, Kind, TokenBatch
 from ra3_megatron.mcore.loss import Counts, PolicyLoss, Stat, local_counts, stream_loss
 
 RATIOS = [0.5, 0.9, 1.0, 1.3, 2.0]
@@ -145,18 +145,19 @@ def test_entropy_bonus_raises_the_entropy_of_choices() -> None:
 
 def test_cross_entropy_stream_and_its_split_into_code_and_thoughts() -> None:
     batch = replace(
-        blank(1, 4),
-        ce_weight=torch.tensor([[1.0, 0.5, 0.5, 0.0]]),
-        is_thought=torch.tensor([[False, True, True, True]]),
+        blank(1, 6),
+        ce_weight=torch.tensor([[1.0, 0.5, 0.5, 0.0, 1.0, 0.5]]),
+        kind=torch.tensor([[Kind.CODE, Kind.THOUGHT, Kind.THOUGHT, Kind.THOUGHT, Kind.DECISION, Kind.FORCED]]),
     )
-    out = torch.zeros(4, 1, 4)
-    out[0, 0] = torch.tensor([-1.0, -2.0, -3.0, -100.0])
+    out = torch.zeros(4, 1, 6)
+    out[0, 0] = torch.tensor([-1.0, -2.0, -3.0, -100.0, -4.0, -6.0])
     out.requires_grad_()
     loss, grad, stats = gradient(batch, out, PolicyLoss())
-    assert loss == pytest.approx((1 + 0.5 * 2 + 0.5 * 3) / 8)
-    torch.testing.assert_close(grad[0, 0], torch.tensor([-1.0, -0.5, -0.5, 0.0]) / 8)
+    assert loss == pytest.approx((1 + 0.5 * 2 + 0.5 * 3 + 4 + 0.5 * 6) / 8)
+    torch.testing.assert_close(grad[0, 0], torch.tensor([-1.0, -0.5, -0.5, 0.0, -1.0, -0.5]) / 8)
     found = [float(stats[s]) for s in (Stat.CODE_NLL, Stat.CODE_TOKENS, Stat.THOUGHT_NLL, Stat.THOUGHT_TOKENS)]
     assert found == [1, 1, 5, 2]
+    assert [float(stats[s]) for s in (Stat.DECISION_NLL, Stat.DECISION_TOKENS)] == [4, 1]
 
 
 def test_statistics_of_choices() -> None:
