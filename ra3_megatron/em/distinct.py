@@ -3,6 +3,10 @@
 The gradient is that of all of them, because a transcript's term is linear in its advantage and equal transcripts have
 the same log-probabilities: the copies' advantages are added up, and counts say how many copies a transcript stands
 for. The more certain q becomes, the less an update costs.
+
+With a clip range the term is linear only among advantages of one sign: which side is clipped depends on it. Copies in
+one group have one sign (their returns are the same); those of a document that a batch holds twice may not, and are
+kept apart there.
 """
 
 from collections.abc import Sequence
@@ -37,13 +41,15 @@ class Distinct:
         return total
 
 
-def distinct(transcripts: Sequence[Transcript]) -> Distinct:
-    """Equal: the same tokens in the same roles, and the same choices."""
-    places: dict[tuple[bytes, bytes, bytes], int] = {}
+def distinct(transcripts: Sequence[Transcript], group_size: int | None = None) -> Distinct:
+    """Equal: the same tokens in the same roles, and the same choices. group_size: transcripts of different groups of so
+    many are different; None: wherever they stand."""
+    places: dict[tuple[int, bytes, bytes, bytes], int] = {}
     found: list[Transcript] = []
     which = []
-    for transcript in transcripts:
-        key = (transcript.ids.tobytes(), transcript.roles.tobytes(), transcript.offered.tobytes())
+    for number, transcript in enumerate(transcripts):
+        group = number // group_size if group_size else 0
+        key = (group, transcript.ids.tobytes(), transcript.roles.tobytes(), transcript.offered.tobytes())
         if key not in places:
             places[key] = len(found)
             found.append(transcript)

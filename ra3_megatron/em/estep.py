@@ -70,7 +70,7 @@ class EStep:
 
     def update(self, transcripts: list[Transcript]) -> tuple[dict[str, float], Rollouts]:
         """One update on these transcripts, which come in groups of G; metrics of it, and what they earned."""
-        different = distinct(transcripts)
+        different = self._distinct(transcripts)
         with self.trainer.clock.part("scoring"):
             rollouts = self.reward(transcripts, different)
         with self.trainer.clock.part("data"):
@@ -106,8 +106,8 @@ class EStep:
         return metrics | self._describe(rollouts), rollouts
 
     def reward(self, transcripts: list[Transcript], different: Distinct | None = None) -> Rollouts:
-        """Rewards and advantages of transcripts that come in groups of G. different: `distinct(transcripts)`."""
-        different = different or distinct(transcripts)
+        """Rewards and advantages of transcripts that come in groups of G. different: the distinct ones among them."""
+        different = different or self._distinct(transcripts)
         contexts = self._contexts(different.transcripts)
         plan = self.planner.plan(contexts.sequences)
         with on_device(self.scorer):
@@ -137,6 +137,10 @@ class EStep:
             flat = objective.normalized(torch.cat(advantages), offered)
             advantages = list(flat.split([len(a) for a in advantages]))
         return Rollouts(transcripts, likelihoods, rewards, [a.numpy().astype(np.float32) for a in advantages])
+
+    def _distinct(self, transcripts: Sequence[Transcript]) -> Distinct:
+        """Those that an update scores and trains on."""
+        return distinct(transcripts, None if self.config.clip_ratio is None else self.config.group_size)
 
     def _advantages(self, rewards: torch.Tensor, no_thought: torch.Tensor | None) -> torch.Tensor:
         """[G, T] of one document; no_thought: rewards of the document without thoughts, [T]."""

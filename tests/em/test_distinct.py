@@ -30,7 +30,7 @@ OFF_POLICY: dict[str, dict[str, Any]] = {
 }
 
 
-def one_each(transcripts: Sequence[Transcript]) -> Distinct:
+def one_each(transcripts: Sequence[Transcript], group_size: int | None = None) -> Distinct:
     return Distinct(list(transcripts), list(range(len(transcripts))))
 
 
@@ -50,7 +50,7 @@ def test_the_update_is_that_on_all(
     step = EStep(config, policy, trainer, scorer, blank_tokens(toy.tokenizer))
     documents = [compose(toy.document(code, code), {}, toy.latents, toy.tokenizer) for code in (*CODES, CODES[2])]
     transcripts = policy.sample(documents, [(5, n) for n in range(len(documents))], 16)
-    share = len(distinct(transcripts).transcripts) / len(transcripts)
+    share = len(distinct(transcripts, 16 if section.clip_ratio else None).transcripts) / len(transcripts)
     assert 0.1 < share < 0.7
     if settings:  # as if other weights had sampled them
         with torch.no_grad():
@@ -87,3 +87,33 @@ def test_copies_are_counted_and_summed(runtime: Runtime) -> None:
     assert found.transcripts == [one, other] and found.which == [0, 1, 0, 0] and found.copies == [3, 1]
     values = [np.array(v, dtype=np.float32) for v in ([1, 2], [7], [10, 20], [100, 200])]
     assert [v.tolist() for v in found.summed(values)] == [[111, 222], [7]]
+    apart = distinct([one, one, one, other], group_size=2)
+    assert apart.transcripts == [one, one, other] and apart.which == [0, 0, 1, 2]
+
+
+def test_a_clip_tells_two_groups_of_one_document_apart(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their advantages differ in sign, the clip holds for one and not for the other."""
+    toy = Toy(runtime, "comment", LARGE, max_latent_tokens=2)
+    model = toy.model(seed=3, lean=-1.0)
+    section = EStepConfig(optimizer=FROZEN, group_size=8, clip_ratio=0.01)
+    config = toy.config(estep=section)
+    policy = latent_policy(model, config, runtime, toy.latents, toy.tokenizer, weight_version=0)
+    trainer = Trainer(model, FROZEN, ParallelConfig(), runtime, steps=1000)
+    step = EStep(config, policy, trainer, toy.model(seed=4), blank_tokens(toy.tokenizer))
+    document = compose(toy.document(CODES[2], "twice"), {}, toy.latents, toy.tokenizer)
+    transcripts = policy.sample([document, document], [(5, 0), (5, 1)], 8)
+    with torch.no_grad():  # as if other weights had sampled them
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+
+    def gradient() -> np.ndarray:
+        signs = iter([1.0, -1.0])
+        monkeypatch.setattr(step, "_advantages", lambda rewards, _: torch.full_like(rewards, next(signs)))
+        metrics, _ = step.update(list(transcripts))
+        assert 0 < metrics["clip_fraction"] < 1
+        return torch.cat([p.main_grad.flatten() for p in model.parameters()]).clone().numpy()  # type: ignore[attr-defined]
+
+    found = gradient()
+    monkeypatch.setattr(estep, "distinct", one_each)
+    expected = gradient()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
