@@ -139,8 +139,6 @@ class LatentSampler:
     def _open(self, number: int, job: Job) -> _Row:
         lines = job.document.lines
         draws = uniforms(job.key, len(lines), self.latents.max_thought_ids)
-        if job.decisions is not None:
-            draws[:, 0] = np.where(job.decisions, 0.0, 1.0)
         context = [self.tokenizer.bos, *job.document.prompt]
         return _Row(number, job, draws, context, list(context), _length(job.document, self.latents))
 
@@ -153,12 +151,14 @@ class LatentSampler:
         return LatentRequest(
             key=row.number,
             context=row.context if self.keep_latents or row.line not in observed else row.plain,
-            lines=[self._plan(row, line, observed.get(row.line + offset)) for offset, line in enumerate(ahead)],
+            lines=[self._plan(row, row.line + offset) for offset in range(len(ahead))],
             uniforms=row.draws[row.line : row.line + len(ahead)],
             last=row.line + len(ahead) == len(row.job.document.lines),
         )
 
-    def _plan(self, row: _Row, line: Line, observed: Sequence[int] | None) -> PlannedLine:
+    def _plan(self, row: _Row, number: int) -> PlannedLine:
+        document, decisions = row.job.document, row.job.decisions
+        line, observed = document.lines[number], document.observed.get(number)
         growth = self.latents.max_thought_ids + len(self.latents.forced_end) + len(line.indent)
         before = self.latents.before_decision(line)[0]
         if observed is not None:  # a human's thought stands there already: nothing to decide
@@ -169,6 +169,7 @@ class LatentSampler:
             act=self.latents.act(line)[0] + self.latents.action(line)[0],
             think_set=line.think_set,
             offered=line.may_think and row.total + growth <= self.max_tokens,
+            think=None if decisions is None else bool(decisions[number]),
         )
 
     def _apply(self, row: _Row, request: LatentRequest, completion: LatentCompletion) -> None:

@@ -24,6 +24,7 @@ from ra3_megatron.rollout.protocol import (
     LatentCompletion,
     LatentRequest,
     Uniforms,
+    first_thought,
 )
 from ra3_megatron.rollout.stage_choice import StageChoice
 from ra3_megatron.rollout.stage_pass import StagePass
@@ -146,7 +147,7 @@ class MegatronEngine:
         heads = [places[0] - 1 for places in decision_places]
         hidden, starts = self._teacher_force([r.key for r in requests], sequences, heads)
         act_log_probs, at_decision = self._decide(requests, hidden, starts, decision_places)
-        thinking = self._first_thoughts(requests, act_log_probs)
+        thinking = [first_thought(request, values) for request, values in zip(requests, act_log_probs, strict=True)]
         thoughts = self._think(requests, thinking, sequences, decision_places, at_decision)
         completions = []
         for i in range(len(requests)):
@@ -201,16 +202,6 @@ class MegatronEngine:
             values[i][t] = value
             states[i, t] = state
         return values, states
-
-    @staticmethod
-    def _first_thoughts(requests: Sequence[LatentRequest], log_act: list[list[float]]) -> list[int | None]:
-        """The first line of each request at which the decision is to think."""
-        found: list[int | None] = []
-        for request, values in zip(requests, log_act, strict=True):
-            think = -np.expm1(np.array(values, dtype=np.float64))
-            chosen = np.flatnonzero(request.uniforms[: len(values), 0] < think)
-            found.append(int(chosen[0]) if len(chosen) else None)
-        return found
 
     def _think(
         self,

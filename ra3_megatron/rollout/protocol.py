@@ -70,6 +70,8 @@ class PlannedLine:
     """Row of the token set that starts a thought here."""
     offered: bool
     """Whether there is a choice."""
+    think: bool | None = None
+    """The decision, where there is a choice and it is taken already, however improbable; None: the policy decides."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,20 @@ class LatentCompletion:
     thought_log_probs: list[float]
     finish: Finish
     weight_version: int
+
+
+def first_thought(request: LatentRequest, log_act: Sequence[float]) -> int | None:
+    """The first line of `request` at which the decision is to think; None: none. log_act: log q(<act>) of each line.
+
+    Uniforms decide where lines do not say: q(<think>) = 1 - q(<act>) is exactly 0 where log q(<act>) rounds to 0.
+    """
+    lines = request.lines[: len(log_act)]
+    thinks = request.uniforms[: len(log_act), 0] < -np.expm1(np.array(log_act, dtype=np.float64))
+    taken = [
+        line.offered and (bool(drawn) if line.think is None else line.think)
+        for line, drawn in zip(lines, thinks, strict=True)
+    ]
+    return taken.index(True) if True in taken else None
 
 
 class RolloutEngine(Protocol):

@@ -90,6 +90,15 @@ def test_moved_thoughts_are_written_by_q_at_random_lines(toy: Toy, sampled: Samp
         assert same == transcript
 
 
+def test_decisions_hold_where_q_would_never_think(toy: Toy) -> None:
+    policy = latent_policy(
+        toy.model(seed=6, lean=-60.0), toy.config(), toy.runtime, toy.latents, toy.tokenizer, weight_version=0
+    )
+    document = raw(toy.document("a = b\n  ab(c):\nd\n"), toy.latents, toy.tokenizer)
+    (transcript,) = policy.sample([document], [(1,)], 1, decisions=[np.array([True, False, True])])
+    assert transcript.think.tolist() == [True, False, True] and transcript.offered.all()
+
+
 def test_a_context_that_is_full_loses_its_last_thoughts(toy: Toy) -> None:
     tight = 24
     made = Sampled(toy, tight)

@@ -259,6 +259,20 @@ def test_no_thought_where_none_is_offered(toy: Toy, candidate: Candidate) -> Non
     assert completion.decision_log_probs == [0.0] * len(lines)
 
 
+def test_decisions_that_are_taken_already_hold_however_improbable(toy: Toy, make: Maker) -> None:
+    """log P(<act>) rounds to 0 in fp32 long before <think> becomes impossible."""
+    sure = make(toy, toy.model(seed=8, lean=-60.0), TEMPERATURE)
+    lines = planned(toy, toy.document(CODE))
+    asked = [replace(line, think=number == 2) for number, line in enumerate(lines)]
+    completion = advance(sure, asked, draws(toy, [0.5] * len(lines)))
+    assert completion.decision_log_probs[0] > -1e-6 and completion.thought_line == 2
+    assert toy.latents.sets[lines[2].think_set, completion.thought[0]] and completion.thought_log_probs[0] < -15
+    none = advance(sure, [replace(line, think=False) for line in lines], draws(toy, [0.0] * len(lines)))
+    assert none.thought_line is None
+    unoffered = [replace(line, offered=False, think=True) for line in lines]
+    assert advance(sure, unoffered, draws(toy, [0.0] * len(lines))).thought_line is None
+
+
 def test_an_engine_may_be_asked_line_by_line(toy: Toy, candidate: Candidate) -> None:
     """Transcripts of one key, cached between calls, give what one call gives."""
     lines = planned(toy, toy.document(CODE))

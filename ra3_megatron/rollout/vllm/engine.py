@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest, LatentCompletion, LatentRequest
+from ra3_megatron.rollout.protocol import (
+    Completion,
+    Finish,
+    GenerateRequest,
+    LatentCompletion,
+    LatentRequest,
+    first_thought,
+)
 from ra3_megatron.rollout.vllm.messages import Answer, Draw, Drawn, Events, Health, WeightSource
 from ra3_megatron.rollout.vllm.process import EngineClient, EngineError
 from ra3_megatron.text.latents import LatentFormat
@@ -76,7 +83,7 @@ class VllmEngine:
     def advance(self, requests: Sequence[LatentRequest]) -> list[LatentCompletion]:
         sequences = [_Sequence(request) for request in requests]
         decided = self._decide(requests, sequences)
-        thinking = [_first_thought(request, values) for request, values in zip(requests, decided, strict=True)]
+        thinking = [first_thought(request, values) for request, values in zip(requests, decided, strict=True)]
         draws = [
             self._thought(request, sequence, line)
             for request, sequence, line in zip(requests, sequences, thinking, strict=True)
@@ -163,10 +170,3 @@ class _Sequence:
 def token_sets(latents: LatentFormat) -> np.ndarray:
     """The table of token sets of an engine for `latents`: the format's rows, and the tokens that end a thought."""
     return np.concatenate([latents.sets, latents.ends[None]])
-
-
-def _first_thought(request: LatentRequest, log_act: list[float]) -> int | None:
-    """The first line at which the decision is to think."""
-    think = -np.expm1(np.array(log_act, dtype=np.float64))
-    chosen = np.flatnonzero(request.uniforms[: len(log_act), 0] < think)
-    return int(chosen[0]) if len(chosen) else None
