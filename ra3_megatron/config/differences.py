@@ -14,7 +14,15 @@ RESULT_FREE = (
     "export",
     "rollout.placement",
     "rollout.replicas",
-    "rollout.vllm",
+    # of rollout.vllm one by one: `quantization` decides what policy samples, and is not among them
+    "rollout.vllm.start_timeout",
+    "rollout.vllm.call_timeout",
+    "rollout.vllm.cuda_graphs",
+    "rollout.vllm.tensor",
+    "rollout.vllm.max_sequences",
+    "rollout.vllm.kv_cache_gib",
+    "rollout.vllm.threads",
+    "rollout.vllm.refit_bucket_mb",
     "run_dir",
     "watchdog",
     # a run that stopped at a bad step may go on with another answer to it
@@ -24,7 +32,7 @@ RESULT_FREE = (
     "monitors.spike_window",
     "monitors.max_skips",
 )
-"""Sections and keys that may change when a run is resumed: they do not decide what it computes."""
+"""Sections and keys that may change when a run is resumed: what it computes depends on them by rounding alone."""
 
 
 @dataclass(frozen=True)
