@@ -1,8 +1,9 @@
 """From source texts to the documents of a corpus: cleaning, filters, de-duplication, limit, split.
 
 Invariants: two documents of one file are never in different splits; no two documents have the same text, whichever
-split they are in; a document's split and its place in the limit depend on its own path and text alone; every text that
-is left out is counted with the reason. Memory holds one digest a document, never the texts.
+split they are in, full-line comments left out unless both training texts keep them; a document's split and its place in
+the limit depend on its own path and text alone; every text that is left out is counted with the reason. Memory holds
+one digest a document (two where there is a limit), never the texts.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ class Counts:
     too_many_lines: int = 0
     """Left out: more than `corpus.max_lines` non-blank lines."""
     duplicates: int = 0
-    """Left out: the same text as an earlier one."""
+    """Left out: the same text as an earlier one, full-line comments aside that are not trained on (see `compared`)."""
     over_limit: int = 0
     """Left out: beyond `corpus.max_documents`."""
     train: int = 0
@@ -86,11 +87,16 @@ def clean(text: str) -> str:
     return (code if line_end < 0 else code[:line_end]) + "\n" if visible else ""
 
 
+def compared(code: str, config: CorpusConfig) -> str:
+    """What decides whether two documents are the same: `code` without full-line comments, unless both training texts
+    keep them. Otherwise one of these could be read in training and, with another comment, be held out."""
+    keep = config.human_comments == config.warm_start_comments == "keep"
+    return code if keep or "#" not in code else strip_comment_lines(code)
+
+
 def count_lines(code: str, config: CorpusConfig) -> int:
     """Non-blank lines of `code`, full-line comments left out unless both training texts keep them."""
-    keep = config.human_comments == config.warm_start_comments == "keep"
-    kept = code if keep or "#" not in code else strip_comment_lines(code)
-    return sum(1 for line in kept.split("\n") if line.strip(WHITESPACE))
+    return sum(1 for line in compared(code, config).split("\n") if line.strip(WHITESPACE))
 
 
 def prepare(
@@ -138,21 +144,25 @@ def _spool(
     """Write all documents that pass the filters; return the largest digest within `max_documents` (None: no limit)."""
     skipped: Counter[str] = Counter()
     seen: set[bytes] = set()
+    limited: list[bytes] = []  # by the whole text, so that a limit keeps the same documents whatever comments are for
     with spool.open("w", encoding="utf-8", newline="\n") as stream:
         for source in _with_file_entries(iter_texts(config, skipped), files):
             counts.texts += 1
             on_text()
             code = clean(source.text)
             lines = count_lines(code, config)
-            digest = hashlib.sha256((source.prompt + code).encode("utf-8")).digest()[:_DIGEST_BYTES]
+            same = _digest(source.prompt + compared(code, config))
             if lines < config.min_lines:
                 counts.too_few_lines += 1
             elif lines > config.max_lines:
                 counts.too_many_lines += 1
-            elif digest in seen:
+            elif same in seen:
                 counts.duplicates += 1
             else:
-                seen.add(digest)
+                seen.add(same)
+                digest = _digest(source.prompt + code)
+                if config.max_documents is not None:
+                    limited.append(digest)
                 split = split_of(source.split_key, config.valid_fraction)
                 row = {
                     "name": source.path,
@@ -165,7 +175,11 @@ def _spool(
     counts.skipped = dict(sorted(skipped.items()))
     if config.max_documents is None or len(seen) <= config.max_documents:
         return None
-    return heapq.nsmallest(config.max_documents, seen)[-1].hex()
+    return heapq.nsmallest(config.max_documents, limited)[-1].hex()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()[:_DIGEST_BYTES]
 
 
 def _with_file_entries(sources: Iterable[Source], files: list[SourceFile]) -> Iterator[Source]:

@@ -1,5 +1,6 @@
 """Cleaning, filters, de-duplication, limit, split: what is kept, what is counted, what is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,28 @@ def test_the_limit_keeps_the_smallest_digests_whatever_the_order(tmp_path: Path)
     assert kept[0] == kept[1]
     (tmp_path / "c").mkdir()
     assert run(tmp_path / "c", texts, max_documents=40)[0].over_limit == 0
+
+
+def test_texts_that_differ_in_comments_alone_are_one_document(tmp_path: Path) -> None:
+    """Mid-training reads them without, so that one could be trained on and the other held out."""
+    texts = [f"# copy {copy}\n{code(n)}" for copy in range(6) for n in range(10)]
+    (tmp_path / "a").mkdir()
+    counts, train, valid = run(tmp_path / "a", texts)
+    assert counts.duplicates == 50 and counts.documents == 10
+    assert {text.code for text in train + valid} == set(texts[:10]), "the first of each stays, with its comment"
+    (tmp_path / "b").mkdir()
+    assert run(tmp_path / "b", texts, human_comments="keep")[0].duplicates == 0, "both texts have the comments"
+    (tmp_path / "c").mkdir()
+    read = run(tmp_path / "c", texts, human_comments="keep", warm_start_comments="strip")
+    assert read[0].duplicates == 50
+
+
+def test_a_limit_goes_by_the_whole_text(tmp_path: Path) -> None:
+    """Comments included, whatever they are for."""
+    texts = [f"# number {n}\n{code(n)}" for n in range(40)]
+    counts, train, valid = run(tmp_path, texts, max_documents=12)
+    by_digest = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert counts.over_limit == 28 and {text.code for text in train + valid} == set(by_digest[:12])
 
 
 def test_functions_of_one_file_share_a_split_and_the_share_is_about_right(tmp_path: Path) -> None:
