@@ -77,8 +77,9 @@ class HopProg:
             pairs({KEYS[int(symbol)]: value for symbol, value in table.items()}) for table in (successor, routine)
         ]
         prompt = head("x", ("s " + tables[0], "r " + tables[1], "do " + "".join(asked)))
-        share = (0.0 if plain else 1.0) if drill else config.thought_share
-        written = comments(config.model_copy(update={"thought_share": share}), items, rng, self._junk)
+        if drill:
+            config = config.model_copy(update={"thought_share": 0.0 if plain else 1.0, "thought_hops": None})
+        written = comments(config, items, rng, self._junk)
         return Task(f"hopprog#{number}", prompt, tuple(items), f"{INDENT}return x\n", written)
 
     def example(self, rng: Random) -> str:

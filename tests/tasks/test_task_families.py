@@ -282,6 +282,15 @@ def test_plain_drills_have_few_hops_and_no_thoughts(most: int) -> None:
             assert {item.hops for item in task.items} <= {1, 2, 3}
 
 
+def test_all_thoughts_of_a_drill_are_written() -> None:
+    """`thought_hops` is about the other tasks."""
+    made = list(tasks("hopprog", 200, drill_share=0.5, thought_share=1.0, thought_hops=1, junk_share=0.0))
+    for task in made:
+        hops = {item.hops for number, item in enumerate(task.items) if (number, 0) not in task.comments}
+        assert not hops if len(task.items) == 8 else hops <= {2, 3}
+    assert sum(len(task.items) == 8 for task in made) > 50
+
+
 @over_families
 def test_no_share_no_comments(family: Family) -> None:
     assert all(task.warm_text == task.code for task in tasks(family, 20, thought_share=0.0, junk_share=0.0))
