@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ra3_megatron.config.base import Section
 from ra3_megatron.config.tasks import TasksConfig
+from ra3_megatron.config.yaml_io import scalar_text
 
 HumanComments = Literal["keep", "strip", "as_thoughts"]
 
@@ -82,6 +83,7 @@ class CorpusConfig(Section):
             for key, source in (("packages", "installed"), ("document_separator", "text"), ("hub_config", "hub"))
             if getattr(self, key) and self.source != source
         ]
+        problems += self._unread()
         needs_path = self.source not in ("installed", "tasks")
         if not needs_path and self.path is not None:
             problems.append(f"corpus.path={self.path} is not read with corpus.source={self.source}: use folder, say")
@@ -92,6 +94,16 @@ class CorpusConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _unread(self) -> list[str]:
+        """Keys with a default that the source does not read."""
+        goes_with = {"unit": ("installed", "folder"), "hub_split": ("hub",), "streaming": ("hub",)}
+        return [
+            f"corpus.{key}={scalar_text(getattr(self, key))} is not read with corpus.source={self.source}: "
+            f"it goes with {', '.join(sources)}"
+            for key, sources in goes_with.items()
+            if self.source not in sources and getattr(self, key) != type(self).model_fields[key].default
+        ]
 
 
 class TokenizerConfig(Section):
@@ -117,6 +129,11 @@ class TokenizerConfig(Section):
     def _check(self) -> "TokenizerConfig":
         if self.kind == "hf" and self.path is None:
             raise ValueError("tokenizer.path is missing: tokenizer.kind=hf needs a tokenizer.json or its folder")
+        if self.kind == "hf" and self.superwords:
+            raise ValueError(
+                "tokenizer.superwords=true is not read with tokenizer.kind=hf: its pieces are there already; set it to "
+                "false"
+            )
         return self
 
 

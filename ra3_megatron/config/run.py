@@ -142,6 +142,11 @@ class RunConfig(Section):
                 f"evaluation.observed_thoughts=true goes with corpus.human_comments=as_thoughts: with "
                 f"{self.corpus.human_comments} no comment stands for a thought"
             )
+        if self.method == "ntp" and self.mstep.latents != "sampled":
+            yield (
+                f"mstep.latents={self.mstep.latents} is not read with method=ntp, which has no latents: it goes with "
+                "method=ra3"
+            )
         yield from self._staleness_problems("estep", self.estep)
         if self.model.hf is not None and self.warm_start.checkpoint is not None:
             yield (

@@ -80,7 +80,7 @@ class TasksConfig(Section):
     has no thoughts to sample otherwise."""
 
     thought_hops: int | None = Field(default=None, ge=0)
-    """Only items of at most so many hops have it; none: all."""
+    """Only items of at most so many hops have it; none: all. Drills, whose thoughts are all written, do not read it."""
 
     drill_share: float = Field(default=0.0, ge=0, le=1)
     """Share of tasks that are drills: `drill_items` items whose right thoughts are all written in the warm-start text.
@@ -114,6 +114,15 @@ class TasksConfig(Section):
             )
         if self.drill_share and self.family != "hopprog":
             problems.append(f"corpus.tasks.drill_share={self.drill_share} goes with corpus.tasks.family=hopprog")
+        if not self.inline and self.family != "hopprog":
+            problems.append(
+                f"corpus.tasks.inline=false is not read with corpus.tasks.family={self.family}: it goes with hopprog"
+            )
+        if self.plain_drill_share and not self.drill_share:
+            problems.append(
+                f"corpus.tasks.plain_drill_share={self.plain_drill_share} is not read with "
+                f"corpus.tasks.drill_share={self.drill_share}: it is a share of the drills; set drill_share too"
+            )
         if self.plain_drill_hops > self.max_hops:
             problems.append(
                 f"corpus.tasks.plain_drill_hops={self.plain_drill_hops} is above corpus.tasks.max_hops={self.max_hops}"

@@ -137,6 +137,16 @@ def test_override_values() -> None:
             "evaluation.observed_thoughts=true goes with corpus.human_comments=as_thoughts: with strip no comment "
             "stands for a thought",
         ),
+        (
+            "corpus.hub_split=test",
+            "corpus.hub_split=test is not read with corpus.source=installed: it goes with hub",
+        ),
+        ("corpus.streaming=true", "corpus.streaming=true is not read with corpus.source=installed: it goes with hub"),
+        (
+            "corpus.tasks.plain_drill_share=0.5",
+            "corpus.tasks.plain_drill_share=0.5 is not read with corpus.tasks.drill_share=0.0: it is a share of the "
+            "drills; set drill_share too",
+        ),
         ("corpus.source=folder", "corpus.path is missing: corpus.source=folder needs one"),
         (
             "parallel.sequence=true",
@@ -174,6 +184,32 @@ def test_keys_of_another_corpus_source_are_refused() -> None:
         "corpus.packages=['numpy'] is not read with corpus.source=jsonl: it goes with installed",
         "corpus.hub_config=en is not read with corpus.source=jsonl: it goes with hub",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["corpus.source=jsonl", "corpus.path=x", "corpus.unit=file"],
+            "corpus.unit=file is not read with corpus.source=jsonl: it goes with installed, folder",
+        ),
+        (
+            ["corpus.source=tasks", "corpus.tasks.family=stateprog", "corpus.tasks.inline=false"],
+            "corpus.tasks.inline=false is not read with corpus.tasks.family=stateprog: it goes with hopprog",
+        ),
+        (
+            ["method=ntp", "mstep.latents=filler"],
+            "mstep.latents=filler is not read with method=ntp, which has no latents: it goes with method=ra3",
+        ),
+        (
+            ["tokenizer.kind=hf", "tokenizer.path=x", "tokenizer.superwords=true"],
+            "tokenizer.superwords=true is not read with tokenizer.kind=hf: its pieces are there already; set it to "
+            "false",
+        ),
+    ],
+)
+def test_keys_that_would_not_be_read_are_refused(overrides: list[str], line: str) -> None:
+    assert problems(*overrides) == [line]
 
 
 @pytest.mark.parametrize(
