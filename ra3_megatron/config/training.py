@@ -125,8 +125,8 @@ class EStepConfig(Section):
     over the others), or what the document gets at that line without any thought (RLP)."""
 
     normalize_advantages: bool = False
-    """Divide advantages by their root mean square over the decisions of the global batch: their standard deviation, where
-    `baseline` centres them."""
+    """Divide advantages by their root mean square over the decisions of the global batch: their standard deviation,
+    where `baseline` centres them."""
 
     entropy_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the entropy bonus of the exact KL; without any, decisions collapse to 0 or 1 in tens of steps."""

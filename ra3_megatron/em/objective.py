@@ -74,8 +74,8 @@ def best_of_group(returns: Tensor) -> Tensor:
 
 
 def normalized(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Advantages divided by their root mean square over `mask`: their standard deviation, where the baseline centers them
-    (a mean over a group does; `no_thought` and `none` do not)."""
+    """Advantages divided by their root mean square over `mask`: their standard deviation, where the baseline centers
+    them (a mean over a group does; `no_thought` and `none` do not)."""
     scale = advantages[mask].square().mean().sqrt() if mask.any() else torch.ones(())
     return advantages / (scale + epsilon)
 
