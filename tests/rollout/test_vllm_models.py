@@ -1,5 +1,6 @@
 """vLLM with the weights of every family: what Hugging Face computes, before and after updates that fail."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from vllm_processes import client_of, need_vllm, new_folder, save, wait_for_end
 from weight_sources.file_weights import FileWeights
 
 from ra3_megatron.rollout.vllm.messages import Answer, Draw, Drawn, EngineSpec, Events
-from ra3_megatron.rollout.vllm.process import EngineClient, EngineError
+from ra3_megatron.rollout.vllm.process import EngineClient, EngineError, EngineProcess
+from ra3_megatron.rollout.vllm.segments import segments_of
 
 VOCAB = 131
 """Not a multiple of 64, to which vLLM pads."""
@@ -172,7 +174,12 @@ def test_two_tensor_parallel_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         model.update(broken, 2)
     model.update(model.tensors(), 3)
     model.check()
+    process = model.client.process
+    assert isinstance(process, EngineProcess)
+    shared = segments_of(process.pid)
+    assert shared and all(os.path.exists(path) for path, _ in shared)
     model.client.close()
+    assert not [path for path, _ in shared if os.path.exists(path)]
 
 
 def test_updates_are_followed_and_stamped(llama: Model) -> None:

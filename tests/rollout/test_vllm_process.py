@@ -165,6 +165,7 @@ def test_an_engine_is_told_its_devices_and_not_the_trainers_rank(
         "yes",
     )
     assert not {name for name, value in environment.items() if value == "7"}
+    assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert process_module._environment(spec)["CUDA_VISIBLE_DEVICES"] == "0,1,2"
 
 

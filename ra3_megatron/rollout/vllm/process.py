@@ -18,15 +18,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection, wait
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from ra3_megatron.rollout.vllm.messages import Address, Call, EngineSpec, Ready, Reply, Start
-from ra3_megatron.rollout.vllm.wire import tune
+from ra3_megatron.rollout.vllm.segments import Segment, remove, segments_of
+from ra3_megatron.rollout.vllm.wire import connect, limit
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process itself
+    # a process that has asked for its GPUs without NVML must not fork: CUDA would not work in its workers
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose logits processors see every token of a request
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -42,6 +47,9 @@ FOREIGN = re.compile(
 
 CLOSE_SECONDS = 10.0
 """A process that was asked to end and has not by then is killed."""
+
+HANGS = (BlockingIOError, TimeoutError)
+"""How a connection fails at a time limit."""
 
 ERROR_LINE = re.compile(r"^\S*(Error|Exception|Exit|Interrupt)\b.*")
 
@@ -83,6 +91,8 @@ class EngineProcess:
         self._ready = os.fdopen(ready, "rb", buffering=0)
         self._folder = folder
         self._killed = False
+        self._segments: set[Segment] = set()
+        """Shared memory, once it is ready: who finds it dead can no longer ask its workers."""
 
     @classmethod
     def start(cls, spec: EngineSpec, log: Path, host: str | None = None) -> "EngineProcess":
@@ -132,6 +142,7 @@ class EngineProcess:
         if ready.address is None:
             self.kill()
             raise EngineError(f"the vLLM engine did not start: {ready.failed}; log {self.log}")
+        self._segments = segments_of(self.pid)
         return ready.address
 
     def fileno(self) -> int:
@@ -166,13 +177,15 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the process and those it started, at once."""
+        """End the process and those it started, at once; their shared memory is free then."""
         if self._killed:  # its number may be another's by now
             return
         self._killed = True
+        segments = self._segments | segments_of(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        remove(segments)
         self._ready.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -184,15 +197,25 @@ class EngineClient:
     """The owner's connection to a vLLM process."""
 
     def __init__(self, address: Address, authkey: bytes, call_timeout: float, process: Watched | None = None) -> None:
-        """process: the one behind the address, if it is this process's to end: it is ended when it hangs."""
+        """process: the one behind the address, if it is this process's to end: it is ended when it hangs.
+
+        Raises EngineError when it cannot be reached, or does not answer within `call_timeout` seconds.
+        """
         self.call_timeout = call_timeout
         self.process = process
         self._name = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
         self._closed = ""
         """Why nothing can be asked any more."""
         self._turn = threading.Lock()
-        self._connection: Connection = Client(address, authkey=authkey)
-        tune(self._connection)
+        try:
+            self._connection: Connection = connect(address, authkey, call_timeout)
+        except (EOFError, OSError, AuthenticationError) as error:
+            why = f"the vLLM engine at {self._name} cannot be reached ({type(error).__name__}: {error})"
+            if process is not None:
+                if isinstance(error, HANGS):
+                    process.kill()
+                why += f": {process.epitaph()}"
+            raise EngineError(why) from error
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the server's `method` returned. Raises EngineError when it refused, failed, died or hung. Threads that
@@ -220,10 +243,13 @@ class EngineClient:
         if self._closed:
             raise EngineError(self._closed)
         try:
+            limit(self._connection, self.call_timeout)
             self._connection.send(Call(method, arguments))
             if not self._connection.poll(self.call_timeout):
-                self._end(f"the vLLM engine did not answer '{method}' within {self.call_timeout:g} s and was given up")
+                raise BlockingIOError
             reply: Reply = self._connection.recv()
+        except BlockingIOError:
+            self._end(f"the vLLM engine did not answer '{method}' within {self.call_timeout:g} s and was given up")
         except (EOFError, OSError) as error:
             self._end(f"the vLLM engine died during '{method}'", error)
         except KeyboardInterrupt:  # the answer to come would be taken for the next call's

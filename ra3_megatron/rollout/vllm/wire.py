@@ -3,10 +3,33 @@
 import os
 import socket
 import struct
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 IDLE_SECONDS, INTERVAL_SECONDS, PROBES = 20, 10, 4
 """A machine that answers nothing for about a minute is taken for lost."""
+
+
+def connect(address: str | tuple[str, int], authkey: bytes, seconds: float) -> Connection:
+    """A tuned connection to a Listener: path of a unix socket, or host and port.
+
+    Raises OSError when nobody is there or a step takes longer than `seconds`, EOFError or AuthenticationError when
+    whoever is there does not know the key.
+    """
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as end:
+        end.settimeout(seconds)
+        end.connect(address)
+        end.setblocking(True)
+        connection = Connection(end.detach())
+    try:
+        limit(connection, seconds)
+        answer_challenge(connection, authkey)
+        deliver_challenge(connection, authkey)
+        limit(connection, 0.0)
+        tune(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def tune(connection: Connection) -> None:
