@@ -32,11 +32,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.utils import get_model_config
+from torch.distributed import DistError  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ra3_megatron import __version__
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.mcore import optimizer_state
 from ra3_megatron.mcore.checkpoint_files import facts_of, force_to_disk, wrong_contents, wrong_sizes
 from ra3_megatron.mcore.fp8 import keep_exact
@@ -208,7 +209,7 @@ def load(
 
     verify: compare the checksums of all files first; their sizes are always compared.
     Raises UserError when `folder` is no complete checkpoint or does not fit the model, DamagedCheckpoint when its files
-    are not as they were written.
+    are not as they were written, Unavailable when another process is lost meanwhile.
     """
     record = read_record(folder)
     _check_fit(folder, record, model, trainer)
@@ -220,6 +221,8 @@ def load(
             template = _only_extra_state_of(folder, _state(model, trainer, loading=True, generators=same_ranks))
             state = dist_checkpointing.load(template, str(folder))
         except (Exception, CheckpointException) as problem:
+            if _is_loss(_first(problem)):
+                raise Unavailable(f"{folder}: a process was lost while it was loaded: {_cause(problem)}") from problem
             raise UserError(f"{folder}: cannot be loaded: {_cause(problem)}") from problem
         for key, chunk in _chunks(model).items():
             _put_in(chunk, state[key])
@@ -412,10 +415,21 @@ def _leftovers(folder: Path) -> list[Path]:
 
 def _cause(problem: BaseException) -> str:
     """One line on what went wrong, on whichever rank it did."""
-    if isinstance(problem, CheckpointException) and problem.failures:
-        problem = next(iter(problem.failures.values()))[0]
+    problem = _first(problem)
     line = f"{type(problem).__name__}: {problem}".splitlines()[0]
     return line if len(line) <= CAUSE_LENGTH else line[:CAUSE_LENGTH] + " …"
+
+
+def _first(problem: BaseException) -> BaseException:
+    """What went wrong on the first rank where anything did."""
+    if isinstance(problem, CheckpointException) and problem.failures:
+        return next(iter(problem.failures.values()))[0]
+    return problem
+
+
+def _is_loss(problem: BaseException) -> bool:
+    """Whether another process has gone, or does not answer. Gloo has no exception of its own, but names its file."""
+    return isinstance(problem, DistError) or (isinstance(problem, RuntimeError) and "gloo/" in str(problem))
 
 
 def _raise_anywhere(error: str, folder: Path, partial: Path, runtime: Runtime) -> None:

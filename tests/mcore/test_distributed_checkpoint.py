@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import resource
 import signal
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore import checkpoint
 from ra3_megatron.mcore.loss import PolicyLoss
@@ -295,6 +298,34 @@ def test_files_that_are_not_whole_are_refused(runtime: Runtime, tmp_path: Path) 
     data.write_bytes(content)
     checkpoint.load(good, model, runtime, verify=True)
     assert_identical(weights(model, runtime), weights(source, runtime))
+
+
+GONE = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        (GONE, Unavailable),
+        (dist.DistBackendError("NCCL communicator was aborted"), Unavailable),
+        (CheckpointException("load", {1: (GONE, None)}), Unavailable),
+        (CheckpointException("load", {1: (OSError("Input/output error"), None)}), UserError),
+        (RuntimeError("PytorchStreamReader failed reading zip archive"), UserError),
+        (pickle.UnpicklingError("invalid load key"), UserError),
+    ],
+)
+def test_a_process_that_is_lost_is_no_mistake_of_the_user(
+    problem: BaseException, kind: type[Exception], runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(SINGLE, runtime)
+    checkpoint.save(tmp_path / "good", model, runtime, {})
+
+    def fail(*arguments: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fail)
+    with pytest.raises(kind, match=rf"^{tmp_path / 'good'}: "):
+        checkpoint.load(tmp_path / "good", model, runtime)
 
 
 @pytest.mark.parametrize(
