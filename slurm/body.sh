@@ -29,8 +29,8 @@
 #   MASTER_ADDR, MASTER_PORT   rendezvous                               (the first node's address; from the job's number)
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
-# Exit code 0: the run is finished. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
-# diverged). 1: failed after all attempts, or the nodes are not fit to train on.
+# Exit code 0: the run is finished, or the job is requeued. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
+# diverged). 1: failed after all attempts, stopped and not requeued, or the nodes are not fit to train on.
 # With RA3_RENDER set it prints what it would run, and runs nothing (`ra3 launch` reads that).
 
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
@@ -116,6 +116,7 @@ trap 'pass_on TERM' TERM
 
 await() { # wait for the srun that was started last; its exit code
   STEP=$!
+  [ -n "$STOPPING" ] && kill -USR1 "$STEP" 2>/dev/null # it came before there was anything to pass it on to
   local code deadline=
   while :; do # a trapped signal ends `wait` before srun has ended
     wait "$STEP"
@@ -151,7 +152,8 @@ preflight() { # preflight FOLDER: are all nodes fit to train on? It sets UNFIT i
 
 HOSTS=
 host_engines() { # host_engines LOGS: a process on each rollout node, until the trainers have gone
-  "${SRUN[@]}" --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES" --ntasks-per-node=1 --relative="$TRAIN_NODES" \
+  # one process, and all of its node's CPUs
+  env -u SRUN_CPUS_PER_TASK "${SRUN[@]}" --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES" --ntasks-per-node=1 --relative="$TRAIN_NODES" \
     --cpu-bind=none --output="$1/engines-%t.txt" \
     ra3 engines --run-dir "$RA3_RUN_DIR" ${RA3_ENGINES_PER_NODE:+--engines-per-node "$RA3_ENGINES_PER_NODE"} &
   HOSTS=$!
@@ -187,7 +189,7 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   # the first process that ends makes Slurm end the others, so srun's exit code need not be that of a stop
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   # … or of a mistake: of what ra3 says as it ends, that alone does not go on
-  [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' && code=2
+  [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' -e '^ra3: interrupted$' && code=2
   return "$code"
 }
 
@@ -214,8 +216,9 @@ requeue() { # give the nodes back and go on later, unless somebody has cancelled
     esac
   fi
   say "requeueing: $1"
-  scontrol requeue "$SLURM_JOB_ID" || say "this job may not be requeued: submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
-  exit 0
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  say "this job may not be requeued: submit it again with RA3_RUN_DIR=$RA3_RUN_DIR"
+  exit 1
 }
 
 number=$(find "$LOGS" -maxdepth 1 -name 'attempt-*' | wc -l)

@@ -22,6 +22,8 @@ RA3_VENV=${RA3_VENV:-$RA3_HOME/.venv}
 # shellcheck disable=SC2206  # several options
 SRUN=(srun --kill-on-bad-exit=1 ${RA3_SRUN:-})
 [ -n "${RA3_CONTAINER:-}" ] && SRUN+=(--container-image="$RA3_CONTAINER" --container-mounts="${RA3_MOUNTS:-$RA3_HOME,$RA3_RUNS}")
+# srun does not take it from the job by itself
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 if [ -z "${RA3_RENDER:-}" ]; then
   if [ -n "${RA3_MODULES:-}" ]; then
     # shellcheck disable=SC2086  # several modules
