@@ -43,14 +43,24 @@ class Job:
     @property
     def gpus_per_node(self) -> int:
         """GPUs that are asked for on each node; 0 for a CPU job."""
-        counts = [self.options.get("gpus-per-node", ""), self.options.get("gres", "")]
-        found = [re.search(r"(\d+)$", text) for text in counts if "gpu" in text or text.isdecimal()]
-        return next((int(match[1]) for match in found if match), 0)
+        typed = ",".join(f"gpu:{item}" for item in filter(None, self.options.get("gpus-per-node", "").split(",")))
+        return gpus_in(typed) or gpus_in(self.options.get("gres", ""))
 
     def command(self) -> str:
         """What every attempt starts."""
         words = shlex.join(["ra3", self.verb, str(self.config), "--resume", "--run-dir", self.run_dir, *self.settings])
         return f"{self.srun} --nodes={self.train_nodes} --ntasks={self.trainers} {words}"
+
+
+def gpus_in(resources: str) -> int:
+    """GPUs among the generic resources that sbatch is asked for: NAME[:TYPE][:COUNT][(…)], separated by commas. One
+    without a count is one."""
+    counts = []
+    for item in re.sub(r"\([^)]*\)", "", resources).split(","):
+        name, *words = item.strip().removeprefix("gres/").removeprefix("gres:").split(":")
+        if name == "gpu":
+            counts.append(next((int(word) for word in reversed(words) if word.isdecimal()), 1))
+    return sum(counts)
 
 
 def find_script(name: str) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
-from ra3_megatron.cluster.job_script import directives, find_script, read_job, render
+from ra3_megatron.cluster.job_script import Job, directives, find_script, read_job, render
 from ra3_megatron.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,33 @@ def test_the_rendered_script_is_written(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=True)
     job = read_job(find_script("8b"), {"qos": "high"}, [])
     assert render(job) == text.removesuffix("\n") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 0),
+        ({"gres": "none"}, 0),
+        ({"gres": "lscratch:100"}, 0),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "gpu:8"}, 8),
+        ({"gres": "gpu:h100"}, 1),
+        ({"gres": "gpu:h100:8"}, 8),
+        ({"gres": "gres:gpu:4"}, 4),
+        ({"gres": "gres/gpu:4"}, 4),
+        ({"gres": "gpu:8,lscratch:100"}, 8),
+        ({"gres": "lscratch:100,gpu:8"}, 8),
+        ({"gres": "gpu:h100:4,gpu:a100:2"}, 6),
+        ({"gres": "gpu:4(S:0-1)"}, 4),
+        ({"gres": "gpu:h100:4(S:0,1),lscratch:100"}, 4),
+        ({"gpus-per-node": "4"}, 4),
+        ({"gpus-per-node": "h100:4"}, 4),
+        ({"gpus-per-node": "h100:4,a100:2"}, 6),
+        ({"gpus-per-node": "2", "gres": "lscratch:100"}, 2),
+    ],
+)
+def test_gpus_that_are_asked_for(options: dict[str, str], count: int) -> None:
+    assert Job(Path("x"), options, "train", Path("c"), [], "", 1, 1, 0, "srun").gpus_per_node == count
 
 
 def test_a_cpu_job_has_a_layout_and_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
