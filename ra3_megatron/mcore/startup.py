@@ -205,7 +205,7 @@ def initialize(
     """Join the process group and build Megatron's groups for `parallel`.
 
     advice: names layouts that fit a number of processes. Raises UserError when the world that was started is not the
-    one the layout needs.
+    one the layout needs, or its processes are not told where to meet.
     """
     adopt_slurm()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -215,6 +215,13 @@ def initialize(
         raise UserError(
             f"the layout needs parallel.tensor * pipeline * context * data = {parallel.world_size} processes, but "
             f"{world_size} were started: start {parallel.world_size}" + (f"; {fitting}" if fitting else "")
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and missing and not dist.is_initialized():
+        raise UserError(
+            f"{world_size} processes were started, and not told where to meet (no {' and no '.join(missing)}): "
+            "export MASTER_ADDR (address of the first process's node) and MASTER_PORT (a free port there), "
+            "the same for all"
         )
     if parallel.tensor > 1:
         # messages start before the matrix products that they overlap with only where kernels keep their order

@@ -44,6 +44,30 @@ def test_a_world_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("variables", "missing"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and no MASTER_PORT"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "n1"},
+            "no MASTER_PORT",
+        ),
+    ],
+)
+def test_processes_that_are_not_told_where_to_meet(variables: dict[str, str], missing: str) -> None:
+    """Each would wait for the others at a port of its own."""
+    clean = [name for name in os.environ if name.startswith(("SLURM_", "MASTER_")) or name in ("RANK", "WORLD_SIZE")]
+    code = (
+        f"import os; [os.environ.pop(name) for name in {clean}]; os.environ.update({variables})\n"
+        "import ra3_megatron.mcore\n"
+        "from ra3_megatron.config.model import ParallelConfig\n"
+        "from ra3_megatron.mcore.startup import initialize\n"
+        "initialize(ParallelConfig(data=2), seed=1, timeout_minutes=1 / 60)"
+    )
+    said = python(code).stderr
+    assert f"2 processes were started, and not told where to meet ({missing}): export MASTER_ADDR" in said
+
+
 def test_a_world_of_one(runtime: Runtime) -> None:
     assert runtime.is_main and runtime.world_size == runtime.data_size == runtime.tensor_size == 1
     assert runtime.gather_data("x") == ["x"] and runtime.broadcast("y") == "y"
