@@ -12,8 +12,9 @@ started them.
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ from ra3_megatron.text.tokenizer import Tokenizer
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Channels a head that vLLM's attention for CPUs has."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process of the trainer is."""
+
+    node: str
+    replica: int
+    gpu: int
+    """Number of its GPU on the node."""
 
 
 class EnginePool:
@@ -79,11 +90,15 @@ class EnginePool:
         self._processes: Sequence[Watched] = []
         self._nodes: EngineNodes | None = None
         self._refit: Refit | None = None
+        self._places: list[Place] = []
+        """Of every process, by rank; none unless engines are colocated."""
         self._own_devices = settings.placement == "server" and runtime.device.type == "cuda"
         if settings.placement != "colocated":
             count = settings.replicas if runtime.rank == 0 else 0
-        elif runtime.rank in leaders(runtime.gather_all(runtime.replica_rank)):
-            count = 1
+        else:
+            node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            self._places = runtime.gather_all(Place(node, runtime.replica_rank, runtime.device.index or 0))
+            count = int(runtime.rank in leaders([place.replica for place in self._places]))
         in_all = sum(runtime.gather_all(count))
         try:
             self._together(lambda: self._start(folder, count, in_all))
@@ -184,9 +199,9 @@ class EnginePool:
         named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         present = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
         size = self.config.rollout.vllm.tensor
-        first = self.runtime.device.index or 0
-        if self._own_devices:
-            first = int(os.environ.get("LOCAL_WORLD_SIZE", self.runtime.world_size)) + number * size
+        if not self._own_devices:
+            return tuple(present[gpu] for gpu in colocated_gpus(self._places, self.runtime.rank, len(present), size))
+        first = int(os.environ.get("LOCAL_WORLD_SIZE", self.runtime.world_size)) + number * size
         if first + size > len(present):
             raise UserError(
                 f"rollout.placement={self.config.rollout.placement}: engine {number} needs GPUs {first} to "
@@ -214,3 +229,19 @@ class EnginePool:
         except (EngineError, UserError, OSError) as error:
             failure, mistake = str(error), not isinstance(error, (EngineError, ConnectionError))
         raise_anywhere(failure, self.runtime, mistake)
+
+
+def colocated_gpus(places: Sequence[Place], rank: int, present: int, size: int) -> list[int]:
+    """The GPUs of the engine of a replica whose lowest rank is `rank`: the replica's own ones on that node, then those
+    that nobody trains on if no other engine is there. present: GPUs of the node. Raises UserError for too few."""
+    here = [place for place in places if place.node == places[rank].node]
+    own = sorted({place.gpu for place in here if place.replica == places[rank].replica})
+    if len({place.replica for place in here}) == 1:
+        own += [gpu for gpu in range(present) if gpu not in own]
+    if len(own) < size:
+        raise UserError(
+            f"rollout.vllm.tensor={size}: a colocated engine has the GPUs of its replica of the model on one node, and "
+            f"these are {len(own)}: use rollout.vllm.tensor={len(own)} or smaller, a larger parallel.tensor, or "
+            "rollout.placement=server or nodes"
+        )
+    return own[:size]
