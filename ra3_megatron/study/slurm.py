@@ -52,6 +52,20 @@ def array_text(indices: Sequence[int]) -> str:
     return ",".join(parts)
 
 
+def check_size(cells: int) -> None:
+    """UserError when this cluster's arrays cannot have so many indices: before any of them is submitted."""
+    try:
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    except OSError:  # sbatch will say what it does not take
+        return
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    if found and cells > int(found[1]):
+        raise UserError(
+            f"--slurm: {cells} cells, and job arrays of this cluster have at most {found[1]} (MaxArraySize of "
+            "slurm.conf): use fewer cells a study"
+        )
+
+
 def command_of(script: Path, indices: Sequence[int], after: str | None) -> list[str]:
     """The sbatch command of one array. after: the job that it waits for."""
     wait = [] if after is None else [f"--dependency=afterany:{after}"]

@@ -203,6 +203,7 @@ def _print_plan(study: ScalingConfig, found: Measured, console: Console) -> None
 
 
 def _to_slurm(study: ScalingConfig, found: Measured, console: Console) -> int:
+    slurm.check_size(len(found.cells))
     describe(study.path / SCALING_FILE, dump_scaling(study), whole=True)
     _corpora(study, found, console)  # before any node waits for it
     script = study.path / jobs.SCRIPT

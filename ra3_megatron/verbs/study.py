@@ -220,6 +220,7 @@ def _print_plan(study: StudyConfig, cells: Sequence[Cell], wanted: Sequence[Cell
 
 
 def _to_slurm(study: StudyConfig, cells: Sequence[Cell], configs: Mapping[str, RunConfig], console: Console) -> int:
+    slurm.check_size(len(cells))
     script = study.path / slurm.SCRIPT
     file = (study.path / STUDY_FILE).resolve()
     describe(study.path / STUDY_FILE, dump_study(study), whole=True)

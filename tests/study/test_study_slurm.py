@@ -38,10 +38,13 @@ def test_the_script_runs_one_cell(tmp_path: Path) -> None:
     assert text.endswith("exec ra3 study run 'out dir/study.yaml' --cell \"$SLURM_ARRAY_TASK_ID\"\n")
 
 
-def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, largest: int = 1001) -> Path:
     calls = folder / "calls"
     file = folder / "bin" / "sbatch"
     file.parent.mkdir()
+    scontrol = file.with_name("scontrol")
+    scontrol.write_text(f"#!/bin/sh\necho 'MaxArraySize            = {largest}'\n")
+    scontrol.chmod(0o755)
     file.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{file.parent}{os.pathsep}{os.environ['PATH']}")
@@ -68,6 +71,16 @@ def test_a_refusal_of_sbatch_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     fake_sbatch(tmp_path, monkeypatch, 'echo "sbatch: error: no partition" >&2; exit 1')
     with pytest.raises(UserError, match="exit code 1: sbatch: error: no partition"):
         run(study_of(tmp_path), to_slurm=True)
+
+
+def test_a_study_that_is_too_large_for_an_array_is_refused_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_sbatch(tmp_path, monkeypatch, "echo 1", largest=7)
+    study = study_of(tmp_path, seeds=[1, 2], base={}, arms=ARMS)
+    with pytest.raises(UserError, match=r"^--slurm: 8 cells, .* at most 7 \(MaxArraySize"):
+        run(study, to_slurm=True)
+    assert not calls.exists() and not (study.path / slurm.SCRIPT).exists()
 
 
 def test_without_sbatch_it_says_how(
