@@ -76,8 +76,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._timeout / 10)):
+            counting = self._counting  # read first: who counts again sets the time before
             silent = time.monotonic() - self._at
-            if self._counting and silent > self._timeout:
+            if counting and silent > self._timeout:
                 self._end(silent)
 
     def _end(self, silent: float) -> None:

@@ -30,6 +30,14 @@ def time_table(records: Sequence[Mapping[str, Any]]) -> TimeTable:
     return TimeTable([PHASE_TITLES.get(name, name) for name in phases], rows)
 
 
+def _covered(steps: list[Mapping[str, Any]]) -> int:
+    """Steps that were taken, logged or not: saving is logged behind the next step that is."""
+    last: dict[int, int] = {}
+    for step in steps:
+        last[step["iteration"]] = max(last.get(step["iteration"], 0), step["step"])
+    return sum(last.values())
+
+
 def _cells(steps: list[Mapping[str, Any]], parts: list[str]) -> list[tuple[str, str]]:
     def mean(name: str) -> float | None:
         found = [step[name] for step in steps if name in step]
@@ -40,6 +48,7 @@ def _cells(steps: list[Mapping[str, Any]], parts: list[str]) -> list[tuple[str, 
     for part in parts:
         seconds = mean(f"seconds_{part}")
         cells.append((ABSENT, "") if seconds is None else (whole_percent(seconds / whole), step_time(seconds)))
-    cells.append((step_time(mean("seconds_checkpoint") or 0.0), ""))
+    saving = sum(step.get("seconds_checkpoint", 0.0) for step in steps)
+    cells.append((step_time(saving / _covered(steps)), ""))
     memory = max((step[name] for step in steps for name in MEMORY if name in step), default=None)
     return [*cells, (ABSENT if memory is None else f"{memory:.2f} GiB", "")]

@@ -207,7 +207,7 @@ class Sandbox:
         ended = attempt(
             argv,
             # The bound of CPU time is that of the program, not of the runner, which must live to tell.
-            dataclasses.replace(self.limits, cpu_seconds=self.limits.seconds + 5),
+            dataclasses.replace(self.limits, cpu_seconds=max(self.limits.seconds, self.limits.cpu_bound) + 5),
             self.isolation,
             Mounts({prefix: prefix, PLACE: str(self._folder)}, {}, programs=prefix == "/usr"),
             marshal.dumps(_task(program, secret, self.limits)),

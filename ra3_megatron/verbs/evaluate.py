@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ra3_megatron.config.differences import flat
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
 from ra3_megatron.evaluate import compare as comparing
 from ra3_megatron.evaluate import results as writing
 from ra3_megatron.evaluate import sample_files
@@ -211,6 +213,7 @@ class _SuiteRun:
             "mode": mode,
             "stops": list(self.suite.stops),
             **self._shared(),
+            **_computing(self.weights.config),
         }
 
     def _wanted(self, mode: str) -> list[Sample]:
@@ -362,6 +365,16 @@ def _opened_once(stack: ExitStack, weights: "Weights | None", out: Path) -> "Cal
         return opened[0]
 
     return engine
+
+
+def _computing(config: RunConfig) -> dict[str, Any]:
+    """What of a model's configuration decides what it writes, beside its weights, by dotted key."""
+    decisive = {
+        "model": config.model.model_dump(mode="json", exclude={"hf"}),
+        "text": config.text.model_dump(mode="json"),
+        "rollout": {"vllm": {"quantization": config.rollout.vllm.quantization}},
+    }
+    return flat(decisive)
 
 
 def _model(request: Request, weights: "Weights | None") -> dict[str, Any]:

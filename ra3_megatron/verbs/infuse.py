@@ -111,6 +111,13 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     return None if found is None else RunFolder(found)
 
 
+def weights_of(checkpoint: Path) -> dict[str, str]:
+    """The checksums of its files, as another one may stand in its place by now. Raises UserError when it is none."""
+    from ra3_megatron.mcore.checkpoint import read_record
+
+    return {name: facts["sha256"] for name, facts in read_record(checkpoint)["files"].items()}
+
+
 def hf_source_of(checkpoint: Path) -> Path | None:
     """The small files of the Hugging Face folder that the model came from, if any."""
     from ra3_megatron.hf.importing import HF_FOLDER
@@ -125,7 +132,7 @@ def _source(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
     """What decides the infused documents, apart from the layout."""
     decisive = config.model_dump(include={"seed", "corpus", "tokenizer", "text", "model", "rollout"})
     decisive["latent_price"] = str(config.estep.latent_price)
-    return {"checkpoint": str(checkpoint.resolve()), **decisive}
+    return {"checkpoint": str(checkpoint.resolve()), "weights": weights_of(checkpoint), **decisive}
 
 
 def _check_out(checkpoint: Path, out: Path, config: RunConfig) -> None:

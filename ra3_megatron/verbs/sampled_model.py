@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
@@ -49,13 +49,12 @@ def find_weights(
     import ra3_megatron.mcore  # noqa: F401
     from ra3_megatron.hf.importing import HF_FOLDER, model_of
     from ra3_megatron.hf.source import Source
-    from ra3_megatron.mcore.checkpoint import read_record
     from ra3_megatron.text.latents import build_format
     from ra3_megatron.text.tokenizer import load_tokenizer
-    from ra3_megatron.verbs.infuse import hf_source_of, run_of
+    from ra3_megatron.verbs.infuse import hf_source_of, run_of, weights_of
 
     if checkpoint is not None:
-        record = read_record(checkpoint)
+        weight_files = weights_of(checkpoint)
         run, kept = run_of(checkpoint), hf_source_of(checkpoint)
         if run is not None:
             config = load_config(run.config, overrides, resolved=True)
@@ -65,7 +64,6 @@ def find_weights(
             tokenizer = load_tokenizer(config.tokenizer, checkpoint / HF_FOLDER, config.model.vocab_size)
         else:
             raise UserError(f"--checkpoint={checkpoint}: stands in no run folder and keeps no Hugging Face files")
-        weight_files: dict[str, Any] = {name: facts["sha256"] for name, facts in record["files"].items()}
         name = str(checkpoint)
     else:
         assert hf is not None

@@ -132,6 +132,10 @@ def test_samples_are_used_again_and_never_those_of_another_model(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert f"{file}: holds samples of another model" in refusal(*words, "--hf", other)
     assert "another top_p (1.0, now 0.5)" in refusal(*words, "--hf", hf, "--top-p", "0.5")
+    assert "another model.precision (fp32, now bf16)" in refusal(*words, "--hf", hf, "--set", "model.precision=bf16")
+    assert "another model.context_length (512, now 768)" in refusal(
+        *words, "--hf", hf, "--set", "model.context_length=768"
+    )
     assert "another temperature (0.7, now 0.0)" in refusal(*TWO, "--data", data, "--out", out, "--hf", hf)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing written"
 

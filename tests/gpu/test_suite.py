@@ -126,6 +126,18 @@ def test_rounding_to_bf16_is_seen_by_as_much_as_it_is(run: Run) -> None:
             assert 1e-3 < row["value"] < 5e-3  # 8 bits of significand
 
 
+def test_python_functions_have_thoughts_to_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "LIMIT", 400)
+    monkeypatch.setattr(training, "VOCABULARY", 600)
+    found = training.python_functions(types.SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type]
+    assert len(found.documents) == len(found.plain) > 200
+    lines = sum(document.num_lines for document in found.documents)
+    assert sum(document.think.sum() for document in found.documents) > 2 * training.THINKS * lines
+    for thinking, plain in zip(found.documents, found.plain, strict=True):
+        assert not plain.think.any() and thinking.num_lines == plain.num_lines and plain.offered.any()
+        assert thinking.is_code.sum() == plain.is_code.sum()
+
+
 def test_training_learns_in_every_precision(run: Run) -> None:
     series = run("training")["series"]
     for precision in ("fp32", "bf16"):
@@ -445,6 +457,8 @@ def test_the_command_on_a_bare_machine(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "tests.gpu", *arguments, "--out", str(out)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
 
+    parts = ", ".join(f"tests.gpu.{name}" for name in PARTS)
+    subprocess.run([sys.executable, "-c", f"import {parts}"], cwd=ROOT, env=environment, check=True, timeout=100)
     done = suite("training", "--small", "--minutes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "missing: " in done.stdout and len(done.stdout) < 12_000

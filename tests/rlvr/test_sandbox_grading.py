@@ -144,6 +144,20 @@ def test_what_is_counted_and_told(sandbox: Sandbox) -> None:
     assert (outcome.verdict, outcome.passed) == (Verdict.WRONG, 0) and "not one" in outcome.detail
 
 
+@pytest.mark.parametrize(
+    "result", ["10 ** 5000", "type('X', (), {'__str__': lambda self: 1 / 0})()"], ids=["too long", "without a text"]
+)
+def test_a_message_that_cannot_be_told_is_a_wrong_answer(sandbox: Sandbox, result: str) -> None:
+    tests = ("assert f(0) == 0", "assert f(1) == 1, f(1)", "assert f(2) == 2")
+    outcome = sandbox.grade_one(functions(f"def f(x):\n    return x if x != 1 else {result}\n", *tests))
+    assert outcome.verdict is Verdict.WRONG and (outcome.passed, outcome.total) == (2, 3), outcome
+
+
+def test_more_cpu_time_than_seconds() -> None:
+    with Sandbox(Isolation.BUBBLEWRAP, Limits(seconds=3, cpu_seconds=30), workers=1) as sandbox:
+        assert sandbox.grade_one(functions(SAME, "assert same(1) == 1")).verdict is Verdict.PASSED
+
+
 def test_a_program_that_does_not_load(sandbox: Sandbox) -> None:
     outcome = sandbox.grade_one(functions("def f(x:\n    return 1", "assert f(1) == 1", "assert True"))
     assert (outcome.verdict, outcome.passed, outcome.total) == (Verdict.CRASHED, 0, 2)

@@ -199,6 +199,11 @@ def test_infuse_goes_on_and_keeps_to_its_checkpoint(finished: Path, infused: Pat
     assert ra3.refuses("infuse", "--checkpoint", other, "--out", out) == (
         f"--out={out}: holds a corpus infused with another checkpoint: choose another folder"
     )
+    said = json.loads((out / "source.json").read_text())
+    assert said["weights"] and all(len(digest) == 64 for digest in said["weights"].values())
+    name = min(said["weights"])  # as if the run had been made again in its folder
+    (out / "source.json").write_text(json.dumps({**said, "weights": {**said["weights"], name: "0" * 64}}))
+    assert "infused with another weights" in ra3.refuses(*arguments)
     assert (out / "infused.jsonl").read_bytes() == whole
 
 

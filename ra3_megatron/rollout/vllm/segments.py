@@ -8,8 +8,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import psutil
-
 SHARED = "/dev/shm/"
 
 Segment = tuple[str, int]
@@ -19,7 +17,7 @@ Segment = tuple[str, int]
 def segments_of(group: int) -> set[Segment]:
     """The named segments that processes of a process group have in their memory."""
     found: set[Segment] = set()
-    for pid in psutil.pids():
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if os.getpgid(pid) == group:
                 found |= _mapped(Path(f"/proc/{pid}/maps").read_text())

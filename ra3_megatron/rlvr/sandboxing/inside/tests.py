@@ -36,7 +36,13 @@ def failure_of(error: BaseException, where: str) -> Failure:
     if shown is not None:
         return Failure("raised", f"{shown} in {where}")
     kind = "wrong" if isinstance(error, AssertionError) else "raised"
-    return Failure(kind, f"{type(error).__name__}: {error} in {where}")
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Broken as broken:
+        return Failure("ended", str(broken))
+    except Exception:  # a message made of what the program returned, which need not have a text
+        said = type(error).__name__
+    return Failure(kind, f"{said} in {where}")
 
 
 class FunctionRunner:
