@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.load import load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, read_json
 
@@ -15,14 +16,16 @@ TRAINING = {"ra3": "mstep-", "ntp": "ntp-"}
 """Phases that are M-steps."""
 
 
-def with_equal_flops(config: RunConfig, reference: RunConfig, reference_folder: Path) -> RunConfig:
-    """`config` with as many M-step steps as the reference cell's FLOPs pay for: in all of its M-steps, or in each where
-    each starts from the base (`mstep.start`), so that a model has seen one alone.
+def with_equal_flops(config: RunConfig, reference: Path) -> RunConfig:
+    """`config` with as many M-step steps as the FLOPs of the run in the folder `reference` pay for: in all of its
+    M-steps, or in each where each starts from the base (`mstep.start`), so that a model has seen one alone.
 
-    Raises UserError when its summary does not hold them.
+    What the run was like is read from its own `config.yaml`: its steps may be those of a third run's FLOPs. Raises
+    UserError when that file or its summary does not hold them.
     """
+    ran = load_config(RunFolder(reference).config, [], resolved=True)
     seen = 1 if config.mstep.start == "base" else config.em.iterations
-    steps = equal_steps(reference_folder, reference, seen)
+    steps = equal_steps(reference, ran, seen)
     return config.model_copy(update={"mstep": config.mstep.model_copy(update={"steps": steps})})
 
 

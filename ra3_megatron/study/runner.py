@@ -126,9 +126,8 @@ class Runner:
     def _start(self, cell: Cell) -> Child:
         folder, config = cell.folder(self.folder), self.configs[cell.name]
         if cell.equal_flops is not None:
-            other = self._cell(cell.equal_flops)
             try:
-                config = with_equal_flops(config, self.configs[other.name], other.folder(self.folder))
+                config = with_equal_flops(config, self._cell(cell.equal_flops).folder(self.folder))
             except UserError as error:
                 record_failure(folder, str(error), None)
                 raise

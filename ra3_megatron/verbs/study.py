@@ -91,7 +91,7 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
             continue
         other = study.path / CELLS / cell.equal_flops
         if stage(other) == "done":
-            configs[cell.name] = with_equal_flops(configs[cell.name], configs[cell.equal_flops], other)
+            configs[cell.name] = with_equal_flops(configs[cell.name], other)
         else:
             open_steps.add(cell.name)
     lines = list(conflicts(study.path, cells, configs, frozenset(open_steps)))

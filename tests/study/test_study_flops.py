@@ -12,6 +12,7 @@ from made_study import make, study_of
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.study.flops import equal_steps, known_flops, with_equal_flops
 from ra3_megatron.study.plan import resolve
+from ra3_megatron.study.state import prepare
 
 
 def write(folder: Path, phases: dict[str, Any]) -> None:
@@ -29,11 +30,12 @@ def test_steps_by_hand(tmp_path: Path) -> None:
     write(tmp_path / "r", phases)
     assert equal_steps(tmp_path / "r", ra3, 1) == 16  # 160 FLOPs at 10 a step
     assert equal_steps(tmp_path / "r", ra3, 3) == 6  # 16 / 3, rounded up
-    assert with_equal_flops(ntp, ra3, tmp_path / "r").mstep.steps == 16
+    prepare(tmp_path / "r", ra3)
+    assert with_equal_flops(ntp, tmp_path / "r").mstep.steps == 16
     several: dict[str, Any] = {"em": ntp.em.model_copy(update={"iterations": 3})}
-    assert with_equal_flops(ntp.model_copy(update=several), ra3, tmp_path / "r").mstep.steps == 6
+    assert with_equal_flops(ntp.model_copy(update=several), tmp_path / "r").mstep.steps == 6
     several["mstep"] = ntp.mstep.model_copy(update={"start": "base"})  # the last model has seen its own M-step alone
-    assert with_equal_flops(ntp.model_copy(update=several), ra3, tmp_path / "r").mstep.steps == 16
+    assert with_equal_flops(ntp.model_copy(update=several), tmp_path / "r").mstep.steps == 16
     write(tmp_path / "r", {**phases, "estep-2": 101.0, "infuse-2": 20.0, "mstep-2": 40.0})
     assert equal_steps(tmp_path / "r", ra3, 2) == 17  # 321 / 10 / 2 = 16.05
     write(tmp_path / "r", {"ntp-1": 30.0, "warm_start": 1.0})

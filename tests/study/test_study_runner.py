@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 from fake_cells import command_of, order, run_cells
-from made_study import make, study_of
+from made_study import finish, make, study_of
 
+from ra3_megatron.config.load import load_config
+from ra3_megatron.report.run_folder import write_text
 from ra3_megatron.study import runner as runner_module
 from ra3_megatron.study.plan import cells_of, resolve
 from ra3_megatron.study.process import lock
 from ra3_megatron.study.runner import Runner
+from ra3_megatron.study.spec import STUDY_FILE, dump_study
 from ra3_megatron.study.state import failure_of, stage
+from ra3_megatron.verbs.study import _checked
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -108,6 +112,32 @@ def test_equal_flops_are_set_when_the_other_cell_is_done(tmp_path: Path) -> None
     outcomes = run_cells(study, tmp_path)
     assert "phases.mstep-1.flops is missing" in outcomes["b,seed=1"].reason
     assert "a,seed=1/summary.json" in (failure_of(tmp_path / "again" / "cells" / "b,seed=1") or "")
+
+
+def test_equal_flops_of_equal_flops_count_the_steps_that_were_run(tmp_path: Path) -> None:
+    """a: 4 steps, FLOPs of 12; b: 12 steps; c, which has b's FLOPs: 12 steps too, and so it says when it goes on."""
+    ntp = {"method": "ntp"}
+    arms = {"a": {}, "b": {"equal_flops": "a", "settings": ntp}, "c": {"equal_flops": "b", "settings": ntp}}
+    study = study_of(tmp_path, arms=arms)
+    cells = cells_of(study)
+    a, b, c = (cell.folder(study.path) for cell in cells)
+    prepared = tmp_path / "prepared"
+    command = command_of(tmp_path)
+    finish(cells[1], tmp_path / "ntp", "ntp", 0.1)
+    plain = (tmp_path / "ntp" / "summary.json").read_text()
+
+    def of_method(file: Path) -> list[str]:
+        if file.parent != a:
+            (prepared / "summary.json").write_text(plain)
+        return command(file)
+
+    outcomes = Runner(study.path, cells, resolve(study, cells), 1, 1, of_method).run(cells)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    steps = [load_config(folder / "config.yaml", [], resolved=True).mstep.steps for folder in (a, b, c)]
+    assert steps == [4, 12, 12]
+    write_text(study.path / STUDY_FILE, dump_study(study))
+    _, configs = _checked(study)
+    assert [configs[cell.name].mstep.steps for cell in cells] == steps
 
 
 def start(folder: Path, *arms: str, jobs: int = 2) -> subprocess.Popen[bytes]:
