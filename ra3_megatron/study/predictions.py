@@ -4,7 +4,7 @@ A verdict is a function of figures with 95% intervals over seeds (Student's t; t
 whole interval is on the predicted side, refuted when it is on the other, undecided otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,17 @@ def above(found: Estimate | None, limit: float) -> Word:
     if found.low is None or found.high is None:
         return "undecided"
     return "confirmed" if found.low > limit else "refuted" if found.high < limit else "undecided"
+
+
+def decided(
+    values: Sequence[float | None], judge: Callable[[Estimate | None], Word]
+) -> tuple[Estimate | None, Word]:
+    """The figure over seeds and the word of `judge` on it; undecided where a seed has no case to count (None)."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return None, "undecided"
+    found = estimate(there)
+    return found, judge(found)
 
 
 def below(found: Estimate | None, limit: float) -> Word:

@@ -95,7 +95,7 @@ def test_what_right_looks_like(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "refuted"),
     [
-        ({"thinks": False}, ["P1", "Gain", "P4"]),
+        ({"thinks": False}, ["P1", "Gain"]),
         ({"right": False}, ["Gain"]),
         ({"inside": True}, ["P1", "P4"]),
     ],
@@ -103,6 +103,8 @@ def test_what_right_looks_like(tmp_path: Path) -> None:
 def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: list[str]) -> None:
     found = words(judged(tmp_path, **wrong))
     assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted
+    if wrong == {"thinks": False}:
+        assert found["P4"] == "undecided", "no thought has a duration"
 
 
 def granular(*arms: str, plain: float = 1.2) -> str:
@@ -135,9 +137,9 @@ def boundaries(thinks: dict[int, bool]) -> list[Line]:
     return found
 
 
-def swept(recall: dict[float, dict[int, bool]], seeds: int = 3) -> str:
-    """P2's word when these hops are thought at for each price."""
-    groups = {"gate": Group("gate", {}, {}, {1: boundaries(FREE)})}
+def swept(recall: dict[float, dict[int, bool]], seeds: int = 3, base: dict[int, bool] = FREE) -> str:
+    """P2's word when these hops are thought at for each price, and those by the base."""
+    groups = {"gate": Group("gate", {}, {}, {1: boundaries(base)})}
     for price, thinks in recall.items():
         by_seed = {seed: boundaries(thinks) for seed in range(1, seeds + 1)}
         groups[f"price,latent_price={price}"] = Group("price", {PRICE: price}, {}, by_seed)
@@ -152,6 +154,7 @@ def test_the_price_is_a_staircase_or_not() -> None:
     never = dict.fromkeys(range(4), False)
     assert swept({0.0: FREE, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
     assert swept({0.0: FREE, 1.5: never}) == "not run"
+    assert swept(stairs, base=never) == "undecided", "what a base without thoughts would save is not known"
 
 
 def test_the_comparison_with_ntp_is_of_lines_of_items(tmp_path: Path) -> None:

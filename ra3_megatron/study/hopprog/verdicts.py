@@ -7,7 +7,7 @@ deep_ra3, and the price sweep `price`. An arm that is missing leaves its predict
 from collections.abc import Mapping, Sequence
 
 from ra3_megatron.study.hopprog.groups import PRICE, Group, item_accuracy, price_sweep, recall, recall_by_hops
-from ra3_megatron.study.predictions import Verdict, Word, above, below, both, estimate
+from ra3_megatron.study.predictions import Verdict, Word, above, below, both, decided, estimate
 from ra3_megatron.tasks import measures
 from ra3_megatron.tasks.measures import Line
 
@@ -109,15 +109,19 @@ def _prices(groups: Mapping[str, Group]) -> Verdict:
         return Verdict("P2 price", claim, "not run", f"a sweep of {PRICE} in an arm called price, and an arm gate")
     gains = measures.gain_by_hops([line for run in base.lines.values() for line in run])
     shared = sorted(set.intersection(*(set(group.lines) for _, group in sweep)))
-    kept = estimate([_staircase(gains, [(price, group.lines[s]) for price, group in sweep]) for s in shared])
+    kept, word = decided(
+        [_staircase(gains, [(price, group.lines[s]) for price, group in sweep]) for s in shared],
+        lambda found: above(found, STAIRCASE),
+    )
     saved = ", ".join(f"h={hops} {gain:.2f}" for hops, gain in gains.items())
     rates = "; ".join(f"c={price:g}: {_by_hops(group)}" for price, group in sweep)
     seen = f"as predicted in {kept.text('{:.2f}') if kept else '-'} of the cases; nats that a thought saves an item"
-    return Verdict("P2 price", claim, above(kept, STAIRCASE), f"{seen}: {saved}; boundaries with a thought: {rates}")
+    return Verdict("P2 price", claim, word, f"{seen}: {saved}; boundaries with a thought: {rates}")
 
 
-def _staircase(gains: Mapping[int, float], sweep: Sequence[tuple[float, list[Line]]]) -> float:
-    """Share of the clear-cut cases (price, hops) in which boundaries are thought at, or not, as the price says."""
+def _staircase(gains: Mapping[int, float], sweep: Sequence[tuple[float, list[Line]]]) -> float | None:
+    """Share of the clear-cut cases (price, hops) in which boundaries are thought at, or not, as the price says; None
+    where no case is clear-cut."""
     kept = []
     for price, lines in sweep:
         for hops, gain in gains.items():
@@ -126,7 +130,7 @@ def _staircase(gains: Mapping[int, float], sweep: Sequence[tuple[float, list[Lin
                 kept.append(rate > 0.8)
             elif gain < price / 2:
                 kept.append(rate < 0.2)
-    return sum(kept) / len(kept) if kept else 0.0
+    return sum(kept) / len(kept) if kept else None
 
 
 def _by_hops(group: Group) -> str:
@@ -156,15 +160,17 @@ def _persistence(ra3: Group | None) -> Verdict:
     claim = "a thought stays in force for as long as its routine is (slope of duration against length above 0.8)"
     if ra3 is None:
         return Verdict("P4 persistence", claim, "not run", "no arm ra3")
-    slope = ra3.over_seeds(lambda lines: _slope(measures.durations(lines)))
+    slopes = [_slope(measures.durations(lines)) for lines in ra3.lines.values()]
+    slope, word = decided(slopes, lambda found: above(found, 0.8))
     pooled = measures.durations([line for lines in ra3.lines.values() for line in lines])
     seen = "; ".join(f"{length} lines: {mean:.2f}" for length, mean in pooled.items())
-    return Verdict("P4 persistence", claim, above(slope, 0.8), f"slope {slope.text() if slope else '-'} ({seen})")
+    return Verdict("P4 persistence", claim, word, f"slope {slope.text() if slope else '-'} ({seen})")
 
 
-def _slope(points: Mapping[int, float]) -> float:
+def _slope(points: Mapping[int, float]) -> float | None:
+    """Least-squares slope of the values against the keys; None of fewer than two points."""
     if len(points) < 2:
-        return 0.0
+        return None
     x, y = list(points), list(points.values())
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)

@@ -1,12 +1,13 @@
 """What mid-training by RA3 is said to do for RL, each claim with the rule of its verdict (P5 of HopProg).
 
 Starts are known by name: ra3 against ntp and base. Figures are paired by seed; a level that was never reached counts as
-all the updates that were spent. The rules are older than the runs of docs/evidence.md.
+all the updates that were spent, and where the two starts had not as many, the pair says nothing. The rules are older
+than the runs of docs/evidence.md.
 """
 
 from collections.abc import Mapping, Sequence
 
-from ra3_megatron.study.predictions import Estimate, Verdict, above, below, both, estimate
+from ra3_megatron.study.predictions import Estimate, Verdict, above, below, both, decided, estimate
 from ra3_megatron.study.tables import Table
 from ra3_megatron.study.transfer.curves import Curve, Run, by_start
 
@@ -49,15 +50,18 @@ def _signal(thinks: BySeed, plain: BySeed) -> Verdict:
         f"in the first {FIRST} updates, groups with a gradient are at most {NO_SIGNAL:.0%} from {PLAIN}, at least "
         f"{SIGNAL:.0%} from {THINKS}"
     )
-    some, none = (estimate([_first(curve) for curve in curves.values()]) for curves in (thinks, plain))
-    seen = f"{PLAIN} {_text(none)}, {THINKS} {_text(some)}"
-    return Verdict("P5 signal", claim, both(below(none, NO_SIGNAL), above(some, SIGNAL)), seen)
+    some, high = decided(list(map(_first, thinks.values())), lambda found: above(found, SIGNAL))
+    none, low = decided(list(map(_first, plain.values())), lambda found: below(found, NO_SIGNAL))
+    return Verdict("P5 signal", claim, both(low, high), f"{PLAIN} {_text(none)}, {THINKS} {_text(some)}")
 
 
 def _sooner(thinks: BySeed, other: BySeed, name: str) -> Verdict:
     claim = f"{SOON:.0%} after fewer updates from {THINKS} than from {name}"
-    saved = estimate([_updates(other[seed]) - _updates(thinks[seed]) for seed in sorted(thinks.keys() & other.keys())])
-    return Verdict(f"P5 speed, {name}", claim, above(saved, 0.0), f"{_text(saved, '{:.1f}')} updates fewer")
+    saved, word = decided(
+        [_saved(thinks[seed], other[seed]) for seed in sorted(thinks.keys() & other.keys())],
+        lambda found: above(found, 0.0),
+    )
+    return Verdict(f"P5 speed, {name}", claim, word, f"{_text(saved, '{:.1f}')} updates fewer")
 
 
 def _higher(thinks: BySeed, other: BySeed, name: str) -> Verdict:
@@ -67,14 +71,18 @@ def _higher(thinks: BySeed, other: BySeed, name: str) -> Verdict:
     return Verdict(f"P5 end, {name}", claim, above(gain, 0.0), f"{_text(gain)} more")
 
 
-def _first(curve: Curve) -> float:
+def _first(curve: Curve) -> float | None:
+    """Share of groups with a signal in the first updates; None of a run without updates."""
     first = curve.signal[:FIRST]
-    return sum(first) / len(first) if first else 0.0
+    return sum(first) / len(first) if first else None
 
 
-def _updates(curve: Curve) -> float:
-    reached = curve.reached(SOON, "steps")
-    return float(curve.steps[-1]) if reached is None else reached
+def _saved(thinks: Curve, other: Curve) -> float | None:
+    """Updates fewer to `SOON`; None where one never reached it and the two had not as many updates."""
+    a, b = thinks.reached(SOON, "steps"), other.reached(SOON, "steps")
+    if (a is None or b is None) and thinks.steps[-1] != other.steps[-1]:
+        return None
+    return float(other.steps[-1] if b is None else b) - float(thinks.steps[-1] if a is None else a)
 
 
 def _text(found: Estimate | None, form: str = "{:.1%}") -> str:
