@@ -190,7 +190,10 @@ def _load(study: StudyConfig, cell: Cell, settings: Mapping[str, Any]) -> RunCon
     own: dict[str, Any] = {"seed": cell.seed, "run_dir": str(cell.folder(study.path))}
     if study.verb == "rlvr":
         own["method"] = "rlvr"
-    return load_config(file, overrides({**values, **own}))
+    config = load_config(file, overrides({**values, **own}))
+    if study.verb == "rlvr" and not config.rlvr.problems.held_out:
+        raise UserError("rlvr.problems.held_out=0: must be at least 1: a study of RLVR compares held-out pass@1")
+    return config
 
 
 def _replace(value: Any, folders: Mapping[str, str]) -> Any:

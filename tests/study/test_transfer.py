@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.report.numbers import ABSENT
 from ra3_megatron.study.plan import cells_of
 from ra3_megatron.study.ready import transfer_study
 from ra3_megatron.study.spec import StudyConfig, dump_study
@@ -95,7 +96,36 @@ def test_tables(tmp_path: Path) -> None:
     differences = {row[0]: row for row in differences_table(runs, "ntp").rows}
     assert set(differences) == {"base - ntp", "ra3 - ntp"}
     asymptote = differences["ra3 - ntp"][column["asymptote"]]
-    assert asymptote.startswith("+53.3% [") and differences["base - ntp"][column["steps to 90%"]].startswith("+0")
+    assert asymptote.startswith("+53.3% [")
+    assert differences["base - ntp"][column["steps to 90%"]] == ABSENT
+    assert differences["base - ntp"][column["steps to 50%"]] == "+0.0 (2 of 3)", "ntp reaches it with the last update"
+
+
+def spent(rates: dict[int, float], tokens: float) -> Curve:
+    """A curve whose updates sample so many tokens each, a second for ten."""
+    at = [tokens * step for step in rates]
+    return Curve(list(rates), at, [place / 10 for place in at], list(rates.values()), [0.5] * max(rates))
+
+
+def test_differences_are_of_levels_and_not_of_budgets(tmp_path: Path) -> None:
+    cells = [cell for cell in cells_of(study(tmp_path)) if cell.arm != "base"]
+
+    def row(ra3: dict[int, float], ntp: dict[int, float]) -> dict[str, str]:
+        runs = [
+            Run(cell, spent(ra3, 180.0 + cell.seed) if cell.arm == "ra3" else spent(ntp, 40.0 + cell.seed))
+            for cell in cells
+        ]
+        table = differences_table(runs, "ntp")
+        (only,) = table.rows
+        return dict(zip(table.header, only, strict=True))
+
+    never = row({0: 0.1, 10: 0.2}, {0: 0.1, 10: 0.2})
+    assert [never[f"{axis} to 50%"] for axis in ("steps", "tokens", "seconds")] == [ABSENT] * 3
+    once = row({0: 0.1, 5: 0.5, 10: 0.6}, {0: 0.1, 10: 0.2})
+    assert once["steps to 50%"].startswith("-5.0 [") and once["tokens to 50%"] == once["seconds to 50%"] == ABSENT
+    longer = row({0: 0.1, 10: 0.2}, {0: 0.1, 20: 0.2})
+    assert longer["steps to 50%"] == ABSENT
+    assert row({0: 0.1, 5: 0.6, 10: 0.6}, {0: 0.1, 20: 0.2})["steps to 50%"] == ABSENT
 
 
 def test_verdicts(tmp_path: Path) -> None:
@@ -123,6 +153,19 @@ def test_verdicts(tmp_path: Path) -> None:
     assert verdicts(without)[0].word == "not run" and not verdicts_table([r for r in runs if r.cell.arm != "ra3"]).rows
     changed = [Run(run.cell, of("ra3" if run.cell.arm == "ntp" else "ntp", run.cell.seed)) for run in runs]
     assert {v.word for v in verdicts(changed) if v.name.endswith(("signal", "ntp"))} == {"refuted"}
+
+
+def test_verdicts_without_a_case_are_undecided(tmp_path: Path) -> None:
+    """No update, hence no signal; 50% never reached, with budgets that differ."""
+
+    def of(arm: str) -> Curve:
+        return spent({0: 0.1, {"ra3": 10, "ntp": 20, "base": 10}[arm]: 0.2}, 40.0)
+
+    runs = [Run(cell, of(cell.arm)) for cell in cells_of(study(tmp_path))]
+    words = {verdict.name: verdict.word for verdict in verdicts(runs)}
+    assert words["P5 speed, ntp"] == words["P5 speed, base"] == "undecided"
+    still = [run if run.cell.arm == "ra3" else Run(run.cell, Curve([0], [0.0], [0.0], [0.1], [])) for run in runs]
+    assert {verdict.name: verdict.word for verdict in verdicts(still)}["P5 signal"] == "undecided"
 
 
 def test_starts_are_named_and_paired_by_seed(tmp_path: Path) -> None:
@@ -166,6 +209,26 @@ def test_the_report_is_built_from_the_folder(tmp_path: Path) -> None:
     assert "| ra3" in (of.path / "table.md").read_text() and "P5 speed, ntp" in page
     result = CliRunner().invoke(app, ["study", "report", str(of.path)])
     assert result.exit_code == 0 and result.output.strip() == str(of.path / "report.html")
+
+
+def test_runs_without_held_out_problems_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    command = ["study", "rlvr-transfer", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "study")]
+    options = ["--start", "ra3=x", "--start", "ntp=y", "rlvr.problems.held_out=0"]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 2 and not (tmp_path / "study").exists()
+    assert (
+        result.stderr.startswith("ra3: rlvr.problems.held_out=0: must be at least 1") and result.stderr.count("\n") == 1
+    )
+
+
+def test_a_run_without_an_evaluation_is_named(tmp_path: Path) -> None:
+    of = study(tmp_path, seeds=1)
+    write_cells(of)
+    place = cells_of(of)[0].folder(of.path)
+    (place / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=rf"{place}: no evaluation on held-out problems"):
+        build_transfer_report(of.path)
 
 
 def test_dry_run_lists_the_cells(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.study.plan import Cell
 from ra3_megatron.study.state import stage
@@ -86,9 +87,15 @@ class Run:
 
 
 def finished_runs(folder: Path, cells: Sequence[Cell]) -> list[Run]:
-    """The cells that are done, in their order."""
-    done = [cell for cell in cells if stage(cell.folder(folder)) == "done"]
-    return [Run(cell, curve_of(read_metrics(cell.folder(folder)))) for cell in done]
+    """The cells that are done, in their order. UserError for one that has no evaluation."""
+    return [Run(cell, _curve_in(cell.folder(folder))) for cell in cells if stage(cell.folder(folder)) == "done"]
+
+
+def _curve_in(folder: Path) -> Curve:
+    try:
+        return curve_of(read_metrics(folder))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def by_start(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -19,7 +19,7 @@ class Measure:
     read: Read
     write: Callable[[float], str]
     budget: Read | None = None
-    """What takes the place of a level that was never reached in differences: all that was spent."""
+    """Of a figure that is None where a level was never reached: all that was spent on the way."""
 
 
 def _reached(level: float, axis: str) -> Read:
@@ -83,22 +83,32 @@ def differences_table(runs: Sequence[Run], reference: str | None) -> Table:
             continue
         cells = []
         for measure in MEASURES:
-            pairs = [(_value(measure, run.curve), _value(measure, base[run.cell.seed])) for run in shared]
-            values = [a - b for a, b in pairs if a is not None and b is not None]
-            cells.append(_interval(measure, values))
+            found = [difference(measure, run.curve, base[run.cell.seed]) for run in shared]
+            values = [value for value in found if value is not None]
+            text = _interval(measure, values)
+            cells.append(text if len(values) in (0, len(shared)) else f"{text} ({len(values)} of {len(shared)})")
         rows.append([f"{start} - {reference}", str(len(shared)), *cells])
     return Table(
         "Differences, paired by seed",
         ["", "seeds", *(measure.title for measure in MEASURES)],
         rows,
-        "Mean over seeds with the 95% interval of Student's t (from three seeds on). A level that was never reached "
-        "counts as all that was spent, which understates the difference.",
+        "Mean over seeds with the 95% interval of Student's t (from three seeds on). Where one of a pair never reached "
+        "a level and both spent as much, all that was spent takes its place, which understates the difference. Where "
+        "neither reached it, or what they spent differs (tokens and seconds mostly do), there is nothing to compare, "
+        "and the pair is left out (in brackets: how many of the seeds are in).",
     )
 
 
-def _value(measure: Measure, curve: Curve) -> float | None:
-    value = measure.read(curve)
-    return measure.budget(curve) if value is None and measure.budget is not None else value
+def difference(measure: Measure, one: Curve, other: Curve) -> float | None:
+    """A figure of one run minus that of another; None where there is nothing to compare.
+
+    A level that one of them alone never reached counts as all that was spent, if both spent as much: otherwise even
+    the sign would be that of the budgets.
+    """
+    a, b = measure.read(one), measure.read(other)
+    if (a is None) != (b is None) and measure.budget is not None and measure.budget(one) == measure.budget(other):
+        a, b = (measure.budget(one) if value is None else value for value in (a, b))
+    return None if a is None or b is None else a - b
 
 
 def _interval(measure: Measure, values: Sequence[float]) -> str:
