@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from made_study import SMALL
+from matplotlib.patches import Rectangle
 from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
@@ -18,6 +20,7 @@ from ra3_megatron.scaling.counts import token_flops
 from ra3_megatron.scaling.memory import GIB
 from ra3_megatron.scaling.tables import gpu_named
 from ra3_megatron.study.scaling import jobs
+from ra3_megatron.study.scaling.figures import _parts
 from ra3_megatron.study.scaling.layouts import Family, layout_tag
 from ra3_megatron.study.scaling.options import scaling_study
 from ra3_megatron.study.scaling.points import Measured, measured
@@ -346,3 +349,11 @@ def test_parts_are_shown_where_the_trainer_tells_them(small: Path) -> None:
     write_report(study, found)
     assert (study.path / "figures" / "parts.png").is_file()
     assert "| as_configured-dp2-b4 | forward | 0.3 | – |" in (study.path / "table.md").read_text()
+
+
+def test_parts_are_drawn_at_the_median_of_the_repeats() -> None:
+    """Of two, the mean."""
+    cells = [SimpleNamespace(parts={"forward": seconds}) for seconds in (0.2, 0.4)]
+    row: Any = SimpleNamespace(point=SimpleNamespace(arm="a"), cells=cells)
+    (bar,) = _parts([row]).axes[0].patches
+    assert isinstance(bar, Rectangle) and bar.get_width() == pytest.approx(0.3)

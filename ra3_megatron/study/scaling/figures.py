@@ -1,6 +1,7 @@
 """Pictures of a scaling study: throughput, efficiency, and parts of a step."""
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -80,8 +81,7 @@ def _parts(rows: Sequence[Row]) -> Figure:
     for place, row in enumerate(arms.values()):
         begun = 0.0
         for number, name in enumerate(names):
-            values = sorted(cell.parts.get(name, 0.0) for cell in row.cells)
-            seconds = values[len(values) // 2]
+            seconds = median(cell.parts.get(name, 0.0) for cell in row.cells)
             label = name if place == 0 else None
             axes.barh(place, seconds, left=begun, color=COLOURS[number % len(COLOURS)], height=0.6, label=label)
             begun += seconds
