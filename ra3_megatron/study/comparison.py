@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.held_out import DocumentFigures
-from ra3_megatron.study.intervals import LINE_MEASURES, Interval, paired_difference
+from ra3_megatron.study.intervals import LINE_MEASURES, Interval, paired_difference, side_of
 from ra3_megatron.study.plan import Cell, match_point
 from ra3_megatron.study.results import Finished, by_group
 from ra3_megatron.study.spec import BASE, StudyConfig
@@ -96,9 +96,14 @@ class MStepCheck:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """In words: which way it went where the intervals leave out 0 on that side."""
         change = self.after - self.before
-        return f"fell by {-change:.4f}" if change < 0 else f"rose by {change:.4f}" if change > 0 else "did not change"
+        text = f"fell by {-change:.4f}" if change < 0 else f"rose by {change:.4f}"
+        if self.interval is None:
+            return f"{text} (no interval)"
+        if change == 0 or side_of(self.interval) != ("lower" if change < 0 else "higher"):
+            return "not told apart"
+        return text if self.interval.seeds_low is not None else f"{text} (these seeds)"
 
 
 def mstep_checks(done: Sequence[Finished]) -> list[MStepCheck]:

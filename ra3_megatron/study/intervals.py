@@ -15,6 +15,7 @@ own figures.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +102,16 @@ class Interval:
     """Lower end of the interval over seeds; None with fewer than three."""
     seeds_high: float | None = None
     """Upper end of it."""
+
+
+def side_of(interval: Interval) -> Literal["higher", "lower"] | None:
+    """The side of 0 on which every interval is that there is; None when one of them holds it."""
+    ends = [(interval.low, interval.high)]
+    if interval.seeds_low is not None and interval.seeds_high is not None:
+        ends.append((interval.seeds_low, interval.seeds_high))
+    if all(low > 0 for low, _ in ends):
+        return "higher"
+    return "lower" if all(high < 0 for _, high in ends) else None
 
 
 def paired_difference(

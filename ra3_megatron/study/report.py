@@ -105,7 +105,7 @@ def write_pictures(folder: Path, pictures: Sequence[Picture]) -> list[dict[str, 
     target = folder / FIGURES
     target.mkdir(exist_ok=True)
     for old in target.glob("*.png"):
-        old.unlink()
+        old.unlink(missing_ok=True)  # another report may be written at the same time
     return [
         {"caption": picture.caption, "uri": write_picture(target / f"{picture.name}.png", picture.figure)}
         for picture in pictures

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
 from ra3_megatron.study.comparison import Difference, MStepCheck, mean_of
-from ra3_megatron.study.intervals import LINE_MEASURES, Interval
+from ra3_megatron.study.intervals import LINE_MEASURES, Interval, side_of
 from ra3_megatron.study.measures import MEASURES
 from ra3_megatron.study.results import Finished, Row, by_group, with_shared_seeds
 
@@ -126,7 +126,9 @@ def mstep_table(checks: Sequence[MStepCheck]) -> Table:
         header,
         rows,
         "Held-out code cross-entropy (nats per token, means over seeds) before and after each M-step. Last columns: "
-        "the change in nats per visible token, without indentation and line breaks, paired by document.",
+        "the change in nats per visible token, without indentation and line breaks, paired by document. A verdict is "
+        "given where every interval of that change (the bootstrap's and, with three seeds or more, Student's t over "
+        "seeds) leaves out 0 on the side of the means; with fewer than three seeds it is about these seeds alone.",
     )
 
 
@@ -143,14 +145,8 @@ def bounds(low: float | None, high: float | None, form: str) -> str:
 
 
 def _reading(interval: Interval, better: str) -> str:
-    ends = [(interval.low, interval.high)]
-    if interval.seeds_low is not None and interval.seeds_high is not None:
-        ends.append((interval.seeds_low, interval.seeds_high))
-    if all(low > 0 for low, _ in ends):
-        side = "higher"
-    elif all(high < 0 for _, high in ends):
-        side = "lower"
-    else:
+    side = side_of(interval)
+    if side is None:
         return "not told apart"
     word = side if better == "neither" else "better" if side == better else "worse"
     return word if interval.seeds_low is not None else f"{word} (these seeds)"

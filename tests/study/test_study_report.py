@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.study import report as report_module
-from ra3_megatron.study.comparison import Difference, differences, mstep_checks, reference_of
+from ra3_megatron.study.comparison import Difference, MStepCheck, differences, mstep_checks, reference_of
 from ra3_megatron.study.figures import _Places, draw_figures
 from ra3_megatron.study.intervals import Interval
 from ra3_megatron.study.measures import MEASURES
@@ -201,6 +201,31 @@ def test_each_m_step_is_judged(tmp_path: Path) -> None:
     verdicts = [row[4] for row in mstep_table(checks).rows]
     assert all(text.startswith("rose by 0.") for text in verdicts[:2])
     assert all(text.startswith("fell by 0.") for text in verdicts[2:])
+
+
+@pytest.mark.parametrize(
+    ("after", "interval", "verdict"),
+    [
+        (0.9, Interval(-0.1, -0.2, -0.01, 3, 9, -0.3, -0.02), "fell by 0.1000"),
+        (1.1, Interval(0.1, 0.01, 0.2, 3, 9, 0.02, 0.3), "rose by 0.1000"),
+        (0.9, Interval(-0.1, -0.2, -0.01, 3, 9, -0.3, 0.02), "not told apart"),
+        (0.9, Interval(-0.1, -0.2, 0.01, 3, 9, -0.3, -0.02), "not told apart"),
+        (0.9, Interval(0.1, 0.01, 0.2, 3, 9, 0.02, 0.3), "not told apart"),
+        (1.0, Interval(-0.1, -0.2, -0.01, 3, 9, -0.3, -0.02), "not told apart"),
+        (0.9, Interval(-0.1, -0.2, -0.01, 2, 9), "fell by 0.1000 (these seeds)"),
+        (0.9, None, "fell by 0.1000 (no interval)"),
+    ],
+)
+def test_an_m_step_is_judged_by_its_intervals(after: float, interval: Interval | None, verdict: str) -> None:
+    assert MStepCheck("ra3", 1, 1.0, after, interval).verdict == verdict
+
+
+def test_figures_of_an_earlier_report_may_vanish_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another report of the same study removes them too."""
+    (tmp_path / "figures").mkdir()
+    gone = tmp_path / "figures" / "gone.png"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone]))
+    assert report_module.write_pictures(tmp_path, []) == []
 
 
 def test_means_are_over_seeds_that_every_arm_has(tmp_path: Path) -> None:
