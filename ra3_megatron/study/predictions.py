@@ -63,9 +63,7 @@ def above(found: Estimate | None, limit: float) -> Word:
     return "confirmed" if found.low > limit else "refuted" if found.high < limit else "undecided"
 
 
-def decided(
-    values: Sequence[float | None], judge: Callable[[Estimate | None], Word]
-) -> tuple[Estimate | None, Word]:
+def decided(values: Sequence[float | None], judge: Callable[[Estimate | None], Word]) -> tuple[Estimate | None, Word]:
     """The figure over seeds and the word of `judge` on it; undecided where a seed has no case to count (None)."""
     there = [value for value in values if value is not None]
     if len(there) < len(values):

@@ -11,8 +11,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.text.files import lock_file
@@ -80,8 +83,15 @@ class Child:
         os.close(self._handle)
         return code
 
+    def descendants(self) -> list[psutil.Process]:
+        """All processes that it, and those that it started, have started and that still have it above them."""
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def signal(self, number: int) -> None:
-        """Send a signal to the process and those that it started."""
+        """Send a signal to the process and those of its session's group."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
 
@@ -97,13 +107,38 @@ def wait_any(children: Sequence[Child], timeout: float | None = None) -> list[Ch
 
 
 def stop_all(children: Sequence[Child], patience: float) -> None:
-    """End the processes: SIGTERM, and SIGKILL for those that are still there after `patience` seconds."""
+    """End the processes: SIGTERM, and SIGKILL for those that are still there after `patience` seconds.
+
+    So too for all that they started, such as the workers of torch's launcher, which have sessions of their own and
+    would go on writing when it is killed. It passes SIGTERM on to them itself.
+    """
     left = list(children)
-    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, None)):
-        for child in left:
-            child.signal(number)
-        until = None if seconds is None else time.monotonic() + seconds
-        while left and (until is None or time.monotonic() < until):
-            for child in wait_any(left, None if until is None else until - time.monotonic()):
-                child.result()
-                left.remove(child)
+    below = {process for child in left for process in child.descendants()}
+    for child in left:
+        child.signal(signal.SIGTERM)
+    until = time.monotonic() + patience
+    while left and time.monotonic() < until:
+        for child in wait_any(left, until - time.monotonic()):
+            child.result()
+            left.remove(child)
+    while any(map(_runs, below)) and time.monotonic() < until:
+        time.sleep(0.05)
+    below |= {process for child in left for process in child.descendants()}
+    for child in left:  # first: it could start others
+        child.signal(signal.SIGKILL)
+    for process in below:
+        with suppress(psutil.Error):
+            process.kill()  # whose number has another process by now is left alone
+    for child in left:
+        child.result()
+    until = time.monotonic() + patience
+    while any(map(_runs, below)) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -44,7 +44,7 @@ class Outcome:
 
     status: Literal["done", "failed", "not run"]
     reason: str = ""
-    """Why it failed, or was not run."""
+    """Why it failed, or was not run; of one that is done, who did it if not this runner."""
     seconds: float = 0.0
     """Time it took."""
 
@@ -65,7 +65,7 @@ class Runner:
     command: Command = train_command
     """What runs a cell."""
     ended: Callable[[Cell, Outcome], None] = lambda cell, outcome: None
-    """Told of each cell that ended, or will not run."""
+    """Told of each cell that ended, or will not run. What it raises of UserError and ValueError stops no cell."""
 
     def run(self, wanted: Sequence[Cell]) -> dict[str, Outcome]:
         """Run what is not done; the outcome of every wanted cell that was not done before, by name.
@@ -78,7 +78,10 @@ class Runner:
 
         def end(cell: Cell, outcome: Outcome) -> None:
             outcomes[cell.name] = outcome
-            self.ended(cell, outcome)
+            try:
+                self.ended(cell, outcome)
+            except (UserError, ValueError) as error:  # of what it reports; other cells go on
+                sys.stderr.write(f"ra3: {cell.name}: cannot be reported: {_first_line(error)}\n")
 
         with _terminable():
             try:
@@ -90,9 +93,14 @@ class Runner:
                     for cell in [c for c in waiting if self._ready(c)][: self.jobs - len(running)]:
                         waiting.remove(cell)
                         try:
-                            running[self._start(cell)] = cell
+                            begun = self._start(cell)
                         except UserError as error:
-                            end(cell, Outcome("failed", str(error).splitlines()[0]))
+                            end(cell, Outcome("failed", _first_line(error)))
+                            continue
+                        if begun is None:
+                            end(cell, Outcome("done", "by another process"))
+                        else:
+                            running[begun] = cell
                     for child in wait_any(list(running)) if running else []:
                         cell = running.pop(child)
                         end(cell, self._outcome(cell, child))
@@ -123,18 +131,22 @@ class Runner:
                 return f"{name} is not done"
         return ""
 
-    def _start(self, cell: Cell) -> Child:
+    def _start(self, cell: Cell) -> Child | None:
+        """Start a cell; None when it is done by now: whoever had its lock has finished it."""
         folder, config = cell.folder(self.folder), self.configs[cell.name]
-        if cell.equal_flops is not None:
-            try:
-                config = with_equal_flops(config, self._cell(cell.equal_flops).folder(self.folder))
-            except UserError as error:
-                record_failure(folder, str(error), None)
-                raise
         held = lock(folder, PATIENCE)
         if held is None:
             raise UserError("another process is working on it: wait for it, or stop it")
         try:
+            if stage(folder) == "done":
+                held.close()
+                return None
+            if cell.equal_flops is not None:
+                try:
+                    config = with_equal_flops(config, self._cell(cell.equal_flops).folder(self.folder))
+                except UserError as error:
+                    record_failure(folder, str(error), None)
+                    raise
             threads = max(1, self.cores // (self.jobs * config.parallel.world_size))
             file = prepare(folder, with_threads(config, threads))
             share_corpus(folder, config, [other.folder(self.folder) for other in self.cells])
@@ -148,11 +160,23 @@ class Runner:
         if code == 0 and stage(folder) == "done":
             return Outcome("done", seconds=seconds)
         said = last_line(folder / LOG)
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         if code == 0:
             how = "ended without a summary"
         record_failure(folder, f"{how}: {said}", code)
         return Outcome("failed", f"{how}: {said} ({folder / LOG})", seconds)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _signal_name(number: int) -> str:
+    """SIGKILL, say; most real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @contextmanager

@@ -161,6 +161,8 @@ def _command(study: ScalingConfig, found: Measured, corpora: dict[str, Path]) ->
 
 def _line(study: ScalingConfig, found: Measured, cell: Cell, outcome: Outcome) -> str:
     """One line on a cell that is done."""
+    if outcome.reason:
+        return f"{cell.name}: done {outcome.reason}"
     figures = CellFigures(cell, found.configs[cell.name], read_json(RunFolder(cell.folder(study.path)).summary))
     return (
         f"{cell.name}: {figures.step_seconds:.3g} s a step, {count(figures.tokens_per_second)} tokens/s, in "

@@ -4,7 +4,8 @@ Nothing is written before every cell's configuration has been resolved and every
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -74,9 +75,12 @@ def report(folder: Path) -> Path:
         raise UserError(f"{folder}: no such study folder")
     if (folder / SCALING_FILE).is_file():
         return build_scaling_report(folder)
-    if (folder / STUDY_FILE).is_file() and load_study(folder / STUDY_FILE).verb == "rlvr":
-        return build_transfer_report(folder)
-    return build_study_report(folder)
+    if not (folder / STUDY_FILE).is_file():
+        return build_study_report(folder)  # which says what is missing
+    with _one_after_another(folder):
+        if load_study(folder / STUDY_FILE).verb == "rlvr":
+            return build_transfer_report(folder)
+        return build_study_report(folder)
 
 
 def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
@@ -160,12 +164,19 @@ def _run_here(
 
 def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
     """Write `results.jsonl`, one process after another: each writes what is done when it has the lock."""
-    held = lock(study.path / CELLS, PATIENCE)
-    try:
+    with _one_after_another(study.path):
         if study.verb == "rlvr":
             write_transfer_results(study.path, cells)
         else:
             write_results(study.path, finished(study.path, cells))
+
+
+@contextmanager
+def _one_after_another(folder: Path) -> Iterator[None]:
+    """Within it, no other process writes what is beside the cells of a study, such as that of another Slurm task."""
+    held = lock(folder / CELLS, PATIENCE)
+    try:
+        yield
     finally:
         if held is not None:
             held.close()
@@ -173,6 +184,8 @@ def _update_results(study: StudyConfig, cells: Sequence[Cell]) -> None:
 
 def _line(study: StudyConfig, cell: Cell, outcome: Outcome) -> str:
     """One line on a cell that is done."""
+    if outcome.reason:
+        return f"{cell.name}: done {outcome.reason}"
     if study.verb == "rlvr":
         curve = finished_runs(study.path, [cell])[0].curve
         rates = f"held-out pass@1 {percent(curve.rate[0])} → {percent(curve.rate[-1])}"

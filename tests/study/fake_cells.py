@@ -1,5 +1,6 @@
 """A command that takes milliseconds in place of `ra3 train`; what a cell does stands in its name.
 
+    real…  kills itself with a signal that has no name
     bad…   prints "boom" and fails          slow…  writes its process number, then ticks until it is ended
     once…  is slow the first time, and ends well the second        others  end well
 
@@ -29,6 +30,7 @@ tick() {
 }
 case "$name" in
   bad*) echo boom; exit 3;;
+  real*) kill -40 $$;;
   silent*) exit 0;;
   slow*) tick;;
   once*) mkdir -p "$cell/checkpoints"; if [ ! -e "$cell/pid" ]; then tick; fi;;

@@ -9,17 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from fake_cells import command_of, order, run_cells
 from made_study import finish, make, study_of
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
 from ra3_megatron.report.run_folder import write_text
 from ra3_megatron.study import runner as runner_module
-from ra3_megatron.study.plan import cells_of, resolve
+from ra3_megatron.study.plan import Cell, cells_of, resolve
 from ra3_megatron.study.process import lock
-from ra3_megatron.study.runner import Runner
+from ra3_megatron.study.runner import Outcome, Runner
 from ra3_megatron.study.spec import STUDY_FILE, dump_study
 from ra3_megatron.study.state import failure_of, stage
 from ra3_megatron.verbs.study import _checked
@@ -76,6 +78,27 @@ def test_a_failure_stops_only_what_waits_for_it(tmp_path: Path) -> None:
     assert outcomes["silent,seed=1"].reason.startswith("ended without a summary: threads 4")
     assert failure_of(log.parent) == "exit code 3: boom"
     assert not (study.path / "cells" / "b,seed=1").exists()
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(tmp_path: Path) -> None:
+    outcomes = run_cells(study_of(tmp_path, arms={"real": {}, "b": {}}), tmp_path)
+    assert outcomes["real,seed=1"].reason.startswith("killed by signal 40: ") and outcomes["b,seed=1"].status == "done"
+
+
+@pytest.mark.parametrize("kind", [ValueError, UserError])
+def test_what_cannot_be_reported_stops_no_cell(
+    tmp_path: Path, kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of(tmp_path, arms={"a": {}, "b": {}})
+    cells = cells_of(study)
+
+    def ended(cell: Cell, outcome: Outcome) -> None:
+        if cell.arm == "a":
+            raise kind("no figures\nmore")
+
+    runner = Runner(study.path, cells, resolve(study, cells), 2, 2, command_of(tmp_path), ended)
+    assert {outcome.status for outcome in runner.run(cells).values()} == {"done"}
+    assert capsys.readouterr().err == "ra3: a,seed=1: cannot be reported: no figures\n"
 
 
 def test_one_cell_alone_needs_what_it_waits_for(tmp_path: Path) -> None:
@@ -188,6 +211,45 @@ def test_a_cell_that_another_process_works_on_is_left_alone(tmp_path: Path, monk
     assert outcomes["b,seed=1"].status == "done"
     held.close()
     assert run_cells(study, tmp_path)["a,seed=1"].status == "done"
+
+
+def test_a_cell_that_another_process_finishes_meanwhile_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, arms={"a": {}, "b": {"after": "a"}})
+    command_of(tmp_path)
+
+    def finished_by_another(folder: Path, wait: float = 0.0) -> IO[bytes] | None:
+        if folder.name == "a,seed=1":
+            make(study, {}, without=("b,seed=1",))
+        return lock(folder, wait)
+
+    monkeypatch.setattr(runner_module, "lock", finished_by_another)
+    outcomes = run_cells(study, tmp_path)
+    assert (outcomes["a,seed=1"].status, outcomes["a,seed=1"].reason) == ("done", "by another process")
+    assert outcomes["b,seed=1"].status == "done" and order(tmp_path) == ["b,seed=1"]
+    again = lock(study.path / "cells" / "a,seed=1")
+    assert again is not None, "its lock is given back"
+    again.close()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("deaf", [True, False])
+def test_processes_in_sessions_of_their_own_end_with_the_child(tmp_path: Path, deaf: bool) -> None:
+    """As torch's launcher starts its workers. deaf: the child has to be killed; else its worker alone."""
+    from ra3_megatron.study.process import Child, stop_all
+
+    held = lock(tmp_path)
+    assert held is not None
+    worker = tmp_path / "worker"
+    script = f"{'trap : TERM; ' if deaf else ''}setsid sleep 100 & echo $! > {worker}; while :; do sleep 0.05; done"
+    child = Child(["sh", "-c", script], tmp_path / "log", held, 1)
+    until(lambda: worker.is_file() and worker.read_text().strip() != "")
+    pid = int(worker.read_text())
+    until(lambda: os.getsid(pid) == pid)
+    assert alive(pid)
+    stop_all([child], 0.3)
+    assert not alive(pid)
 
 
 def test_a_child_that_ignores_the_signal_is_killed(tmp_path: Path) -> None:
