@@ -110,8 +110,9 @@ class Cutter:
         return kept
 
     def _comments(self, text: str) -> set[int]:
-        """Indices of the lines that are comments."""
-        rows = split_rows(text)
+        """Indices of the lines that are comments. A "\\r" ends no line, as what is behind it is not there yet while the
+        model writes."""
+        rows = split_rows(text.replace("\r", " "))
         found = parts(rows) if self.fenced else [Part(0, len(rows), block=False)]
         return {
             part.first + row for part in found for row in written_comment_rows("".join(rows[part.first : part.end]))

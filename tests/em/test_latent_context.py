@@ -174,6 +174,6 @@ def test_training_reads_every_token_once(toy: Toy) -> None:
     plan = plan_rows(store.lengths.tolist(), 128, 2, toy.runtime)
     batches = training_batches(sequences, plan, toy.runtime, thought_weight=0.5)
     weight = sum(float(batch.ce_weight.sum()) for batch in batches if batch.ce_weight is not None)
-    code = sum(int(t.is_code.sum()) for t in transcripts)
-    latent = sum(int((~(t.is_code | t.is_given)).sum()) for t in transcripts)
-    assert weight == pytest.approx(code + 0.5 * latent)
+    latent = sum(int(np.isin(t.roles, (Role.THOUGHT, Role.FORCED)).sum()) for t in transcripts)
+    others = sum(int((~t.is_given).sum()) for t in transcripts) - latent
+    assert latent and weight == pytest.approx(others + 0.5 * latent)
