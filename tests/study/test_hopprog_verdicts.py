@@ -118,6 +118,17 @@ def granular(*arms: str, plain: float = 1.2) -> str:
     return words({verdict.name: verdict for verdict in verdicts(groups)})["P6"]
 
 
+@pytest.mark.parametrize(("thinks", "word"), [(True, "confirmed"), (False, "undecided")])
+def test_thoughts_that_are_not_there_mean_nothing(thinks: bool, word: str) -> None:
+    """Whether lines follow transplanted thoughts can be told of a model that does not think by itself."""
+    truths = {task.name: task for task in TASKS}
+    groups = {
+        name: Group(name, {}, {}, {seed: measures.lines_of(held, truths.__getitem__) for seed in (1, 2, 3)})
+        for name, held in {"ra3": documents(thinks=thinks), "transplant": documents(thinks=True)}.items()
+    }
+    assert words({verdict.name: verdict for verdict in verdicts(groups)})["P3"] == word
+
+
 def test_granularity_asks_for_a_gain_of_statements_and_tokens() -> None:
     assert granular("statement", "token") == "confirmed"
     assert granular("statement", "token", plain=0.3) == "refuted"

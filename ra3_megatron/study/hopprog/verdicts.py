@@ -141,19 +141,21 @@ def _meaning(ra3: Group | None, transplant: Group | None) -> Verdict:
     claim = "the thought tells the routine (I >= 0.9 H), and lines follow a transplanted thought (at least 90%)"
     if ra3 is None:
         return Verdict("P3 meaning", claim, "not run", "no arm ra3")
-    share = ra3.over_seeds(_information_share)
+    shares = [_information_share(lines) for lines in ra3.lines.values()]
+    share, word = decided(shares, lambda found: above(found, 0.9))
     seen = f"I(thought; routine) / H(routine) {share.text()}" if share else ""
     if transplant is None:
         return Verdict("P3 meaning", claim, "not run", f"{seen}; no arm transplant")
     follows = transplant.over_seeds(item_accuracy)
     assert follows is not None
     seen += f"; items whose lines follow a thought that contradicts the tables {follows.text()}"
-    return Verdict("P3 meaning", claim, both(above(share, 0.9), above(follows, 0.9)), seen)
+    return Verdict("P3 meaning", claim, both(word, above(follows, 0.9)), seen)
 
 
-def _information_share(lines: list[Line]) -> float:
+def _information_share(lines: list[Line]) -> float | None:
+    """None where routines do not differ, or no line has a thought."""
     information, entropy = measures.mutual_information(lines)
-    return information / entropy if entropy else 0.0
+    return information / entropy if entropy else None
 
 
 def _persistence(ra3: Group | None) -> Verdict:
