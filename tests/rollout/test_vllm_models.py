@@ -138,7 +138,7 @@ def llama(started: Model) -> Model:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("qwen3-tied", "mixtral") else pytest.mark.extended)
+        pytest.param(name, marks=() if name == "qwen3-tied" else pytest.mark.extended)
         for name in MODELS
         if name not in ("llama-tied", "qwen3-moe")
     ],

@@ -167,6 +167,7 @@ def test_a_run_goes_on_behind_an_engine_that_dies_or_hangs(
     assert metrics(run) == metrics(ahead)
 
 
+@pytest.mark.extended
 def test_a_killed_trainer_leaves_no_engine(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*MODEL, "rollout.engine=vllm", "warm_start.steps=1", "estep.steps=100000", f"run_dir={run}"]

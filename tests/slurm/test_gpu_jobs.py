@@ -62,6 +62,7 @@ def folder(site: Site) -> Path:
     return out
 
 
+@pytest.mark.extended
 def test_conversions_are_jobs(site: Site, folder: Path) -> None:
     out = site.folder / "converted"
     convert(site, "to_megatron", "hf-to-megatron", "--hf", folder, "--out", out)
