@@ -48,9 +48,20 @@ class _Verbs(TyperGroup):
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 typer.echo(f"ra3: {stop}; the same command with --resume goes on", err=True)
             raise typer.Exit(UNAVAILABLE if isinstance(stop, Unavailable) else STOPPED) from stop
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, Exception) as error:
+            if not _interrupted(error):
+                raise
             typer.echo("ra3: interrupted", err=True)
             raise typer.Exit(130) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether this is Ctrl-C, or what a library made of it on the way (torch.save closes its file, and fails)."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 app = typer.Typer(

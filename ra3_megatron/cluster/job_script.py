@@ -17,6 +17,8 @@ from ra3_megatron.config.errors import UserError
 _DIRECTIVE = re.compile(r"^#SBATCH\s+--([a-z-]+)(?:[= ](\S+))?\s*$", re.MULTILINE)
 _FOLDER = Path(__file__).parents[2] / "slurm"
 """Of a checkout."""
+_BODY = re.compile(r"^\s*(?:\.|source)\s.*\bslurm/body\.sh\b", re.MULTILINE)
+"""The line by which a script hands over to `body.sh`. A script without it would do its work when it is asked."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,14 @@ def find_script(name: str) -> Path:
 
 def read_job(script: Path, options: Mapping[str, str], arguments: Sequence[str]) -> Job:
     """What `sbatch OPTIONS script ARGUMENTS` would run. Raises UserError with what the script says is wrong."""
-    text = script.read_text(encoding="utf-8")
+    try:
+        text = script.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{script}: is no text in UTF-8: a job script of slurm/ is expected") from error
+    if not _BODY.search(text):
+        raise UserError(
+            f"{script}: is no job script that trains: it does not source slurm/body.sh; sbatch takes it as it is"
+        )
     asked = directives(text) | _from_environment() | dict(options)
     name = asked.get("job-name", script.stem)
     environment = os.environ | {
@@ -105,7 +114,7 @@ def read_job(script: Path, options: Mapping[str, str], arguments: Sequence[str])
             values[key] = value
     missing = {"verb", "config", "run_dir", "trainers", "train_nodes", "rollout_nodes", "srun", "home"} - values.keys()
     if missing:
-        raise UserError(f"{script}: is no job script of this project: it does not source slurm/body.sh")
+        raise UserError(f"{script}: slurm/body.sh did not say what it runs: {', '.join(sorted(missing))} missing")
     return Job(
         script=script,
         options=asked,

@@ -30,7 +30,7 @@ def lock_file(path: Path, wait: float = 0.0) -> IO[bytes] | None:
     The open file that is returned holds the lock, and so does a child that inherits it; the same file, opened and
     closed once more, releases nothing (flock). wait: seconds to wait for a process that is about to end.
     """
-    file = path.open("wb")
+    file = path.open("ab")  # not even its time changes
     until = time.monotonic() + wait
     while True:
         try:

@@ -32,6 +32,7 @@ from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import write_json, write_text
 from ra3_megatron.report.versions import collect_versions
 from ra3_megatron.rlvr.sandbox import Isolation, SandboxError, require_bubblewrap
+from ra3_megatron.verbs.run_dir import only_writer
 
 if TYPE_CHECKING:
     from ra3_megatron.rollout.protocol import RolloutEngine
@@ -90,6 +91,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         "sandbox": str(request.sandbox),
     }
     with ExitStack() as stack:
+        stack.enter_context(only_writer(request.out, "--out"))
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
         engine: Callable[[], RolloutEngine] = _opened_once(stack, weights, request.out)
         runs = []

@@ -7,19 +7,20 @@ train on elsewhere. An interrupted infusion goes on where it was; an output fold
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ra3_megatron.config import inherit
-from ra3_megatron.config.errors import HUNG, UserError
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
 from ra3_megatron.verbs.processes import in_process, on_main, process_group, runs_here, start_processes
-from ra3_megatron.verbs.run_dir import disk_full
+from ra3_megatron.verbs.run_dir import LOCK, disk_full, only_writer
 
 SOURCE = "source.json"
 """Names the checkpoint that an output folder belongs to."""
@@ -43,8 +44,8 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
     if runs_here(config):
         _infuse_here(checkpoint, out, config)
     elif code := start_processes(config, __name__, str(checkpoint), str(out)):
-        if code == HUNG:  # the processes have said so
-            sys.exit(HUNG)
+        if code != 1:  # hung, which they have said, or ended by a signal
+            sys.exit(code)
         raise RuntimeError("a process failed: see its message above")
 
 
@@ -63,7 +64,8 @@ def _infuse_here(checkpoint: Path, out: Path, config: RunConfig) -> None:
     from ra3_megatron.verbs.engines import rollout_engines, thinks
 
     console = Console()
-    with process_group(config) as runtime:
+    with process_group(config) as runtime, ExitStack() as held:
+        on_main(runtime, lambda: held.enter_context(only_writer(out, "--out")))
         with disk_full(str(out)), Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
             corpus = _corpus(checkpoint, out, config, runtime, progress)
             tokenizer = corpus.tokenizer
@@ -141,7 +143,7 @@ def _check_out(checkpoint: Path, out: Path, config: RunConfig) -> None:
         raise UserError(f"--out={out}: is a file: choose another folder")
     if not (out / SOURCE).is_file():
         left = [path.name for path in out.iterdir()] if out.is_dir() else []
-        if set(left) - {"corpus", ".corpus.partial"}:
+        if set(left) - {LOCK, "corpus", ".corpus.partial"}:
             raise UserError(f"--out={out}: exists and holds no infused corpus: choose another folder")
         return
     there, here = read_json(out / SOURCE), _source(checkpoint, config)

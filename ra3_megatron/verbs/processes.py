@@ -1,9 +1,11 @@
 """Processes of a layout: started through torchrun, unless torchrun or srun started this one already.
 
 A module that runs in them ends in `sys.exit(in_process(function))`. A UserError (or another of `SAID`) in one of them
-is written to a file and raised again by the process that started them, so that it is shown once.
+is written to a file and raised again by the process that started them, so that it is shown once. None of them outlives
+that process.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -32,6 +34,10 @@ SAID: dict[str, tuple[type[Exception], int]] = {
 }
 """Name of the file, exception and exit code of the process, the one that explains most first."""
 
+_STARTER = "starter"
+"""File with the number of the process that started the others."""
+_PR_SET_PDEATHSIG = 1
+
 
 def runs_here(config: RunConfig) -> bool:
     """Whether this process is one of the layout's: torchrun or srun started it, or the layout needs no other."""
@@ -41,18 +47,22 @@ def runs_here(config: RunConfig) -> bool:
 
 
 def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
-    """Run `python -m module CONFIG ERRORS [ARGUMENT …]` in the processes that the layout needs; returns the exit code.
+    """Run `python -m module CONFIG FOLDER [ARGUMENT …]` in the processes that the layout needs; returns the exit code.
 
-    Raises UserError, Unavailable or StoppedBySignal when one of them did.
+    Raises UserError, Unavailable or StoppedBySignal when one of them did, KeyboardInterrupt when this process got
+    SIGINT.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # processes speak for themselves
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # processes speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "config.yaml", dump_config(config))
+        write_text(folder / _STARTER, str(os.getpid()))
         layout = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -62,11 +72,16 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # not SIGTERM, which is passed on
         )
         command = ["-m", module, str(folder / "config.yaml"), str(folder), *arguments]
         try:
             with _signals_passed_on():
                 elastic_launch(layout, sys.executable)(*command)
+        except SignalException as stop:  # it ended them
+            if stop.sigval is signal.SIGINT:
+                raise KeyboardInterrupt from stop
+            return 128 + stop.sigval
         except ChildFailedError as failure:
             for name, (kind, _) in SAID.items():
                 files = sorted(folder.glob(f"{name}.*"))
@@ -79,13 +94,23 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
 def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     """Call `function(config, arguments)` in one of the processes of `start_processes`; returns the exit code."""
     file, errors, *arguments = sys.argv[1:]
+    _end_with(int((Path(errors) / _STARTER).read_text()))
     try:
         function(load_config(Path(file), [], resolved=True), arguments)
     except tuple(kind for kind, _ in SAID.values()) as said:
         name, code = next((name, code) for name, (kind, code) in SAID.items() if isinstance(said, kind))
         write_text(Path(errors) / f"{name}.{int(os.environ['RANK']):06d}", str(said))
         return code
+    except KeyboardInterrupt:  # the process that started this one says it
+        return 130
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when the one that started it is gone, even by SIGKILL. Linux."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended in between
+        sys.exit("the process that started this one is gone")
 
 
 @contextmanager
@@ -115,18 +140,12 @@ def _signals_passed_on() -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, signal.SIGUSR2)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if handled is None:
-            del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
-        else:
-            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
 
 
 def on_main(runtime: "Runtime", action: Callable[[], object]) -> None:

@@ -12,10 +12,11 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, write_json, write_text
+from ra3_megatron.text.files import lock_file
 from ra3_megatron.verbs.processes import on_main
 
 LOCK = ".lock"
-"""File in the run folder that the process writing there holds locked."""
+"""File in a run or output folder that the process writing there holds locked."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,6 +98,28 @@ def _lock(folder: RunFolder) -> Any:
             ) from error
         # a file system without locks: go on without one
     return file
+
+
+@contextmanager
+def only_writer(folder: Path, key: str) -> Iterator[None]:
+    """Hold an output folder against other processes that would write there; makes it, and removes it if it stays empty.
+
+    key: the option that named it. Raises UserError when another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock_file(folder / LOCK)
+    except OSError as error:
+        raise UserError(f"{key}={folder}: cannot be written ({error.strerror})") from error
+    if held is None:
+        raise UserError(f"{key}={folder}: another process is writing there: wait for it, or stop it")
+    with held:
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 @contextmanager

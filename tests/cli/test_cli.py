@@ -168,6 +168,20 @@ def test_an_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch, calls: 
     assert (result.exit_code, result.stderr) == (130, "ra3: interrupted\n")
 
 
+def test_so_does_one_that_a_library_fails_about(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+    """As torch.save does, which closes its file on the way."""
+
+    def train(config: RunConfig, resume: bool) -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected position in the file")
+
+    monkeypatch.setattr(sys.modules["ra3_megatron.verbs.train"], "train", train)
+    result = ra3("train", QUICKSTART)
+    assert (result.exit_code, result.stderr) == (130, "ra3: interrupted\n")
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     def train(config: RunConfig, resume: bool) -> int:
         raise RuntimeError("a defect")

@@ -230,3 +230,15 @@ def test_without_slurm_nothing_is_submitted(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in launch("8b", code=2)
+
+
+@pytest.mark.parametrize("name", ["convert", "eval", "mine"])
+def test_a_script_that_does_not_train_is_not_run_to_be_asked(name: str, tmp_path: Path) -> None:
+    script = ROOT / "slurm" / f"{name}.sh"
+    if name == "mine":
+        script = tmp_path / "mine.sh"
+        script.write_text(f"#!/bin/bash\n# not slurm/body.sh\ntouch {tmp_path}/ran\n")
+    said = f"ra3: {script}: is no job script that trains: it does not source slurm/body.sh; sbatch takes it as it is\n"
+    for how in (["--dry-run"], []):
+        assert launch(str(script), *how, code=2) == said
+    assert not (tmp_path / "ran").exists()

@@ -23,6 +23,7 @@ from ra3_megatron.evaluate import harness_call
 from ra3_megatron.evaluate.data import load_tasks
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.hf.importing import import_hf
+from ra3_megatron.verbs.run_dir import only_writer
 
 TWO = ("--suite", "humaneval", "--limit", "2", "--max-new-tokens", "12", "--set", "parallel.threads=1")
 
@@ -206,6 +207,10 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
     given.write_text("".join(json.dumps({"task_id": row["task_id"], "completion": text}) + "\n" for row, text in pairs))
     words = ("--suite", "humaneval", "--limit", "3", "--data", data, "--samples-from", given)
     assert refusal(*words, "--out", tmp_path / "out", "--k", "2") == "--k=2: there are 1 samples a task"
+    assert not (tmp_path / "out").exists()
+    with only_writer(tmp_path / "out", "--out"):
+        said = f"--out={tmp_path / 'out'}: another process is writing there: wait for it, or stop it"
+        assert refusal(*words, "--out", tmp_path / "out") == said
     assert not (tmp_path / "out").exists()
     ra3(*words, "--out", tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["humaneval"]["modes"]["samples-from"]

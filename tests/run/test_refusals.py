@@ -143,7 +143,19 @@ def test_checkpoints_that_do_not_fit(finished: Path, ra3: Ra3, config: Path, tmp
     assert not (tmp_path / "run/checkpoints").exists(), "before anything is trained"
     infuse = ("infuse", "--checkpoint", start, "--out", tmp_path / "out")
     assert ra3.refuses(*infuse, "model.ffn_hidden_size=96") == f"--checkpoint={start}: {differs}"
-    assert not (tmp_path / "out/infused").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_infusion_in_use(finished: Path, ra3: Ra3, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ("infuse", "--checkpoint", finished / "checkpoints/mstep-1/final", "--out", out)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        expected = f"--out={out}: another process is writing there: wait for it, or stop it"
+        assert ra3.refuses(*words) == expected and contents(out) == {".lock": b""}
+    ra3(*words)
+    assert (out / "infused.jsonl").is_file()
 
 
 @pytest.mark.multiprocess

@@ -100,10 +100,11 @@ def test_processes_of_a_layout_stop_together(to_all: bool, config: Path, tmp_pat
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     target = process.children()[-1] if to_all else process
-    target.send_signal(signal.SIGUSR1)
+    number = signal.SIGUSR1 if to_all else signal.SIGTERM
+    target.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == STOPPED, errors
-    assert "ra3: stopped by SIGUSR1: saved behind step" in errors and "Traceback" not in errors
+    assert f"ra3: stopped by {number.name}: saved behind step" in errors and "Traceback" not in errors
     (saved,) = (run / "checkpoints" / "warm_start").iterdir()
     step = int(saved.name.removeprefix("step_"))
     assert max(record["step"] for record in metrics(run)) == step
