@@ -242,7 +242,7 @@ def _finish(axes: Axes, x: str, measure: str, places: _Places | None) -> None:
         for edge in places.edges:
             axes.axvline(edge, color="#999999", linestyle=":", linewidth=1)
     elif x == ITERATION:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     elif MEASURES[x].form == "percent":
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(True, color="#dddddd", linewidth=0.6)
