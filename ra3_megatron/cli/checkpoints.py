@@ -11,7 +11,10 @@ import typer
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint.", show_default=False)],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read everything; exit with 1 if a shard is missing or damaged.")
+        bool,
+        typer.Option(
+            "--verify", help="Read everything, not only the sizes of files; exit with 1 if one is missing or damaged."
+        ),
     ] = False,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

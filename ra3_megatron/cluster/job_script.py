@@ -67,7 +67,7 @@ def gpus_in(resources: str) -> int:
 
 def find_script(name: str) -> Path:
     """A script by its path, or by its name in `slurm/` of the checkout (`8b`, `ra3_8b`). Raises UserError."""
-    tried = [Path(name), *(_FOLDER / f"{prefix}{name}.sh" for prefix in ("", "ra3_"))]
+    tried = [Path(name), _FOLDER / name, *(_FOLDER / f"{prefix}{name}.sh" for prefix in ("", "ra3_"))]
     for path in tried:
         if path.is_file():
             return path.resolve()

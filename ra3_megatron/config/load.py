@@ -83,8 +83,15 @@ def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         model["context_length"] = min(int(length or longest), longest)
     elif isinstance(length, int) and length > longest:
         wrong.append(f"model.context_length={length}: model.hf={folder} reads at most {longest} tokens")
-    if not given.get("tokenizer"):
+    own = given.get("tokenizer")
+    if not own:
         values["tokenizer"] |= {"kind": "hf", "path": folder}
+    elif isinstance(own, dict) and own.get("kind") != "hf":
+        kind = values["tokenizer"]["kind"]
+        wrong.append(f"tokenizer.kind={kind}: model.hf={folder} has its tokenizer: leave the section tokenizer out")
+        values["tokenizer"] = RunConfig().tokenizer.model_dump() | {"kind": "hf", "path": folder}
+    elif isinstance(own, dict) and own.get("path") is None:
+        values["tokenizer"]["path"] = folder
     warm_start = given.get("warm_start")
     if not isinstance(warm_start, dict) or "steps" not in warm_start:
         values["warm_start"]["steps"] = 0  # the base model is there already

@@ -68,7 +68,7 @@ def dotted(location: tuple[int | str, ...]) -> str:
 def unknown_key(key: str) -> str:
     """The line for a key that does not exist, with the nearest one that does."""
     known = [row.key for row in describe()] + [prefix for prefix, _ in sections() if prefix]
-    if key in known:
+    if key in known and "." in key:
         return f"{key}: unknown key; write it nested, one level of indentation for each dot"
     name = key.rsplit(".", 1)[-1]
     candidates = [other for other in known if other.rsplit(".", 1)[-1] == name]

@@ -129,6 +129,8 @@ def open_corpus(config: RunConfig, folder: Path) -> Corpus:
 
 
 def _build(config: RunConfig, folder: Path, progress: Progress) -> None:
+    if config.tokenizer.path is not None:  # a mistake is found before the sources are read
+        load_tokenizer(config.tokenizer, folder / "tokenizer", config.model.vocab_size)
     texts = folder / "text"
     texts.mkdir()
     reading = progress.task("reading sources", unit="texts")

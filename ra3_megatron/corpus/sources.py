@@ -72,6 +72,13 @@ def iter_texts(config: CorpusConfig, skipped: Counter[str] | None = None) -> Ite
             yield Source(path=file_name if row is None else f"{file_name}#{row}", text=text, file=file_name)
 
 
+def check_sources(config: CorpusConfig) -> None:
+    """UserError when the files that `config` names are not there. Reads none of them."""
+    pattern = {"folder": "*.py", "jsonl": "*.jsonl", "parquet": "*.parquet", "text": "*.txt"}.get(config.source)
+    if pattern is not None:
+        find_files(_path(config), pattern)
+
+
 def _rows(config: CorpusConfig) -> Iterator[rows.Row]:
     path = _path(config)
     if config.source == "jsonl":

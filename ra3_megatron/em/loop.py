@@ -32,8 +32,8 @@ from ra3_megatron.em.steps import EStepSteps, PackedSteps
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.offload import park
 from ra3_megatron.mcore.trainer import Trainer
-from ra3_megatron.report.held_out import lines_file, read_held_out, write_held_out
-from ra3_megatron.report.run_folder import read_json, write_json
+from ra3_megatron.report.held_out import figures_file, lines_file, read_figures, read_held_out, write_held_out
+from ra3_megatron.report.run_folder import write_json
 from ra3_megatron.report.transcripts import write_transcripts
 from ra3_megatron.text.latents import full_text
 from ra3_megatron.training.identity import check_fit
@@ -191,9 +191,9 @@ class EM:
     def evaluate(self, arm: str, iteration: int, model_of: Path) -> dict[str, Any]:
         """Held-out figures of a checkpoint, once; later calls read them."""
         run = self.run_context
-        path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
+        path = figures_file(run.folder.path, arm, iteration)
         if run.runtime.broadcast(path.is_file()):
-            return dict(read_json(path))
+            return self._read(arm, iteration)
         self._stop_if_asked(f"before the evaluation of {arm} {iteration}")
         model = run.new_model(drawn=False, trained=False)
         record = checkpoint.load(model_of, model, run.runtime, verify=self.config.checkpoint.verify)
@@ -232,7 +232,7 @@ class EM:
                 self._check_pruning(arm, iteration)
             write_json(path, {"arm": arm, "iteration": iteration, **figures, "snippets": snippets})
         run.runtime.barrier()
-        return dict(read_json(path))
+        return self._read(arm, iteration)
 
     def _check(self, iteration: int, figures: dict[str, Any]) -> None:
         before = self._figures("ra3", iteration - 1) or self._figures("base", 0)
@@ -255,8 +255,13 @@ class EM:
         self.run_context.alarm("evaluation", iteration, 0, check_pruning(base, now, self.config.monitors))
 
     def _figures(self, arm: str, iteration: int) -> dict[str, Any] | None:
-        path = self.run_context.folder.path / "evaluations" / f"{arm}-{iteration}.json"
-        return dict(read_json(path)) if path.is_file() else None
+        return read_figures(self.run_context.folder.path, arm, iteration)
+
+    def _read(self, arm: str, iteration: int) -> dict[str, Any]:
+        """The figures of an evaluation that has been."""
+        figures = self._figures(arm, iteration)
+        assert figures is not None
+        return figures
 
     def _documents(self, iteration: int) -> Ordered:
         """The documents that iteration's M-step reads, in order, without latents."""

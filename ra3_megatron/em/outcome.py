@@ -7,6 +7,7 @@ from ra3_megatron.em.flops import SAMPLED, SCORED, TRAINED, flops
 from ra3_megatron.em.infuse import RECORD as INFUSED
 from ra3_megatron.mcore.checkpoint import read_record
 from ra3_megatron.report import summary as schema
+from ra3_megatron.report.held_out import read_figures
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.run_folder import read_json
 from ra3_megatron.training.phases import Phase, final_of, is_done
@@ -91,8 +92,7 @@ def _arm(figures: dict[str, Any], cost: schema.Phase, total_seconds: float) -> s
 
 
 def _evaluation(run: EMContext, arm: str, iteration: int) -> dict[str, Any] | None:
-    path = run.folder.path / "evaluations" / f"{arm}-{iteration}.json"
-    return dict(read_json(path)) if path.is_file() else None
+    return read_figures(run.folder.path, arm, iteration)
 
 
 def _cost(run: EMContext, phase: Phase) -> schema.Phase:

@@ -244,7 +244,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The JSON record of a complete checkpoint. Raises UserError when there is none."""
     path = folder / RECORD
     if folder.name.endswith(PARTIAL) or not path.is_file():
-        raise UserError(f"{folder}: is no complete checkpoint (no {RECORD})")
+        raise UserError(_no_checkpoint(folder))
     try:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
@@ -254,6 +254,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: names no {missing[0]}: not a checkpoint of this version of ra3")
     return record
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    below = [path for depth in (1, 2, 3) for path in folder.glob("*/" * depth + RECORD)]  # of a run, or a part of it
+    records = sorted(below, key=lambda path: path.stat().st_mtime)
+    found = [str(path.parent) for path in records if not is_partial(path.parent)]
+    if not found:
+        return f"{folder}: is no complete checkpoint (no {RECORD})"
+    return f"{folder}: is no checkpoint itself; those below it, oldest first: {', '.join(found)}"
 
 
 def check_architecture(name: str, record: dict[str, Any], architecture: dict[str, Any]) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ra3_megatron.config.errors import UserError
-from ra3_megatron.mcore.checkpoint import RECORD, is_partial, read_record
+from ra3_megatron.mcore.checkpoint import read_record
 from ra3_megatron.mcore.checkpoint_files import wrong_contents, wrong_sizes
 from ra3_megatron.mcore.names import EXTRA_STATE
 
@@ -75,8 +74,6 @@ def read_contents(folder: Path) -> Contents:
 
     Raises UserError when `folder` is no complete checkpoint; the message lists those below it.
     """
-    if not (folder / RECORD).is_file():
-        raise UserError(_no_checkpoint(folder))
     record = read_record(folder)
     index = _read_index(folder)
     tensors = []
@@ -90,6 +87,12 @@ def read_contents(folder: Path) -> Contents:
     return Contents(folder, record, tensors, index)
 
 
+def problems_at_sight(contents: Contents) -> list[Problem]:
+    """Files that are missing or have another size. Reads no data."""
+    wrong = wrong_sizes(contents.folder, contents.record["files"])
+    return [_problem(name, problem, _places(contents.index)) for name, problem in sorted(wrong.items())]
+
+
 def find_problems(contents: Contents) -> list[Problem]:
     """Read everything: files that are missing, truncated or damaged, and tensors that hold NaN or infinite numbers."""
     folder, files = contents.folder, contents.record["files"]
@@ -98,10 +101,7 @@ def find_problems(contents: Contents) -> list[Problem]:
     if contents.index is None and INDEX not in wrong:
         wrong[INDEX] = "cannot be read"
     places = _places(contents.index)
-    problems = [
-        Problem(name, problem, tuple(sorted({t for t, _ in places.get(name, []) if EXTRA_STATE not in t})))
-        for name, problem in sorted(wrong.items())
-    ]
+    problems = [_problem(name, problem, places) for name, problem in sorted(wrong.items())]
     bad: dict[str, list[str]] = {}
     names = {tensor.name for tensor in contents.tensors}
     for file in sorted(places.keys() - wrong.keys()):
@@ -115,6 +115,11 @@ def find_problems(contents: Contents) -> list[Problem]:
                     if kind not in bad.setdefault(tensor, []) and bool(test(shard).any()):
                         bad[tensor].append(kind)
     return problems + [Problem(name, f"holds {' and '.join(kinds)}") for name, kinds in sorted(bad.items()) if kinds]
+
+
+def _problem(file: str, problem: str, places: dict[str, list[tuple[str, tuple[int, int]]]]) -> Problem:
+    """What is wrong with a file, with the tensors whose shards it holds."""
+    return Problem(file, problem, tuple(sorted({name for name, _ in places.get(file, []) if EXTRA_STATE not in name})))
 
 
 def _places(index: Metadata | None) -> dict[str, list[tuple[str, tuple[int, int]]]]:
@@ -132,14 +137,3 @@ def _read_index(folder: Path) -> Metadata | None:
     except Exception:  # unpickling what is damaged can raise anything; `find_problems` reports it
         return None
     return index
-
-
-def _no_checkpoint(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
-    below = [path for depth in (1, 2, 3) for path in folder.glob("*/" * depth + RECORD)]  # of a run, or a part of it
-    records = sorted(below, key=lambda path: path.stat().st_mtime)
-    found = [str(path.parent) for path in records if not is_partial(path.parent)]
-    if not found:
-        return f"{folder}: is no complete checkpoint (no {RECORD})"
-    return f"{folder}: is no checkpoint itself; those below it, oldest first: {', '.join(found)}"

@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.report.run_folder import read_json_lines, write_text
+from ra3_megatron.report.run_folder import read_json, read_json_lines, write_text
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -61,6 +62,22 @@ class DocumentFigures:
 
 
 _DOCUMENT = TypeAdapter(DocumentFigures)
+
+
+def figures_file(run_dir: Path, arm: str, iteration: int) -> Path:
+    """Held-out figures of an arm behind an iteration; 0 is the base."""
+    return run_dir / "evaluations" / f"{arm}-{iteration}.json"
+
+
+def read_figures(run_dir: Path, arm: str, iteration: int) -> dict[str, Any] | None:
+    """What an evaluation wrote there; None: there was none yet. Raises UserError when the file holds something else."""
+    file, remedy = figures_file(run_dir, arm, iteration), "delete it, and --resume measures again"
+    if not file.is_file():
+        return None
+    found = read_json(file, remedy)
+    if not isinstance(found, dict) or not {"arm", "iteration", "code_ce", "raw_code_ce", "elbo"} <= found.keys():
+        raise UserError(f"{file}: holds no figures of an evaluation: {remedy}")
+    return found
 
 
 def lines_file(run_dir: Path, arm: str, iteration: int) -> Path:

@@ -126,8 +126,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: Path, remedy: str = "") -> Any:
+    """The value in a JSON file. remedy: what to do when it holds none, if anything helps.
 
     Raises:
         UserError: the file is missing, unreadable or no JSON.
@@ -137,7 +137,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error}){remedy and f': {remedy}'}") from error
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -50,7 +50,10 @@ def show(
 def _choose(run_dir: Path, phase: str | None, count: int, document: str | None) -> list[TranscriptRecord]:
     if count < 1:
         raise UserError(f"count={count}: print at least 1 transcript")
-    files = transcript_files(require_run(run_dir).path)
+    folder = require_run(run_dir)
+    files = transcript_files(folder.path)
+    if not files and folder.problems.is_file():
+        raise UserError(f"{run_dir}: a run of ra3 rlvr has no transcripts: see responses/ and report.html there")
     if not files:
         raise UserError(f"{run_dir}: no transcripts yet; they are written by the E-step and by the evaluation")
     fitting = [path for path in files if phase is None or f"{path.stem}-".startswith(f"{phase}-")]
@@ -67,7 +70,7 @@ def _choose(run_dir: Path, phase: str | None, count: int, document: str | None) 
         if found:
             return found
     if document is None:
-        raise UserError(f"{run_dir}: the transcript files are empty")
+        raise UserError(f"{run_dir}: the transcript files hold no whole transcript")
     raise UserError(f"document={document}: no transcript of it in {run_dir}")
 
 

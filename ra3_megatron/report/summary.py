@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json
 
+REMEDY = "delete it, and the run's command with --resume writes it again"
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Scalar = int | float | str | bool | None
@@ -188,11 +189,12 @@ def read_summary(run_dir: Path | str) -> Summary:
     if not path.exists():
         raise UserError(f"{path}: no summary; it is written when a run ends")
     try:
-        return _ADAPTER.validate_python(read_json(path))
+        return _ADAPTER.validate_python(read_json(path, REMEDY))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(f"{path}: {key}: {first['msg']}") from error
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key}: {first['msg']}" if key else "is no summary of a run"
+        raise UserError(f"{path}: {what}: {REMEDY}") from error
 
 
 def _check_finite(name: str, value: Any) -> None:

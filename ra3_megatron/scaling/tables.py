@@ -109,6 +109,8 @@ def architecture_named(name: str, sequence: int | None = None) -> Architecture:
         from ra3_megatron.hf.families import read_folder  # reads JSON only
 
         _, keys, longest = read_folder(folder)
+        if sequence is not None and sequence > longest:
+            raise UserError(f"--sequence={sequence}: --model {name} reads at most {longest} tokens")
         keys = {**keys, "context_length": min(longest, 8192)}
         source = str(folder)
     if sequence is not None:

@@ -221,7 +221,12 @@ def problem_line(details: Any, schema: type[Section]) -> str:
         return f"{key}: is missing"
     if kind in ("too_short", "string_too_short"):
         return f"{key}={scalar_text(details['input'])}: must not be empty"
-    message = str(details["msg"]).replace("Input should be", "must be").replace("a valid ", "a ")
+    message = (
+        str(details["msg"])
+        .replace("Input should be", "must be")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
     message = message.replace("dictionary", "mapping")
     return f"{key}={scalar_text(details['input'])}: {message[:1].lower() + message[1:]}"
 

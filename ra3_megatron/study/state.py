@@ -11,7 +11,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json, write_text
-from ra3_megatron.study.plan import Cell
+from ra3_megatron.study.plan import CELLS, Cell
 from ra3_megatron.study.settings import value_text
 
 CELL_FILE = "cell.yaml"
@@ -58,6 +58,41 @@ def conflicts(
                 f"cell {cell.name}: its folder holds a run with {first.key}={first.one}, and the study asks for "
                 f"{first.other}{more}: set it back, delete {folder}, or choose another folder for the study"
             )
+
+
+def unknown_cells(study: Path, cells: Sequence[Cell]) -> str | None:
+    """A line on cells in the folder that this study lacks, whose results it would drop; None: there are none."""
+    known = {cell.name for cell in cells}
+    folders = sorted((study / CELLS).iterdir()) if (study / CELLS).is_dir() else []
+    found = [path.name for path in folders if path.name not in known and stage(path) != "new"]
+    if not found:
+        return None
+    more = f", … ({len(found)} in all)" if len(found) > 3 else ""
+    return (
+        f"folder={study}: holds cells that this study does not have: {'; '.join(found[:3])}{more}: name their arms, "
+        "values and seeds too, delete them, or choose another folder"
+    )
+
+
+def missing_starts(study: Path, cells: Sequence[Cell], configs: Mapping[str, RunConfig]) -> Iterator[str]:
+    """One line for each cell that is not done and starts from a checkpoint that is not there, and that no cell of the
+    study will write."""
+    inside = study.resolve()
+    for cell in cells:
+        if stage(cell.folder(study)) == "done":
+            continue
+        config = configs[cell.name]
+        named = (
+            {"rlvr.checkpoint": config.rlvr.checkpoint}
+            if config.method == "rlvr"
+            else {
+                "warm_start.checkpoint": config.warm_start.checkpoint,
+                "estep.policy": config.estep.policy,
+            }
+        )
+        for key, value in named.items():
+            if value is not None and inside not in Path(value).resolve().parents and not Path(value).is_dir():
+                yield f"cell {cell.name}: {key}={value}: no such folder"
 
 
 def prepare(folder: Path, config: RunConfig) -> Path:

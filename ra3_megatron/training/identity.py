@@ -15,12 +15,20 @@ def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"tokenizer": tokenizer.fingerprint}
 
 
+def require_checkpoint(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Its record. name: how the user named it. Raises UserError when it is no complete checkpoint."""
+    try:
+        return read_record(checkpoint)
+    except UserError as error:
+        raise UserError(f"{name}={error}") from error
+
+
 def check_fit(checkpoint: Path, name: str, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The record of `checkpoint`, when its weights are those of the model that `config` and `tokenizer` describe.
 
     name: how the user named it (`warm_start.checkpoint`). Raises UserError with what differs otherwise.
     """
-    record = read_record(checkpoint)
+    record = require_checkpoint(checkpoint, name)
     if "tokenizer" not in record:
         raise UserError(f"{name}={checkpoint}: its record names no tokenizer: not a checkpoint of ra3 train")
     if record["tokenizer"] != tokenizer.fingerprint:

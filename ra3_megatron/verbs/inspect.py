@@ -10,7 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.mcore.checkpoint_contents import INDEX, Contents, Problem, TensorFacts, find_problems, read_contents
+from ra3_megatron.mcore.checkpoint_contents import (
+    INDEX,
+    Contents,
+    Problem,
+    TensorFacts,
+    find_problems,
+    problems_at_sight,
+    read_contents,
+)
 from ra3_megatron.report.numbers import count, duration
 
 WIDTH = 200
@@ -34,13 +42,14 @@ _ELSEWHERE = ("architecture", "layout", "precision", "optimizer", "files")
 def inspect(folder: Path, verify: bool = False, tensors: bool = True, as_json: bool = False) -> int:
     """Print what the checkpoint in `folder` holds, on stdout.
 
-    verify: read everything and report what is damaged. tensors: list each tensor. as_json: for machines.
-    Returns 1 when `verify` found a problem, else 0. Raises UserError when there is no complete checkpoint in `folder`.
+    verify: read everything and report what is damaged; without it, sizes of files alone. tensors: list each tensor.
+    as_json: for machines. Returns 1 when there is a problem, else 0. Raises UserError when there is no complete
+    checkpoint in `folder`.
     """
     contents = read_contents(folder)
     if contents.index is None and not verify:
         raise UserError(f"{folder / INDEX}: is missing or damaged: see what else is with --verify")
-    problems = find_problems(contents) if verify else None
+    problems = find_problems(contents) if verify else problems_at_sight(contents) or None
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
@@ -74,7 +83,11 @@ def _print(contents: Contents, problems: list[Problem] | None, tensors: bool, co
     _table(console, "state", [(label, duration(v) if key == "seconds" else _value(v)) for label, key, v in state])
     if tensors and contents.tensors:
         _tensor_table(console, contents.tensors)
-    _table(console, "size", [*_totals(contents.tensors), ("files", f"{len(record['files'])}, {_mb(contents.bytes)}")])
+    _table(
+        console,
+        "size",
+        [*_totals(contents.tensors), ("files, as saved", f"{len(record['files'])}, {_mb(contents.bytes)}")],
+    )
     if problems is None:
         return
     console.print()

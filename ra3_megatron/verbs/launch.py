@@ -16,13 +16,14 @@ from ra3_megatron.cluster.job_script import Job, find_script, read_job, render, 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import load_config
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.report.run_folder import write_text
+from ra3_megatron.corpus.sources import check_sources
 from ra3_megatron.scaling import em
 from ra3_megatron.scaling.counts import total_parameters
 from ra3_megatron.scaling.em import Thinking
 from ra3_megatron.scaling.memory import GIB, Memory, Work
 from ra3_megatron.scaling.search import Planned, describe, evaluate
 from ra3_megatron.scaling.tables import Architecture, Gpu, gpu_named
+from ra3_megatron.verbs.run_dir import write_out
 
 THINKING = Thinking(think_rate=0.4)
 """What the E-step is planned for: the paper's most thoughts."""
@@ -58,8 +59,9 @@ def launch(
 ) -> None:
     """Check the job `name` with these options of sbatch and overrides; show it (dry_run) or submit it.
 
-    Raises UserError when its configuration, layout or memory does not fit.
+    Raises UserError when its configuration, layout or memory does not fit, or when what it reads is not there.
     """
+    device = gpu_named(gpu)
     job = read_job(find_script(name), options, arguments)
     config = load_config(job.config, [*job.settings, f"run_dir={job.run_dir}"])
     if config.parallel.world_size != job.trainers:
@@ -68,28 +70,42 @@ def launch(
             f"{job.script.name}: the layout needs {config.parallel.world_size} processes, and the job has "
             f"{job.trainers} on {job.train_nodes} nodes" + (f"; {advice}" if advice else "")
         )
+    _check_inputs(config)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 180
     planned = job.gpus_per_node and job.verb == "train"
-    expected = expectation(config, gpu_named(gpu)) if planned else None
+    expected = expectation(config, device) if planned else None
     if dry_run:
         console.print(
             Syntax(render(job), "bash", background_color="default") if console.is_terminal else Text(render(job))
         )
         console.print(Text(f"# every attempt runs\n{job.command()}\n"), soft_wrap=True)
     _print(job, config, expected, gpu, console)
-    if expected is not None and expected.memory.total > gpu_named(gpu).memory_gib:
+    if expected is not None and expected.memory.total > device.memory_gib:
         raise UserError(
-            f"{job.script.name}: needs {expected.memory.total:.1f} GiB of the {gpu_named(gpu).memory_gib:g} GiB of a "
+            f"{job.script.name}: needs {expected.memory.total:.1f} GiB of the {device.memory_gib:g} GiB of a "
             f"{gpu}: more nodes, larger parallel.tensor or parallel.pipeline, parallel.recompute=full, or "
             "RA3_ROLLOUT_NODES (`ra3 plan` shows layouts that fit)"
         )
     if out is not None:
-        write_text(out, render(job))
+        write_out(out, render(job), "--out")
         console.print(Text.assemble(("written to  ", "bold"), str(out)), soft_wrap=True)
     if not dry_run:
         console.print(Text.assemble(("submitted   ", "bold"), f"job {submit(job, options, arguments)}"), soft_wrap=True)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Refuse files and folders that are not there, which nodes would find out hours later, when the job starts."""
+    if config.method != "rlvr":
+        check_sources(config.corpus)
+        named = {"warm_start.checkpoint": config.warm_start.checkpoint, "estep.policy": config.estep.policy}
+    else:
+        problems = config.rlvr.problems
+        named = {"rlvr.checkpoint": config.rlvr.checkpoint, "rlvr.problems.path": problems.path}
+    for key, value in named.items():
+        if value is not None and not Path(value).exists():
+            raise UserError(f"{key}={value}: no such file or folder")
 
 
 def expectation(config: RunConfig, gpu: Gpu) -> Expected:

@@ -28,6 +28,7 @@ from ra3_megatron.scaling.memory import Work
 from ra3_megatron.scaling.search import Plan, Planned, describe, evaluate, layout_keys, problems_of, search
 from ra3_megatron.scaling.step import peak
 from ra3_megatron.scaling.tables import Architecture, Gpu, architecture_named, gpu_named
+from ra3_megatron.verbs.run_dir import write_out
 
 MFU = "3 * forward FLOPs (products with weights, causal attention, output layer) / (seconds * GPUs * {} TFLOP/s)"
 """What `mfu` means."""
@@ -82,7 +83,7 @@ def plan(asked: Asked) -> None:
     if not found.best:
         raise UserError(_nothing_fits(asked, found, gpu))
     if asked.out is not None:
-        write_text(asked.out, configuration(asked, made, found.best[0]))
+        write_out(asked.out, configuration(asked, made, found.best[0]), "--out")
     if asked.as_json:
         one_or_many = _one(asked, made, found.best[0], gpu) if asked.layout else _json(asked, made, found, gpu)
         print(json.dumps(one_or_many, indent=2))  # noqa: T201

@@ -52,7 +52,7 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
     from ra3_megatron.text.latents import build_format
     from ra3_megatron.training.context import RunContext
-    from ra3_megatron.training.identity import check_fit, identity_of
+    from ra3_megatron.training.identity import check_fit, identity_of, require_checkpoint
     from ra3_megatron.training.profiling import check_profile
     from ra3_megatron.verbs.base import base_checkpoint, hf_source
     from ra3_megatron.verbs.engines import rollout_engines
@@ -66,6 +66,8 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     on_main(runtime, lambda: check_folder(config, resume))
+    if config.rlvr.checkpoint is not None:
+        require_checkpoint(Path(config.rlvr.checkpoint), "rlvr.checkpoint")
     problems = load_problems(config)
     on_main(runtime, lambda: _check_problems(config, folder, problems))
     with run_folder(config, folder, resume, runtime):

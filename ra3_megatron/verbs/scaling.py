@@ -29,7 +29,7 @@ from ra3_megatron.study.scaling.report import write_report
 from ra3_megatron.study.scaling.results import CellFigures
 from ra3_megatron.study.scaling.spec import SCALING_FILE, ScalingConfig, dump_scaling
 from ra3_megatron.study.scaling.tables import short
-from ra3_megatron.study.state import stage
+from ra3_megatron.study.state import stage, unknown_cells
 from ra3_megatron.study.tables import Table
 from ra3_megatron.verbs import scaling_cell
 from ra3_megatron.verbs.cells import check_folder, describe, exit_code, run_cells
@@ -50,6 +50,8 @@ def scaling(study: ScalingConfig, cell: str | None = None, dry_run: bool = False
     found = measured(study)
     wanted = found.cells if cell is None else [find_cell(found.cells, cell)]
     check_folder(study.path, SCALING_FILE, "scaling study")
+    if dropped := unknown_cells(study.path, found.cells):
+        raise UserError(dropped)
     lines = list(_conflicts(study, found))
     if lines:
         raise UserError("\n".join(lines))

@@ -27,7 +27,7 @@ from ra3_megatron.study.runner import PATIENCE, Command, Outcome, rlvr_command, 
 from ra3_megatron.study.scaling.report import build_scaling_report
 from ra3_megatron.study.scaling.spec import SCALING_FILE
 from ra3_megatron.study.spec import STUDY_FILE, StudyConfig, dump_study, load_study
-from ra3_megatron.study.state import conflicts, stage
+from ra3_megatron.study.state import conflicts, missing_starts, stage, unknown_cells
 from ra3_megatron.study.tables import SHORT, Table, results_table
 from ra3_megatron.study.transfer.curves import finished_runs
 from ra3_megatron.study.transfer.report import build_transfer_report, tables_of
@@ -89,6 +89,8 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
     reference_of(study, cells)
     configs = resolve(study, cells)
     check_folder(study.path, STUDY_FILE, "study")
+    if dropped := unknown_cells(study.path, cells):
+        raise UserError(dropped)
     open_steps = set()
     for cell in cells:
         if cell.equal_flops is None:
@@ -99,6 +101,7 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
         else:
             open_steps.add(cell.name)
     lines = list(conflicts(study.path, cells, configs, frozenset(open_steps)))
+    lines += missing_starts(study.path, cells, configs)
     if lines:
         raise UserError("\n".join(lines))
     return cells, configs

@@ -61,6 +61,7 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
     suites = load_suites(config, runtime)
     with run_folder(config, folder, resume, runtime):
         with Progress(config.logging.progress, console, enabled=runtime.is_main) as progress:
+            _check_starts(config, folder)
             corpus = _open_corpus(config, folder, runtime, progress)
             writer = MetricsWriter(folder.path, config.logging.tensorboard) if runtime.is_main else None
             base = base_checkpoint(config, folder, runtime, progress, config.warm_start.checkpoint)
@@ -101,6 +102,17 @@ def _run(config: RunConfig, resume: bool, runtime: Any) -> None:
                 console.print(f"[bold]exported[/bold]    {path}", soft_wrap=True)
             console.print(f"[bold]report[/bold]      {report}", soft_wrap=True)
         runtime.barrier()
+
+
+def _check_starts(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse what is no checkpoint before hours go into a corpus. A run that has its own needs them no more."""
+    from ra3_megatron.training.identity import require_checkpoint
+
+    if not folder.manifest.is_file():
+        named = {"warm_start.checkpoint": config.warm_start.checkpoint, "estep.policy": config.estep.policy}
+        for key, value in named.items():
+            if value is not None:
+                require_checkpoint(Path(value), key)
 
 
 def _open_corpus(config: RunConfig, folder: RunFolder, runtime: Any, progress: Any) -> Any:

@@ -69,6 +69,8 @@ MODELS = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders as people stage them, with what `ra3 launch` reads of them."""
     folder = tmp_path_factory.mktemp("models")
+    (folder / "python").mkdir()
+    (folder / "python" / "code.parquet").touch()
     for name, content, *_ in MODELS.values():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(content))
@@ -80,7 +82,7 @@ def site(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("RA3_", "SLURM_", "SBATCH_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RA3_MODELS", str(models))
-    monkeypatch.setenv("RA3_DATA", "/shared/python/*.parquet")
+    monkeypatch.setenv("RA3_DATA", f"{models}/python/*.parquet")
     monkeypatch.setenv("RA3_RUNS", "/shared/runs")
 
 
@@ -98,7 +100,7 @@ def test_every_script_fits_its_nodes(name: str, models: Path) -> None:
     config = load_config(job.config, job.settings)
     assert config.model.hf == str(models / model) and config.model.precision == "bf16"
     assert config.parallel.world_size == 8 * nodes and config.parallel.data == 8 * nodes // replica
-    assert config.corpus.path == "/shared/python/*.parquet" and config.rollout.engine == "vllm"
+    assert config.corpus.path == f"{models}/python/*.parquet" and config.rollout.engine == "vllm"
     assert config.rollout.vllm.tensor <= 8 and config.warm_start.steps == 0
     tokens = config.em.iterations * config.mstep.steps * config.mstep.global_batch_size * config.model.context_length
     assert tokens == pytest.approx(1e9, rel=0.01), "the paper's mid-training"
@@ -127,18 +129,40 @@ def test_rlvr_is_checked_with_the_start_that_it_names(
         "model: {num_layers: 4, hidden_size: 256, num_attention_heads: 8, num_query_groups: 4}\n"
     )
     monkeypatch.setenv("RA3_CHECKPOINT", str(start))
-    monkeypatch.setenv("RA3_PROBLEMS", "/shared/problems.jsonl")
+    problems = tmp_path / "problems.jsonl"
+    problems.touch()
+    monkeypatch.setenv("RA3_PROBLEMS", str(problems))
     job = read_job(find_script("rlvr_8b"), {}, [])
     config = load_config(job.config, job.settings)
     assert (job.verb, config.method, config.parallel.world_size, config.parallel.data) == ("rlvr", "rlvr", 32, 16)
     assert (config.model.num_layers, config.model.hidden_size) == (4, 256) and config.model.context_length == 4096
-    assert config.rlvr.problems.path == "/shared/problems.jsonl" and config.rlvr.checkpoint == str(start)
+    assert config.rlvr.problems.path == str(problems) and config.rlvr.checkpoint == str(start)
     output = launch("rlvr_8b", "--dry-run")
     assert "ra3 rlvr " in output and "the planner knows mid-training alone" in output and "tensor 2, data 16" in output
     monkeypatch.delenv("RA3_CHECKPOINT")
     assert "rlvr.checkpoint is missing" in launch("rlvr_8b", "--dry-run", code=2)
     monkeypatch.setenv("RA3_MODEL", str(models / "Llama-3.1-8B"))
     assert "model.hf=" in launch("rlvr_8b", "--dry-run")
+    problems.unlink()
+    said = f"ra3: rlvr.problems.path={problems}: no such file or folder\n"
+    assert launch("rlvr_8b", "--dry-run", code=2) == said
+
+
+def test_data_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RA3_DATA", f"{models}/nowhere/*.parquet")
+    said = f"ra3: corpus.path={models}/nowhere/*.parquet: the pattern matches no file\n"
+    assert launch("8b", "--dry-run", code=2) == said
+
+
+def test_a_script_by_the_name_of_its_file_and_a_gpu_that_is_none() -> None:
+    assert find_script("ra3_8b.sh") == find_script("8b")
+    assert "--gpu foo: neither a file nor one of" in launch("tiny_cpu", "--dry-run", "--gpu", "foo", code=2)
+
+
+def test_what_is_written_where_nothing_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RA3_DATA")
+    said = f"ra3: --out={tmp_path}: cannot be written (Is a directory)\n"
+    assert launch("tiny_cpu", "--dry-run", "--out", str(tmp_path), code=2).endswith(said)
 
 
 def test_what_is_asked_for_otherwise_is_what_is_shown() -> None:

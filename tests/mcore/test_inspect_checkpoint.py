@@ -131,6 +131,8 @@ def test_damage_is_found_by_name(folder: Path) -> None:
     assert f"{data}: is damaged: its checksum is not" in problems()
     assert "decoder.final_layernorm.weight" in problems() and "more)" in problems()
     inspect(folder)  # whoever does not ask does not wait
+    data.write_bytes(content[:5000])
+    assert f"! {data}: is truncated: 5000 bytes instead of {len(content)} (" in inspect(folder, code=1), "seen at sight"
     data.unlink()
     common.write_bytes(b"")
     assert f"{data}: is missing" in problems() and f"{common}: is truncated: 0 bytes" in problems()

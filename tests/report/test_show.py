@@ -129,3 +129,9 @@ def test_what_is_not_there_is_a_user_error(run: Path, choice: dict, message: str
 def test_run_without_transcripts(empty_run: Path) -> None:
     with pytest.raises(UserError, match="no transcripts yet"):
         show(empty_run)
+
+
+def test_a_run_of_rlvr_has_none(empty_run: Path) -> None:
+    (empty_run / "problems.json").write_text("{}")
+    with pytest.raises(UserError, match="a run of ra3 rlvr has no transcripts: see responses/ and"):
+        show(empty_run)

@@ -108,7 +108,10 @@ def base_of(run: Path) -> Path:
             "model.rope_scaling={{factor: 2, kind: linear}}",
         ),
         (("warm_start.checkpoint=x",), "warm_start.checkpoint=x does not go with model.hf={folder}"),
-        (("tokenizer.vocab_size=400",), "model.vocab_size=330 goes with tokenizer.kind=hf only"),
+        (
+            ("tokenizer.vocab_size=400",),
+            "tokenizer.kind=sentencepiece: model.hf={folder} has its tokenizer: leave the section tokenizer out",
+        ),
         (("model.hf=nowhere",), "model.hf=nowhere: nowhere: no such folder"),
     ],
 )

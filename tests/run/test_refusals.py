@@ -137,7 +137,11 @@ def test_checkpoints_that_do_not_fit(finished: Path, ra3: Ra3, config: Path, tmp
     differs = "holds a model with model.ffn_hidden_size=64, but this model has model.ffn_hidden_size=96"
     assert problem == f"warm_start.checkpoint={start}: {differs}"
     problem = ra3.refuses(*train[:3], f"tokenizer.path={tokenizer}", f"warm_start.checkpoint={tmp_path}")
-    assert problem == f"{tmp_path}: is no complete checkpoint (no checkpoint.json)"
+    assert problem == f"warm_start.checkpoint={tmp_path}: is no complete checkpoint (no checkpoint.json)"
+    for key in ("warm_start.checkpoint", "estep.policy"):  # before the corpus is built
+        problem = ra3.refuses("train", config, f"run_dir={tmp_path / 'early'}", f"{key}={finished}")
+        assert problem.startswith(f"{key}={finished}: is no checkpoint itself; those below it, oldest first: {start}, ")
+        assert not (tmp_path / "early").exists()
     policy = (f"tokenizer.path={tokenizer}", "model.ffn_hidden_size=96", f"estep.policy={start}")
     assert ra3.refuses(*train[:3], *policy) == f"estep.policy={start}: {differs}"
     assert not (tmp_path / "run/checkpoints").exists(), "before anything is trained"
@@ -181,6 +185,29 @@ def test_damaged_checkpoints_are_refused(finished: Path, ra3: Ra3, config: Path,
     shutil.copytree(finished / "evaluations", run / "evaluations", ignore=shutil.ignore_patterns("ra3-2.json"))
     ra3("train", config, f"run_dir={run}", "--resume")
     assert metrics(run) == metrics(finished)
+
+
+def test_a_damaged_evaluation_is_measured_again_when_it_is_deleted(
+    finished: Path, ra3: Ra3, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "evaluations" / "ra3-2.json"
+    remedy = "delete it, and --resume measures again"
+    file.write_text("")
+    said = f"{file}: not valid JSON (Expecting value: line 1 column 1 (char 0)): {remedy}"
+    assert ra3.refuses("train", config, f"run_dir={run}", "--resume") == said
+    file.write_text("{}")
+    said = f"{file}: holds no figures of an evaluation: {remedy}"
+    assert ra3.refuses("train", config, f"run_dir={run}", "--resume") == said
+    file.unlink()
+    summary = run / "summary.json"
+    said = f"{summary}: is no summary of a run: delete it, and the run's command with --resume writes it again"
+    summary.write_text("[]")
+    assert ra3.refuses("report", run) == said
+    ra3("train", config, f"run_dir={run}", "--resume")
+    assert metrics(run) == metrics(finished)
+    assert file.read_text() == (finished / "evaluations" / "ra3-2.json").read_text()
 
 
 # -- while training -----------------------------------------------------------------------------------------------

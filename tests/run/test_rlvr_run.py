@@ -202,6 +202,7 @@ def test_without_thoughts_no_comment_is_written(ra3: Ra3, arguments: tuple[str, 
 
 REFUSED = [
     (("rlvr.checkpoint=null",), "rlvr.checkpoint is missing"),
+    (("rlvr.checkpoint=nowhere",), "rlvr.checkpoint=nowhere: no such folder"),
     (("text.keep_latents=false",), "text.keep_latents=false does not go with method=rlvr"),
     (("rlvr.problems={source: jsonl, path: nowhere.jsonl}",), "rlvr.problems.path=nowhere.jsonl: cannot be read"),
     (("rlvr.problems={source: tasks, path: null}",), "rlvr.problems.source=tasks needs corpus.source=tasks"),
@@ -231,7 +232,11 @@ def test_a_line_for_each_problem_that_is_wrong(ra3: Ra3, arguments: tuple[str, .
     outcome = ra3(*arguments, f"rlvr.problems={{source: jsonl, path: {file}}}", f"run_dir={tmp_path / 'run'}", code=2)
     lines = outcome.errors.splitlines()
     assert len(lines) == 4 and all(f"{file}:{n}: " in line for n, line in enumerate(lines, 1)), outcome.errors
-    assert "test 1 is no Python" in lines[0] and "no JSON" in lines[1] and "either tests or cases" in lines[2]
+    assert (
+        lines[0].startswith(f"ra3: {file}:1: test 1 is no Python")
+        and "no JSON" in lines[1]
+        and "either tests or cases" in lines[2]
+    )
     assert "colour" in lines[3]
 
 

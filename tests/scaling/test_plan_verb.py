@@ -61,6 +61,13 @@ def test_a_hugging_face_folder_and_a_gpu_of_the_users(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1.54B parameters" in result.output and "GiB of 48" in result.output
     assert load_config(out).model.hf == str(folder)
+    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    result = ra3("--model", str(folder), "--gpus", "8", "--sequence", str(longest + 1))
+    said = f"ra3: --sequence={longest + 1}: --model {folder} reads at most {longest} tokens\n"
+    assert (result.exit_code, result.stderr) == (2, said)
+    for place in (tmp_path, out / "below"):
+        result = ra3("--model", str(folder), "--gpus", "8", "--sequence", "4096", "--out", str(place))
+        assert result.exit_code == 2 and result.stderr.startswith(f"ra3: --out={place}: cannot be written (")
 
 
 def test_published_measurements_beside_predictions() -> None:

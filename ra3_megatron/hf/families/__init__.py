@@ -29,6 +29,8 @@ def family_of(config: ConfigJson) -> Family:
     for family in FAMILIES:
         if named == [family.architecture] or (not named and config.values.get("model_type") == family.model_type):
             return family
+    if not isinstance(named, list):
+        raise UserError(f"{config.path}: architectures={named}: must be a list with one name")
     known = ", ".join(family.architecture for family in FAMILIES)
     found = ", ".join(map(str, named)) if named else f"model_type {config.values.get('model_type')}"
     raise UserError(f"{config.path}: architecture {found} is not supported: supported are {known}")

@@ -94,7 +94,7 @@ def jsonl_problems(path: str, limit: int | None, held_out: int) -> tuple[list[Pr
             errors.append(f"{path}:{number}: no JSON ({error.msg} at character {error.pos})")
             continue
         except ValidationError as error:
-            errors += [f"{path}:{number}: {_where(each['loc'])}{each['msg']}" for each in error.errors()]
+            errors += [f"{path}:{number}: {_where(each['loc'])}{_what(each['msg'])}" for each in error.errors()]
             continue
         except (
             UserError,
@@ -120,6 +120,10 @@ def jsonl_problems(path: str, limit: int | None, held_out: int) -> tuple[list[Pr
     if not train:
         raise UserError(f"rlvr.problems.path={path}: every problem is held out: none is left to train on")
     return [row.problem() for row in train][:limit], [row.problem() for row in valid]
+
+
+def _what(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 def _where(place: tuple[int | str, ...]) -> str:
