@@ -17,6 +17,7 @@ from pygments.lexers import PythonLexer, YamlLexer  # type: ignore[import-untype
 from pygments.token import STANDARD_TYPES  # type: ignore[import-untyped]
 
 from ra3_megatron.report.benchmarks import benchmark_section
+from ra3_megatron.report.headline import headline
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import count, duration, number, percent
 from ra3_megatron.report.pages import render_page, write_picture
@@ -74,10 +75,12 @@ def _render(
 ) -> str:
     manifest = read_json(folder.manifest) if folder.manifest.exists() else None
     versions = read_json(folder.versions) if folder.versions.exists() else None
+    config = folder.config.read_text(encoding="utf-8")
     drawn = {picture["name"] for picture in pictures}
     return render_page(
         "report.html",
         name=folder.path.resolve().name,
+        headline=headline(config, versions),
         summary=summary,
         state=_state(records, summary),
         arm_names=[] if summary is None else list(summary.arms),
@@ -88,7 +91,7 @@ def _render(
         benchmarks=benchmark_section(records, folder.figures),
         times=time_table(records),
         snippets=[] if summary is None else [highlight_python(text) for text in summary.snippets],
-        config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
+        config=highlight_yaml(config),
         manifest=None if manifest is None else rows_of(manifest),
         versions=None if versions is None else rows_of(versions),
         precision=read_json(folder.precision) if folder.precision.exists() else None,

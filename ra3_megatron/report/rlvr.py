@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ra3_megatron.report.benchmarks import benchmark_section
 from ra3_megatron.report.build import code_style, highlight_python, highlight_yaml, rows_of
+from ra3_megatron.report.headline import headline
 from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import number, percent
 from ra3_megatron.report.pages import render_page, write_picture
@@ -83,9 +84,11 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         uri = write_picture(folder.figures / f"{name}.png", figure)
         pictures.append({"name": name, "caption": caption, "uri": uri})
     versions = read_json(folder.versions) if folder.versions.exists() else None
+    config = folder.config.read_text(encoding="utf-8")
     page = render_page(
         "rlvr.html",
         name=folder.path.resolve().name,
+        headline=headline(config, versions),
         evaluations=evaluation_table(records),
         monitors=[record for record in records if "monitor" in record],
         pictures=pictures,
@@ -93,7 +96,7 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         times=time_table(records),
         samples=_samples(folder),
         problems=rows_of(read_json(folder.problems)),
-        config=highlight_yaml(folder.config.read_text(encoding="utf-8")),
+        config=highlight_yaml(config),
         versions=None if versions is None else rows_of(versions),
         precision=read_json(folder.precision) if folder.precision.exists() else None,
         code_style=Markup(code_style()),
