@@ -62,6 +62,8 @@ def run(
     if dry_run:
         _print_plan(study, cells, wanted, console)
         return 0
+    if not to_slurm and (lines := list(missing_starts(study.path, wanted, configs))):  # a job before may write them
+        raise UserError("\n".join(lines))
     with disk_full(study.folder):
         if to_slurm:
             return _to_slurm(study, cells, configs, console)
@@ -101,7 +103,6 @@ def _checked(study: StudyConfig) -> tuple[list[Cell], dict[str, RunConfig]]:
         else:
             open_steps.add(cell.name)
     lines = list(conflicts(study.path, cells, configs, frozenset(open_steps)))
-    lines += missing_starts(study.path, cells, configs)
     if lines:
         raise UserError("\n".join(lines))
     return cells, configs

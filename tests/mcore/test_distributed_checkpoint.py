@@ -263,7 +263,9 @@ def test_folders_that_are_no_complete_checkpoint_are_refused(runtime: Runtime, t
     partial = (tmp_path / "good").rename(tmp_path / "half.partial")
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder in (partial, empty, tmp_path / "missing"):
+    with pytest.raises(UserError, match="missing: no such folder"):
+        checkpoint.read_record(tmp_path / "missing")
+    for folder in (partial, empty):
         with pytest.raises(UserError, match=rf"{folder.name}: is no complete checkpoint"):
             checkpoint.load(folder, model, runtime)
     (empty / checkpoint.RECORD).write_text("{")
@@ -486,7 +488,7 @@ def test_killed_while_saving(runtime: Runtime, tmp_path: Path, when: str) -> Non
     assert checkpoint.load(tmp_path / "step-1", trainer.model, runtime, trainer)["step"] == 1
     assert_identical(weights(trainer.model, runtime), after_one_step)
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.load(tmp_path / f"{name}.partial", trainer.model, runtime, trainer)
+        checkpoint.load(tmp_path / unfinished, trainer.model, runtime, trainer)
     checkpoint.save(tmp_path / name, trainer.model, runtime, {"step": 3}, trainer)
     assert checkpoint.load(tmp_path / name, trainer.model, runtime, trainer)["step"] == 3
     assert sorted(os.listdir(tmp_path)) == sorted({"step-1", name})

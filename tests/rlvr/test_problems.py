@@ -356,7 +356,7 @@ def test_long_outputs_that_are_expected_are_no_flood(bubblewrap: Isolation) -> N
     ("change", "said"),
     [
         ({"stop": [""]}, "bad.jsonl:1: stop.0: String should have at least 1 character"),
-        ({"tests": ["return 1"]}, "bad.jsonl:1: Value error, test 1 is no Python"),
+        ({"tests": ["return 1"]}, "bad.jsonl:1: test 1 is no Python"),
         (
             {"tests": [], "cases": [{"input": "", "output": ""}], "checker": "x = 1"},
             "bad.jsonl:1: .*defines no function check",

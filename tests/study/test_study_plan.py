@@ -103,7 +103,7 @@ def test_a_base_beside_a_hugging_face_model_is_refused(tmp_path: Path, monkeypat
     from ra3_megatron.hf import families
 
     monkeypatch.setattr(families, "read_folder", lambda folder: (None, {}, 64))
-    study = study_of(tmp_path, base={}, settings={"model.hf": "hf", "model.context_length": 64})
+    study = study_of(tmp_path, base={}, settings={"model.hf": "hf", "model.context_length": 64, "tokenizer.kind": "hf"})
     with pytest.raises(UserError, match=r"base: does not go with model\.hf=hf"):
         resolve(study, cells_of(study))
 
