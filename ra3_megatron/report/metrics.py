@@ -35,6 +35,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.run_folder import RunFolder, read_json_lines, write_text
 
 if TYPE_CHECKING:
@@ -192,10 +193,15 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, in order, without a torn last one; empty when nothing was logged yet.
 
     Raises:
-        UserError: a line before the last one is damaged.
+        UserError: a line before the last one is damaged, or a line is no record of a run.
     """
     path = RunFolder(Path(run_dir)).metrics
-    return list(read_json_lines(path)) if path.exists() else []
+    records = list(read_json_lines(path)) if path.exists() else []
+    for number, record in enumerate(records, start=1):
+        missing = [name for name in ("phase", "iteration", "step", "global_step") if name not in record]
+        if missing:
+            raise UserError(f"{path}, line {number}: has no {missing[0]!r}: no line of a run's metrics")
+    return records
 
 
 def _plain(name: str, value: object) -> Value:

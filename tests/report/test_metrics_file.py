@@ -171,3 +171,9 @@ def test_tensorboard_is_written_step_by_step(tmp_path: Path) -> None:
 def test_without_tensorboard_there_are_no_events(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_line_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: has no 'phase': no line of a run's metrics"):
+        read_metrics(tmp_path)
