@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -211,6 +212,15 @@ class RunConfig(Section):
         name, section = ("rlvr", self.rlvr) if self.method == "rlvr" else ("estep", self.estep)
         if self.method != "ntp" and section.importance_cap is None:
             yield f"{key} samples with another policy than the trainer's: set {name}.importance_cap (2, say)"
+
+    @property
+    def starts(self) -> dict[str, Path]:
+        """Checkpoints that a run begins with, by the keys that name them."""
+        if self.method == "rlvr":
+            named = {"rlvr.checkpoint": self.rlvr.checkpoint}
+        else:
+            named = {"warm_start.checkpoint": self.warm_start.checkpoint, "estep.policy": self.estep.policy}
+        return {key: Path(value) for key, value in named.items() if value is not None}
 
     def layout_advice(self, world_size: int) -> str:
         """The nearest layouts of `world_size` processes that would fit, as the end of an error line; "" for none."""

@@ -4,7 +4,6 @@ A child is told to end (SIGTERM) when its parent is gone, even by SIGKILL, and h
 ended. So whoever gets the lock is alone in the folder. Linux.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -12,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -19,11 +19,10 @@ import psutil
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.text.files import lock_file
+from ra3_megatron.text.lifetime import end_with
 
 LOCK = ".study.lock"
 """Locked file in the folder of a cell, or of a study."""
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
 """Variables by which torchrun or srun say that they started this process; a cell starts its own processes."""
 
@@ -41,13 +40,6 @@ class Child:
     """One running command; its output goes to a log, behind what is there."""
 
     def __init__(self, command: Sequence[str], log: Path, held: IO[bytes], threads: int) -> None:
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it ended in between
-                os._exit(1)
-
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
         self._started = time.monotonic()
         try:
@@ -60,7 +52,7 @@ class Child:
                     env={**environment, "OMP_NUM_THREADS": str(threads)},
                     pass_fds=(held.fileno(),),
                     start_new_session=True,
-                    preexec_fn=end_with_parent,
+                    preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),
                 )
         except OSError as error:
             raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error

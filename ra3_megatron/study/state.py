@@ -81,18 +81,9 @@ def missing_starts(study: Path, cells: Sequence[Cell], configs: Mapping[str, Run
     for cell in cells:
         if stage(cell.folder(study)) == "done":
             continue
-        config = configs[cell.name]
-        named = (
-            {"rlvr.checkpoint": config.rlvr.checkpoint}
-            if config.method == "rlvr"
-            else {
-                "warm_start.checkpoint": config.warm_start.checkpoint,
-                "estep.policy": config.estep.policy,
-            }
-        )
-        for key, value in named.items():
-            if value is not None and inside not in Path(value).resolve().parents and not Path(value).is_dir():
-                yield f"cell {cell.name}: {key}={value}: no such folder"
+        for key, path in configs[cell.name].starts.items():
+            if inside not in path.resolve().parents and not path.is_dir():
+                yield f"cell {cell.name}: {key}={path}: no such folder"
 
 
 def prepare(folder: Path, config: RunConfig) -> Path:

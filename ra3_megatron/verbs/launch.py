@@ -97,15 +97,14 @@ def launch(
 
 def _check_inputs(config: RunConfig) -> None:
     """Refuse files and folders that are not there, which nodes would find out hours later, when the job starts."""
+    named = config.starts
     if config.method != "rlvr":
         check_sources(config.corpus)
-        named = {"warm_start.checkpoint": config.warm_start.checkpoint, "estep.policy": config.estep.policy}
-    else:
-        problems = config.rlvr.problems
-        named = {"rlvr.checkpoint": config.rlvr.checkpoint, "rlvr.problems.path": problems.path}
-    for key, value in named.items():
-        if value is not None and not Path(value).exists():
-            raise UserError(f"{key}={value}: no such file or folder")
+    elif config.rlvr.problems.path is not None:
+        named["rlvr.problems.path"] = Path(config.rlvr.problems.path)
+    for key, path in named.items():
+        if not path.exists():
+            raise UserError(f"{key}={path}: no such file or folder")
 
 
 def expectation(config: RunConfig, gpu: Gpu) -> Expected:

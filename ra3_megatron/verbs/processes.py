@@ -5,7 +5,6 @@ is written to a file and raised again by the process that started them, so that 
 that process.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from ra3_megatron.config.errors import HUNG, STOPPED, UNAVAILABLE, StoppedBySign
 from ra3_megatron.config.load import dump_config, load_config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.report.run_folder import write_text
+from ra3_megatron.text.lifetime import end_with
 
 if TYPE_CHECKING:
     from ra3_megatron.mcore.startup import Runtime
@@ -36,7 +36,6 @@ SAID: dict[str, tuple[type[Exception], int]] = {
 
 _STARTER = "starter"
 """File with the number of the process that started the others."""
-_PR_SET_PDEATHSIG = 1
 
 
 def runs_here(config: RunConfig) -> bool:
@@ -94,7 +93,7 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
 def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     """Call `function(config, arguments)` in one of the processes of `start_processes`; returns the exit code."""
     file, errors, *arguments = sys.argv[1:]
-    _end_with(int((Path(errors) / _STARTER).read_text()))
+    end_with(int((Path(errors) / _STARTER).read_text()))
     try:
         function(load_config(Path(file), [], resolved=True), arguments)
     except tuple(kind for kind, _ in SAID.values()) as said:
@@ -104,13 +103,6 @@ def in_process(function: Callable[[RunConfig, list[str]], None]) -> int:
     except KeyboardInterrupt:  # the process that started this one says it
         return 130
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process when the one that started it is gone, even by SIGKILL. Linux."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between
-        sys.exit("the process that started this one is gone")
 
 
 @contextmanager

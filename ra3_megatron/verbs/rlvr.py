@@ -66,8 +66,8 @@ def _run(config: RunConfig, resume: bool, runtime: "Runtime") -> None:
     check_profile(config.profile, runtime)
     suites = load_suites(config, runtime)
     on_main(runtime, lambda: check_folder(config, resume))
-    if config.rlvr.checkpoint is not None:
-        require_checkpoint(Path(config.rlvr.checkpoint), "rlvr.checkpoint")
+    for key, checkpoint in config.starts.items():
+        require_checkpoint(checkpoint, key)
     problems = load_problems(config)
     on_main(runtime, lambda: _check_problems(config, folder, problems))
     with run_folder(config, folder, resume, runtime):

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,8 +125,6 @@ def only_writer(folder: Path, key: str) -> Iterator[None]:
 def write_out(path: Path, text: str, key: str) -> None:
     """Write a file that the user asked for; key: the option that named it. Raises UserError when that cannot be."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from error

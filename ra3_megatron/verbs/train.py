@@ -109,10 +109,8 @@ def _check_starts(config: RunConfig, folder: RunFolder) -> None:
     from ra3_megatron.training.identity import require_checkpoint
 
     if not folder.manifest.is_file():
-        named = {"warm_start.checkpoint": config.warm_start.checkpoint, "estep.policy": config.estep.policy}
-        for key, value in named.items():
-            if value is not None:
-                require_checkpoint(Path(value), key)
+        for key, checkpoint in config.starts.items():
+            require_checkpoint(checkpoint, key)
 
 
 def _open_corpus(config: RunConfig, folder: RunFolder, runtime: Any, progress: Any) -> Any:

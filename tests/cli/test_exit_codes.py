@@ -30,7 +30,7 @@ def test_what_a_process_says_is_left_in_a_file(
     monkeypatch.setenv("RANK", "3")
     (tmp_path / processes._STARTER).write_text("7")
     parents: list[int] = []
-    monkeypatch.setattr(processes, "_end_with", parents.append)
+    monkeypatch.setattr(processes, "end_with", parents.append)
 
     def fail(config: RunConfig, arguments: list[str]) -> None:
         assert arguments == ["more"]

@@ -44,7 +44,7 @@ def start():
     raise typer.Exit(start_processes(config, "work", sys.argv[1]))
 
 @app.command()
-def another():  # a command of commands
+def another():  # one command alone would make no group
     pass
 
 app(["start"])

@@ -9,7 +9,6 @@ fails leaves it without weights. An error that is not a refusal ends it.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import pickle
@@ -46,6 +45,7 @@ from ra3_megatron.rollout.vllm.messages import (
     WeightSource,
 )
 from ra3_megatron.rollout.vllm.wire import limit, tune
+from ra3_megatron.text.lifetime import end_with
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,6 @@ LEAST_MEMORY = 0.01
 
 HANDSHAKE_SECONDS = 5.0
 """Whoever connects must have proved by then that it knows the key."""
-
-PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):
@@ -261,13 +259,6 @@ def _answer(server: EngineServer, call: Call) -> Reply:
 def one_line(error: Exception) -> str:
     """An error's kind and message in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel end this process when the process `parent`, which started it, ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the process that started this server is gone")
 
 
 def main() -> int:
