@@ -51,7 +51,7 @@ def one_case(name: str, folder: Path, limits: Limits) -> tuple[int, list[str], f
         changed = {**real, "packages": {**real["packages"], "numpy": "1.0"}}
         amiss = patch.object(versions, "collect_versions", lambda: changed)
     if rank == 1 and name == "clock":
-        amiss = patch.object(clock, "now", lambda: time.time() - 60)
+        amiss = patch.object(clock, "now", lambda: time.time() - 60.05)
     if rank == 1 and name == "defect":
         amiss = patch.object(clock, "answer", side_effect=LookupError("no clock"))
     if name == "wrong":  # the machine of the tests may be wrong itself
