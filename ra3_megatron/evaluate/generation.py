@@ -85,8 +85,8 @@ class Writer:
             if (task_id, number) not in have
         ]
 
-        def ended(place: int, sampled: list[int]) -> int | None:
-            return self.cutter.ended(wanted[place][2], sampled)
+        def ended(place: int, sampled: list[int], seen: int) -> int | None:
+            return self.cutter.ended(wanted[place][2], sampled, seen)
 
         requests = (self._request(*each) for each in wanted)
         for place, completion in complete(self.engine, requests, self.settings.batch_size, ended):

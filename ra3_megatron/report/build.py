@@ -131,10 +131,10 @@ def _monitors(records: list[dict[str, Any]], summary: Summary | None) -> list[Mo
     ]
 
 
-def highlight_python(text: str) -> Markup:
-    """Highlighted Python whose thoughts are marked."""
+def highlight_python(text: str, thoughts: bool = True) -> Markup:
+    """Highlighted Python; `thoughts`: comments are thoughts, and marked."""
     text = text.strip("\n")
-    borders = [border for span in thought_spans(text) for border in span]
+    borders = [border for span in thought_spans(text) for border in span] if thoughts else []
     tokens = [_Token(start, kind, value) for start, kind, value in PythonLexer().get_tokens_unprocessed(text)]
     parts: list[Markup] = []
     for index, (start, end) in enumerate(pairwise([0, *borders, len(text)])):

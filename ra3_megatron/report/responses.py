@@ -28,6 +28,8 @@ class ResponseRecord:
     """Tests."""
     detail: str
     """What went wrong."""
+    code_prompt: bool = False
+    """The prompt is Python that the response goes on with."""
 
 
 def write_responses(run_dir: Path, name: str, records: Iterable[ResponseRecord]) -> Path:

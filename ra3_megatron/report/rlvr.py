@@ -167,9 +167,15 @@ def _samples(folder: RunFolder) -> list[dict[str, Any]]:
             {
                 "step": responses[0].step if responses else 0,
                 "responses": [
-                    {"record": one, "prompt": highlight_python(one.prompt), "text": highlight_python(one.text)}
-                    for one in responses
+                    {"record": one, "prompt": _prompt(one), "text": highlight_python(one.text)} for one in responses
                 ],
             }
         )
     return shown
+
+
+def _prompt(record: ResponseRecord) -> Markup:
+    """Comments of a prompt are no thoughts, and a question is no Python."""
+    if record.code_prompt:
+        return highlight_python(record.prompt, thoughts=False)
+    return Markup.escape(record.prompt.strip("\n"))

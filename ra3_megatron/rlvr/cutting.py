@@ -38,6 +38,6 @@ class Cuts:
         """What a response to a problem, by its index, comes to."""
         return self._cutters[problem].cut(self._problems[problem].prompt, ids)
 
-    def ended(self, problem: int, ids: Sequence[int]) -> int | None:
-        """How many of these tokens are the response, when it has met a stop; None: it goes on."""
-        return self._cutters[problem].ended(self._problems[problem].prompt, ids)
+    def ended(self, problem: int, ids: Sequence[int], seen: int = 0) -> int | None:
+        """How many of these tokens are the response, when a stop is met behind the first `seen`; None: it goes on."""
+        return self._cutters[problem].ended(self._problems[problem].prompt, ids, seen)

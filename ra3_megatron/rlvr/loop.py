@@ -19,7 +19,7 @@ from ra3_megatron.rlvr.records import records_of
 from ra3_megatron.rlvr.rewards import Grader
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
-from ra3_megatron.rlvr.steps import RlvrSteps, thoughts
+from ra3_megatron.rlvr.steps import RlvrSteps
 from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.context import RunContext
 from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
@@ -129,7 +129,6 @@ class Rlvr:
             "solved_problems": float((rewards > 0).any(1).mean()),
             "response_tokens": float(np.mean([r.response_tokens for r in responses])),
             "cut_responses": float(np.mean([r.cut for r in responses])),
-            "thoughts_per_response": float(np.mean([thoughts(r, run) for r in responses])),
             **graded.metrics(),
         }
         run.rewind(HELD_OUT, 0, step - 1)

@@ -33,6 +33,7 @@ def records_of(
             passed=outcome.passed,
             total=outcome.total,
             detail=outcome.detail,
+            code_prompt=problems[response.problem].answer == "continues",
         )
         for response, reward, outcome in list(found)[::every][:SHOWN]
     ]

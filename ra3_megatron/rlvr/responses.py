@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ra3_megatron.rollout.protocol import Completion, Finish
-from ra3_megatron.text.latents import LatentFormat, drop_latents, marked_text
+from ra3_megatron.text.latents import marked_text
 from ra3_megatron.text.tokenizer import Tokenizer
 
 
@@ -54,10 +54,6 @@ class Response:
     def text(self, tokenizer: Tokenizer) -> str:
         """What was written, thoughts included; latent markers by their names."""
         return marked_text(self.ids[self.prompt_tokens :].tolist(), tokenizer)
-
-    def code(self, tokenizer: Tokenizer, latents: LatentFormat) -> str:
-        """What was written, without thoughts: what is executed."""
-        return drop_latents(self.text(tokenizer), latents)
 
 
 def response_of(problem: int, prompt: Sequence[int], completion: Completion) -> Response:

@@ -24,6 +24,8 @@ class Graded:
     programs: list[Program]
     executed: int
     """Programs that were executed: equal ones are once."""
+    thoughts: list[int]
+    """How many each holds."""
 
     @property
     def rewards(self) -> list[float]:
@@ -31,7 +33,7 @@ class Graded:
         return [float(outcome.verdict is Verdict.PASSED) for outcome in self.outcomes]
 
     def metrics(self) -> dict[str, float]:
-        """Share of each verdict, and of the tests that passed."""
+        """Share of each verdict, and of the tests that passed; thoughts."""
         number = max(len(self.outcomes), 1)
         verdicts = Counter(outcome.verdict for outcome in self.outcomes)
         shares = {f"verdict_{verdict.value}": verdicts[verdict] / number for verdict in Verdict}
@@ -40,6 +42,7 @@ class Graded:
             **shares,
             "tests_passed": float(np.mean(tests)) if tests else 0.0,
             "distinct_programs": self.executed / number,
+            "thoughts_per_response": sum(self.thoughts) / number,
         }
 
 
@@ -66,8 +69,8 @@ class Grader:
     def grade(self, responses: Sequence[Response]) -> Graded:
         """What becomes of each response; the same on every process. Raises Unavailable on all of them when the sandbox
         itself fails on one: that is nobody's reward."""
-        texts = [self._cuts.cut(r.problem, r.ids[r.prompt_tokens :].tolist()).text for r in responses]
-        programs = [self._problems[r.problem].program(text) for r, text in zip(responses, texts, strict=True)]
+        cuts = [self._cuts.cut(r.problem, r.ids[r.prompt_tokens :].tolist()) for r in responses]
+        programs = [self._problems[r.problem].program(cut.text) for r, cut in zip(responses, cuts, strict=True)]
         numbers: dict[Program, int] = {}
         which = [numbers.setdefault(program, len(numbers)) for program in programs]
         mine = list(numbers)[self._runtime.rank :: self._runtime.world_size]
@@ -93,4 +96,4 @@ class Grader:
             outcomes[rank :: self._runtime.world_size] = share
         found = [outcome for outcome in outcomes if outcome is not None]
         assert len(found) == len(numbers)
-        return Graded([found[place] for place in which], programs, len(numbers))
+        return Graded([found[place] for place in which], programs, len(numbers), [cut.thoughts for cut in cuts])

@@ -65,8 +65,8 @@ class Responder:
                 for number in range(group)
             ]
 
-        def ended(place: int, ids: Sequence[int]) -> int | None:
-            return self._cuts.ended(problems[place], ids)
+        def ended(place: int, ids: Sequence[int], seen: int) -> int | None:
+            return self._cuts.ended(problems[place], ids, seen)
 
         wait = self.sampling.generate(requests, background, ended if self._cuts.needed else None)
 

@@ -16,7 +16,6 @@ from ra3_megatron.rlvr.responses import Response
 from ra3_megatron.rlvr.rewards import Graded, Grader
 from ra3_megatron.rlvr.sampling import ResponseQueue
 from ra3_megatron.rollout.sampling import Sampling
-from ra3_megatron.text.vocabulary import THINK
 from ra3_megatron.training.agreement import require_agreement
 from ra3_megatron.training.context import RunContext
 
@@ -125,7 +124,6 @@ class RlvrSteps:
             "response_tokens": float(lengths.mean()),
             "longest_response_tokens": float(lengths.max()),
             "cut_responses": float(np.mean([r.cut for r in responses])),
-            "thoughts_per_response": float(np.mean([thoughts(r, self.run) for r in responses])),
             "sampled_tokens": float(lengths.sum()),
         }
 
@@ -141,11 +139,3 @@ class RlvrSteps:
 
     def describe_batch(self) -> Sequence[str]:
         return self.last
-
-
-def thoughts(response: Response, run: RunContext) -> int:
-    """Thoughts in a response: comment lines, or think blocks."""
-    text = response.text(run.tokenizer)
-    if run.latents.name != "comment":
-        return text.count(THINK)
-    return len(text.splitlines()) - len(response.code(run.tokenizer, run.latents).splitlines())

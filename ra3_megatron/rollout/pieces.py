@@ -12,9 +12,9 @@ from typing import Protocol
 from ra3_megatron.mcore import watchdog
 from ra3_megatron.rollout.protocol import Completion, Finish, GenerateRequest
 
-Until = Callable[[int, list[int]], int | None]
-"""Number of a request, and what was sampled for it so far -> how many of these tokens are the continuation, the one
-that completes a stop included; None: it goes on."""
+Until = Callable[[int, list[int], int], int | None]
+"""Number of a request, what was sampled for it so far, and how many of these tokens were there the last time -> how
+many are the continuation, the one that completes a stop included; None: it goes on."""
 
 
 class Generates(Protocol):
@@ -65,9 +65,10 @@ def complete(
         asked = [each.request if until is None else each.rest(engine.piece) for each in active]
         others = []
         for each, more in zip(active, engine.generate(asked), strict=True):
+            seen = len(each.ids)
             each.ids += more.ids
             each.log_probs += more.log_probs
-            kept = until(each.number, each.ids) if until is not None else None
+            kept = until(each.number, each.ids, seen) if until is not None else None
             if kept is not None:
                 ended = Completion(each.ids[:kept], each.log_probs[:kept], Finish.END, more.weight_version)
                 yield each.number, ended

@@ -137,8 +137,8 @@ def complete_groups(
     if until is not None:
         given = until
 
-        def ends(number: int, ids: list[int]) -> int | None:
-            return given(flat[order[number]][0], ids)
+        def ends(number: int, ids: list[int], seen: int) -> int | None:
+            return given(flat[order[number]][0], ids, seen)
 
     found: dict[int, Completion] = {}
     for number, completion in complete(engine, [flat[i][1] for i in order], batch_size, ends):

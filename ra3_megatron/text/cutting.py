@@ -8,9 +8,10 @@ read as Python by itself: a fence is none, and behind it a "#" line of a string 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from ra3_megatron.text.fences import Part, parts
@@ -33,8 +34,8 @@ class Cut:
     """Sampled tokens that start before the cut, those of thoughts included."""
     thought_tokens: int
     """Those of them that belong to thoughts."""
-    ended: int | None
-    """Sampled tokens up to the one that completes the stop; None: there is no stop."""
+    thoughts: int
+    """Thoughts that start before the cut."""
 
 
 @dataclass(frozen=True)
@@ -54,60 +55,71 @@ class Cutter:
 
     def cut(self, prompt: str, ids: Sequence[int]) -> Cut:
         """Cut a continuation of `prompt`."""
-        special = self.tokenizer.special if self.thoughts == "tokens" else {}
-        visible, marked = _without_marked(ids, special, self.ends)
-        table = self.tokenizer.token_bytes
-        starts, raw = [], b""
-        for place in visible:
-            starts.append(len(raw))
-            raw += table[ids[place]]
-        kept = self._kept_rows(prompt, raw)
+        visible, marked, starts, raw = self._bytes(ids)
+        kept, dropped = self._rows_of(prompt, raw)
         rest = b"".join(raw[start:end] for start, end in kept)
         found = [(place, stop) for stop in self.stops if (place := rest.find(stop.encode())) >= 0]
-        length, stop = min(found) if found else (len(rest), "")
+        length = min(found)[0] if found else len(rest)
         end = _original(kept, length) if found else len(raw)
         before_cut = [place for place, start in zip(visible, starts, strict=True) if start < end]
         last = 1 + max(before_cut, default=-1) if found else len(ids)
-        hidden = sum(start < end and not _in(kept, start) for start in starts)
-        thoughts = hidden + sum(place < last for place in marked)
-        ended = None
-        if found:
-            whole = _original(kept, length + len(stop.encode()) - 1)
-            ended = 1 + visible[bisect_right(starts, whole) - 1]
-        return Cut(rest[:length].decode("utf-8", "replace"), bool(found), last, thoughts, ended)
+        hidden = sum(start < end and _in(dropped, start) for start in starts)
+        shown = [thought for thought in marked if thought[0] < last]
+        return Cut(
+            text=rest[:length].decode("utf-8", "replace"),
+            stopped=bool(found),
+            tokens=last,
+            thought_tokens=hidden + sum(place < last for thought in shown for place in thought),
+            thoughts=len(shown) + sum(start < end for start, _ in dropped),
+        )
 
-    def ended(self, prompt: str, ids: Sequence[int]) -> int | None:
-        """`cut(prompt, ids).ended`, without reading Python where no stop can be."""
-        if self.thoughts == "comment":
-            raw = b"".join(self.tokenizer.token_bytes[token] for token in ids)
-            # a dropped line takes its "\n" along, so every line of a stop has one before it in the raw text, too
-            if not any(all(part in raw for part in parts) for parts in self._parts):
-                return None
-        return self.cut(prompt, ids).ended
+    def ended(self, prompt: str, ids: Sequence[int], seen: int = 0) -> int | None:
+        """How many of `ids` are the continuation, as a stop is met behind them; None: it goes on. `seen` of them were
+        looked at before.
+
+        The text is looked at behind each token that completes what may be a stop, whether later ones are there or not:
+        what is seen between may be read otherwise (a string that is open, and is not Python in the end), so the
+        answer would depend on how many tokens are sampled at once.
+        """
+        visible, _, starts, raw = self._bytes(ids)
+        ends = {end for part in self._last_lines for end in _ends_of(part, raw)}
+        looks = sorted({1 + visible[bisect_right(starts, end) - 1] for end in ends})
+        return next((look for look in looks if look > seen and self.cut(prompt, ids[:look]).stopped), None)
+
+    def _bytes(self, ids: Sequence[int]) -> tuple[list[int], list[list[int]], list[int], bytes]:
+        """Places of visible tokens, and of those of each marked thought; where each visible one starts in the bytes
+        that they are together; these."""
+        special = self.tokenizer.special if self.thoughts == "tokens" else {}
+        visible, marked = _without_marked(ids, special, self.ends)
+        table = self.tokenizer.token_bytes
+        parts = [table[ids[place]] for place in visible]
+        starts = list(accumulate((len(part) for part in parts), initial=0))[:-1]
+        return visible, marked, starts, b"".join(parts)
 
     @cached_property
-    def _parts(self) -> list[list[bytes]]:
-        """What stands in a text that meets a stop, line by line of it."""
-        lines = [stop.encode().split(b"\n") for stop in self.stops]
-        return [[first, *(b"\n" + line for line in others)] for first, *others in lines]
+    def _last_lines(self) -> set[bytes]:
+        """The last line of each stop, with the "\\n" before it, if any: a dropped line takes its own along, so that
+        stands in the raw text, too, where a stop is complete."""
+        return {b"\n" * ("\n" in stop) + stop.encode().rsplit(b"\n", 1)[-1] for stop in self.stops}
 
-    def _kept_rows(self, prompt: str, raw: bytes) -> list[tuple[int, int]]:
-        """Byte ranges of the lines that are no thoughts. A comment line that begins with a whole stop sequence, such as
-        "### Question", is none."""
+    def _rows_of(self, prompt: str, raw: bytes) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Byte ranges of the lines that are no thoughts, and of those that are. A comment line that begins with a whole
+        stop sequence, such as "### Question", is none."""
         if self.thoughts != "comment":
-            return [(0, len(raw))]
+            return [(0, len(raw))], []
         before = prompt if self.code_prompt else ""
         above = before.count("\n")
         first_whole = above + (bool(before) and not before.endswith("\n"))
-        dropped = {row for row in self._comments(before + raw.decode("utf-8", "replace")) if row >= first_whole}
+        comments = {row for row in self._comments(before + raw.decode("utf-8", "replace")) if row >= first_whole}
         kept: list[tuple[int, int]] = []
+        dropped: list[tuple[int, int]] = []
         start = 0
         ends = tuple(stop.encode() for stop in self.stops)
         for number, row in enumerate(_rows(raw), start=above):
-            if number not in dropped or row.lstrip(SPACE).startswith(ends):
-                kept.append((start, start + len(row)))
+            thought = number in comments and not row.lstrip(SPACE).startswith(ends)
+            (dropped if thought else kept).append((start, start + len(row)))
             start += len(row)
-        return kept
+        return kept, dropped
 
     def _comments(self, text: str) -> set[int]:
         """Indices of the lines that are comments. A "\\r" ends no line, as what is behind it is not there yet while the
@@ -126,16 +138,30 @@ def _rows(raw: bytes) -> list[bytes]:
     return rows if rows[-1] else rows[:-1]
 
 
-def _without_marked(ids: Sequence[int], special: dict[str, int], ends: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Places of visible tokens, and of those of thoughts between reserved markers; `<act>`, an end without a
+def _ends_of(part: bytes, raw: bytes) -> Iterator[int]:
+    """Places of the last byte of `part` wherever it stands."""
+    place = raw.find(part)
+    while place >= 0:
+        yield place + len(part) - 1
+        place = raw.find(part, place + 1)
+
+
+def _without_marked(
+    ids: Sequence[int], special: dict[str, int], ends: frozenset[int]
+) -> tuple[list[int], list[list[int]]]:
+    """Places of visible tokens, and of those of each thought between reserved markers; `<act>`, an end without a
     beginning, and what ends a completion are neither."""
     think, end, act = (special.get(name, -1) for name in (THINK, END_THINK, ACT))
-    visible, thoughts, inside = [], [], False
+    visible: list[int] = []
+    thoughts: list[list[int]] = []
+    inside = False
     for place, token in enumerate(ids):
-        inside = inside or token == think
         if inside:
-            thoughts.append(place)
+            thoughts[-1].append(place)
             inside = token != end
+        elif token == think:
+            thoughts.append([place])
+            inside = True
         elif token not in (act, end) and token not in ends:
             visible.append(place)
     return visible, thoughts

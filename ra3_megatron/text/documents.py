@@ -6,7 +6,6 @@ statement) are encoded by themselves, so a token boundary stands at every line b
 `code_text(compose(document, any thoughts))` is the document's text.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +16,6 @@ from ra3_megatron.text.formats import SPACE_BYTES, LatentFormat, Line, Written
 from ra3_megatron.text.segment import (
     WHITESPACE,
     comment_rows,
-    drop_comment_lines,
     drop_leading_blank_lines,
     segment,
     split_rows,
@@ -25,9 +23,6 @@ from ra3_megatron.text.segment import (
 )
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
-from ra3_megatron.text.vocabulary import ACT, END_THINK, THINK
-
-_MARKUP = re.compile(f"{re.escape(THINK)}.*?(?:{re.escape(END_THINK)}|$)|{re.escape(ACT)}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -157,11 +152,6 @@ def marked_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     names = {index: name.encode() for name, index in tokenizer.special.items()}
     table = tokenizer.token_bytes
     return b"".join(names.get(index, table[index]) for index in ids).decode("utf-8", "replace")
-
-
-def drop_latents(text: str, format: LatentFormat) -> str:
-    """Text that a model wrote freely, without its thoughts: comment lines, or think blocks (also an open one)."""
-    return drop_comment_lines(text) if format.name == "comment" else _MARKUP.sub("", text)
 
 
 def _parts(line: Line, thought: Sequence[int] | None, format: LatentFormat) -> list[Written]:

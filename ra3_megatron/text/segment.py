@@ -81,13 +81,8 @@ def strip_comment_lines(code: str) -> str:
     return drop_leading_blank_lines(_without(code, dropped)) if dropped else code
 
 
-def drop_comment_lines(text: str) -> str:
-    """The same for text that a model wrote: where it stops being Python, "#" lines go too; leading blank lines stay."""
-    return _without(text, written_comment_rows(text))
-
-
 def written_comment_rows(text: str) -> list[int]:
-    """Indices of the lines that `drop_comment_lines` drops."""
+    """Indices of the full-line comments of text that a model wrote: where it stops being Python, of all "#" lines."""
     rows = _analyse(text)
     rest = [r for r in range(rows.known, len(rows.texts)) if rows.texts[r].lstrip(WHITESPACE).startswith("#")]
     return sorted({*_comment_indices(rows), *rest})

@@ -37,7 +37,11 @@ def request(start: int, length: int, stop: frozenset[int] = frozenset()) -> Gene
 def test_places_of_ended_ones_are_taken_and_each_end_is_told() -> None:
     engine = Counting()
     asked = [request(10, 5), request(20, 9, frozenset({22})), request(30, 9), request(40, 4), request(50, 0)]
-    found = list(complete(engine, iter(asked), 2, lambda number, ids: 4 if number == 2 and 34 in ids else None))
+
+    def until(number: int, ids: list[int], seen: int) -> int | None:
+        return 4 if number == 2 and 34 in ids[seen:] else None
+
+    found = list(complete(engine, iter(asked), 2, until))
     assert [number for number, _ in found] == [1, 0, 2, 3, 4]
     by = dict(found)
     assert by[0] == Completion([11, 12, 13, 14, 15], [-11.0, -12.0, -13.0, -14.0, -15.0], Finish.LENGTH, 7)
@@ -53,7 +57,7 @@ def test_places_of_ended_ones_are_taken_and_each_end_is_told() -> None:
 
 
 def test_the_callers_end_counts_when_it_comes_first() -> None:
-    (only,) = complete(Counting(), [request(20, 3, frozenset({23}))], 1, lambda _, ids: 1)
+    (only,) = complete(Counting(), [request(20, 3, frozenset({23}))], 1, lambda *_: 1)
     assert only[1] == Completion([21], [-21.0], Finish.END, 7)
 
 

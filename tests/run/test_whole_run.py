@@ -175,14 +175,16 @@ def infused(finished: Path, ra3: Ra3, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_infused_code_is_the_corpus(finished: Path, infused: Path) -> None:
-    from ra3_megatron.text.segment import drop_comment_lines, strip_comment_lines
+    from ra3_megatron.text.segment import split_rows, strip_comment_lines, written_comment_rows
 
     sources = [json.loads(line) for line in (finished / "corpus/text/train.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (infused / "infused.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [source["name"] for source in sources]
     for line, text in zip(lines, sources, strict=True):
         assert line["code"] == strip_comment_lines(text["code"])
-        assert drop_comment_lines(line["infused"]) == line["code"]
+        thoughts = written_comment_rows(line["infused"])
+        rows = split_rows(line["infused"])
+        assert "".join(row for number, row in enumerate(rows) if number not in thoughts) == line["code"]
         assert ast.dump(ast.parse(line["infused"])) == ast.dump(ast.parse(text["code"]))
     assert any(line["infused"] != line["code"] for line in lines), "no thought at all: nothing was tested"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import pytest
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_thoughts_at_every_depth_go_and_other_signs_stay() -> None:
     assert (
         found.text == '    y = "# no"  # after code\n    z = """\n# inside\n"""\n    return y\n' and not found.stopped
     )
-    assert found.thought_tokens == len("    # first\n") + len("    # second\n")
+    assert found.thoughts == 2 and found.thought_tokens == len("    # first\n") + len("    # second\n")
 
 
 def test_the_prompts_own_comments_are_no_thoughts() -> None:
@@ -88,6 +90,7 @@ def test_a_fenced_program_is_read_by_itself(before: str) -> None:
     kept = (before + written).replace("# think\n", "").replace("text\n#.\n", "text\n")
     found = cut(before + written, "comment", (), "Print.\n", code=False, fenced=True)
     assert found.text == kept and program_in(found.text) == "print('''\\\n#.\n##''')\nx = 1\n"
+    assert found.thoughts == (before + written).count("# think") + before.count("#.")
     behind = len(before) + written.index("x = 1")
     assert (
         cut((before + written)[:behind], "comment", (), "Print.\n", code=False, fenced=True).text
@@ -100,17 +103,22 @@ def test_a_fenced_program_is_read_by_itself(before: str) -> None:
 def test_marked_thoughts() -> None:
     found = cut("¦    y = x\n« \nclass: think»    return y\n¶", thoughts="tokens")
     assert found.text == "    y = x\n    return y\n" and not found.stopped
-    assert found.thought_tokens == len("« \nclass: think»") and found.tokens == len(
-        "¦    y = x\n« \nclass: think»    return y\n¶"
+    assert (
+        found.thoughts == 1
+        and found.thought_tokens == len("« \nclass: think»")
+        and found.tokens == len("¦    y = x\n« \nclass: think»    return y\n¶")
     )
     assert cut("    y = x\n« never ends \ndef ", thoughts="tokens").text == "    y = x\n"
+    two = cut("«a«b»    x\n«open \ndef", thoughts="tokens")
+    assert (two.text, two.thoughts, two.thought_tokens) == ("    x\n", 2, len("«a«b»«open \ndef"))
     stray = cut("    y = x»\n", thoughts="tokens")
-    assert (stray.text, stray.thought_tokens) == ("    y = x\n", 0), "an end without a beginning says nothing"
+    assert (stray.text, stray.thoughts, stray.thought_tokens) == ("    y = x\n", 0, 0), "an end alone says nothing"
 
 
 def test_the_first_stop_ends_it_and_what_follows_is_not_counted() -> None:
     found = cut("    return 1\nif x:\n# thought\nclass A", thoughts="comment")
     assert (found.text, found.tokens, found.thought_tokens) == ("    return 1", len("    return 1"), 0)
+    assert found.thoughts == 0, "it stands behind the cut"
     assert cut("\nclass", thoughts="comment").tokens == 0
 
 
@@ -131,24 +139,34 @@ def test_half_a_character_at_the_end() -> None:
 
 
 def test_where_a_stop_is_complete() -> None:
-    found = cut("    return 1\n# a thought\ndef g", thoughts="comment")
-    assert found.ended == len("    return 1\n# a thought\ndef")
-    assert cut("    return 1\n", thoughts="comment").ended is None
-    marked = cut("    return 1«\nx»\nde«»f¶", thoughts="tokens")
-    assert marked.ended == len("    return 1«\nx»\nde«»f"), "thoughts between are among them"
+    def ended(text: str, thoughts: Thoughts) -> int | None:
+        return Cutter(Bytes(), HUMANEVAL, thoughts, True).ended(PROMPT, ids(text))  # type: ignore[arg-type]
+
+    assert ended("    return 1\n# a thought\ndef g", "comment") == len("    return 1\n# a thought\ndef")
+    assert ended("    return 1\n", "comment") is None
+    marked = "    return 1«\nx»\nde«»f¶"
+    assert ended(marked, "tokens") == len("    return 1«\nx»\nde«»f"), "thoughts between are among them"
 
 
-@given(
-    st.lists(st.sampled_from(["\n", "#", "a", "    ", '"""', "def", "if", "é", "\r", "##", "```"]), max_size=30),
-    st.data(),
-)
-def test_looking_for_the_end_alone_finds_the_same(parts: list[str], data: st.DataObject) -> None:
+WRITTEN = ["\n", "#", "a", "    ", '"""', "def", "if", "é", "\r", "##", "```"]
+
+
+@given(st.lists(st.sampled_from(WRITTEN), max_size=30), st.data())
+def test_where_it_ends_does_not_depend_on_how_often_it_is_looked_at(parts: list[str], data: st.DataObject) -> None:
     stops = data.draw(st.sampled_from([HUMANEVAL, ("\n\n\n", "a\n\ndef"), ("###",), ("é\n",), ()]))
     fenced = data.draw(st.booleans())
     cutter = Cutter(Bytes(), stops, "comment", not fenced, fenced)  # type: ignore[arg-type]
     sampled = ids("".join(parts))
-    whole = cutter.cut(PROMPT, sampled)
-    assert cutter.ended(PROMPT, sampled) == whole.ended
-    assert (whole.ended is not None) == whole.stopped
-    if whole.ended is not None:
-        assert cutter.cut(PROMPT, sampled[: whole.ended]).text == whole.text
+
+    def in_pieces(sizes: Iterable[int]) -> int | None:
+        seen = 0
+        for size in sizes:
+            found = cutter.ended(PROMPT, sampled[: seen + size], seen)
+            if found is not None or (seen := seen + size) >= len(sampled):
+                return found
+        return None
+
+    end = in_pieces([len(sampled)])
+    assert in_pieces(repeat(1)) == end and in_pieces(repeat(data.draw(st.integers(2, 40)))) == end
+    stopped = [cutter.cut(PROMPT, sampled[:length]).stopped for length in range(len(sampled) + 1)]
+    assert end == (stopped.index(True) if any(stopped) else None), "the first text that meets a stop"

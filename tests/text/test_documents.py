@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from samples import AWKWARD, functions, modules, snippets
 from trained import KINDS, NATURAL
 
 from ra3_megatron.config.data import TextConfig
+from ra3_megatron.text.cutting import Cutter, Thoughts
 from ra3_megatron.text.latents import (
     Document,
     LatentFormat,
@@ -19,7 +21,6 @@ from ra3_megatron.text.latents import (
     code_text,
     compose,
     cut,
-    drop_latents,
     encode_document,
     full_text,
     raw,
@@ -326,10 +327,15 @@ def test_cut_drops_the_observed_thoughts_of_lines_it_drops(tokenizer: Tokenizer)
 
 def test_latents_are_dropped_from_generated_text(all_tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = all_tokenizers["llama3"]
-    comment = build_format(CONFIGS["comment"], tokenizer)
-    assert drop_latents("\n    # add\n    return a + b  # sum\n# next\n", comment) == "\n    return a + b  # sum\n"
-    tokens = build_format(CONFIGS["tokens"], tokenizer)
-    assert drop_latents("<think>a\nb</think>x\n<act># y\n<think>open", tokens) == "x\n# y\n"
+    sampled = tokenizer.encode("\n    # add\n    return a + b  # sum\n# next\n")
+    assert without_thoughts(sampled, "comment", tokenizer) == "\n    return a + b  # sum\n"
+    think, end, act = (tokenizer.special[name] for name in ("<think>", "</think>", "<act>"))
+    a, x, y = (tokenizer.encode(text) for text in ("a\nb", "x\n", "# y\n"))
+    assert without_thoughts([think, *a, end, *x, act, *y, think, *a], "tokens", tokenizer) == "x\n# y\n"
+
+
+def without_thoughts(ids: Sequence[int], thoughts: Thoughts, tokenizer: Tokenizer) -> str:
+    return Cutter(tokenizer, (), thoughts, code_prompt=False).cut("", ids).text
 
 
 @pytest.mark.parametrize("name", ["comment", "tokens"])
@@ -341,6 +347,8 @@ def test_dropping_latents_gives_the_code_back(name: str, tokenizer: Tokenizer) -
         thoughts = {}
         for row, (line, action) in enumerate(zip(document.lines, segment(code, "line"), strict=True)):
             thoughts[row] = format.thought("why", line, action[: len(action) - len(action.lstrip(SPACE))], tokenizer)
-        text = full_text(compose(document, thoughts, format, tokenizer), tokenizer)
-        assert text.count("why") == code.count("why") + len(thoughts)
-        assert drop_latents(text, format) == code
+        transcript = compose(document, thoughts, format, tokenizer)
+        assert full_text(transcript, tokenizer).count("why") == code.count("why") + len(thoughts)
+        cutter = Cutter(tokenizer, (), format.name, code_prompt=False, ends=frozenset({tokenizer.eos}))
+        cut = cutter.cut("", transcript.ids.tolist()[1:])
+        assert (cut.text, cut.thoughts) == (code, len(thoughts))

@@ -11,11 +11,11 @@ from samples import AWKWARD, modules, snippets
 from ra3_megatron.text.segment import (
     WHITESPACE,
     comment_rows,
-    drop_comment_lines,
     drop_leading_blank_lines,
     segment,
     split_rows,
     strip_comment_lines,
+    written_comment_rows,
 )
 
 Granularity = Literal["line", "statement"]
@@ -175,12 +175,12 @@ def test_only_real_full_line_comments_are_stripped() -> None:
 def test_text_that_stops_being_python_is_stripped_up_to_there() -> None:
     code = "# a\nx = 1\n  y = $\n# b\n"
     assert strip_comment_lines(code) == "x = 1\n  y = $\n# b\n"
-    assert drop_comment_lines(code) == "x = 1\n  y = $\n"
+    assert written_comment_rows(code) == [0, 3]
 
 
-def test_generated_text_keeps_its_leading_line_break_and_open_strings() -> None:
-    assert drop_comment_lines("\n    # go on\n    return (1,\n        # two\n") == "\n    return (1,\n"
-    assert drop_comment_lines('\n    x = """a\n# b\n') == '\n    x = """a\n# b\n'
+def test_comments_of_generated_text_are_not_those_of_an_open_string() -> None:
+    assert written_comment_rows("\n    # go on\n    return (1,\n        # two\n") == [1, 3]
+    assert written_comment_rows('\n    x = """a\n# b\n') == []
 
 
 @given(st.text(st.sampled_from("ab \t\n\r\x0b\x0c\x1c\x85\u2028")))
