@@ -128,6 +128,7 @@ install-sandbox: ## Add bubblewrap from Debian's packages: programs that a model
 		$$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends bubblewrap; }
 
 test: install ## Run the tests in TEST_WORKERS processes (3, as some tests wait; 0: in this one); ARGS=… goes to pytest
+	@$(BIN)/python -m compileall -q ra3_megatron # once: hundreds of processes start, and some machines let none keep it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder $(ARGS)
 
 test-parallel: install ## Test every parallel layout (make test runs a subset of them); ARGS=… goes to pytest
