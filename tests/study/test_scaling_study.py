@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.scaling.counts import token_flops
 from ra3_megatron.scaling.memory import GIB
@@ -67,6 +68,24 @@ def test_layouts_grow_with_the_processes() -> None:
     family = Family.parse("tensor,sequence=true,micro_batch=1")
     assert family.micro_batch == 1 and "sequence" not in (family.at(1) or {}) and (family.at(2) or {})["sequence"]
     assert layout_tag(family.at(2) or {}, 1) == "tp2.sequence.mb1" and layout_tag(family.at(1) or {}) == "single"
+
+
+@pytest.mark.parametrize("text", ["pipeline,virtual_pipeline=x", "pipeline,virtual_pipeline=0", "expert=[2]"])
+def test_sizes_of_a_layout_are_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="must be a number, at least 1"):
+        Family.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (["a=num_layers:1", "a=num_layers:2"], "--sizes a=num_layers:2: a is named twice"),
+        (["a=num_layers:1,num_layers:2"], "the same key stands twice"),
+    ],
+)
+def test_no_size_is_dropped(sizes: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        scaling_study(Path("config.yaml"), {"folder": "out", "processes": "1", "sizes": sizes}, [])
 
 
 def test_cells_from_options(small: Path) -> None:
