@@ -12,7 +12,7 @@ from ra3_megatron.report.held_out import DocumentFigures, LineFigures, lines_fil
 from ra3_megatron.report.run_folder import read_json
 from ra3_megatron.study.hopprog.groups import PRICE, Group, groups_of
 from ra3_megatron.study.hopprog.page import TRUTH
-from ra3_megatron.study.hopprog.verdicts import verdicts
+from ra3_megatron.study.hopprog.verdicts import _staircase, verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
@@ -166,6 +166,16 @@ def test_the_price_is_a_staircase_or_not() -> None:
     assert swept({0.0: FREE, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
     assert swept({0.0: FREE, 1.5: never}) == "not run"
     assert swept(stairs, base=never) == "undecided", "what a base without thoughts would save is not known"
+
+
+def test_hops_that_the_tasks_of_a_price_do_not_have_are_no_case() -> None:
+    """Of no boundary at all every share is 1, as if it had been thought at."""
+    free = boundaries(FREE)
+    lines = {kept: [line for line in free if line.truth.hops in kept] for kept in ((1, 2, 3), (2,))}
+    gains = {0: 0.0, 1: 2.0, 2: 4.0, 3: 6.0}
+    assert _staircase(gains, [(0.1, lines[1, 2, 3]), (9.0, lines[1, 2, 3])]) == 3 / 5
+    assert _staircase(gains, [(0.5, lines[2,])]) == 1.0 and _staircase(gains, [(9.0, lines[2,])]) == 0.0
+    assert _staircase({1: 2.0}, [(0.5, lines[2,])]) is None
 
 
 def test_the_comparison_with_ntp_is_of_lines_of_items(tmp_path: Path) -> None:

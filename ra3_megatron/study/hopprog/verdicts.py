@@ -121,11 +121,14 @@ def _prices(groups: Mapping[str, Group]) -> Verdict:
 
 def _staircase(gains: Mapping[int, float], sweep: Sequence[tuple[float, list[Line]]]) -> float | None:
     """Share of the clear-cut cases (price, hops) in which boundaries are thought at, or not, as the price says; None
-    where no case is clear-cut."""
+    where no case is clear-cut. Hops that the tasks of a price do not have are no case."""
     kept = []
     for price, lines in sweep:
         for hops, gain in gains.items():
-            rate = recall([line for line in lines if line.truth.hops == hops])
+            at = [line for line in lines if line.truth.boundary and line.truth.hops == hops]
+            if not at:
+                continue
+            rate = recall(at)
             if gain > 2 * price:
                 kept.append(rate > 0.8)
             elif gain < price / 2:
