@@ -87,7 +87,9 @@ def words(found: dict[str, Verdict]) -> dict[str, str]:
 
 
 def test_what_right_looks_like(tmp_path: Path) -> None:
-    found = words(judged(tmp_path))
+    verdicts_ = judged(tmp_path)
+    found = words(verdicts_)
+    assert verdicts_["P1 selectivity"].seen.endswith("; before lines outside of items 0.000 [0.000, 0.000]")
     assert (found["Gate"], found["P1"], found["Gain"], found["P4"]) == ("confirmed",) * 4
     assert (found["P2"], found["P3"], found["P5"], found["N1"], found["N2"]) == ("not run",) * 5
 

@@ -77,6 +77,8 @@ def _selectivity(ra3: Group | None) -> Verdict:
     ideal = ra3.over_seeds(lambda lines: measures.selectivity(lines).boundary_rate)
     assert f1 and inside and rate and ideal
     seen = f"F1 {f1.text()}, inside {inside.text()}, thinking rate {rate.text()} (ideal {ideal.mean:.3f})"
+    if ra3.outside_rate is not None:  # of which the other figures say nothing
+        seen += f"; before lines outside of items {ra3.outside_rate.text()}"
     return Verdict("P1 selectivity", claim, both(above(f1, SELECTIVE_F1), below(inside, 0.05)), seen)
 
 
