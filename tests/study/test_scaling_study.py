@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.report.numbers import ABSENT
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.scaling.counts import token_flops
 from ra3_megatron.scaling.memory import GIB
@@ -270,6 +271,19 @@ def test_the_measured_device_is_one_of_the_planner(small: Path) -> None:
     assert two.step.data > 0 == one.step.data
     busy = made(study, {"as_configured": [1.0]}, busy_cores=1.5)
     assert "A busy machine" in write_report(study, busy)[0].read_text()
+
+
+def test_no_mfu_of_another_peak_than_the_one_named(small: Path) -> None:
+    """The data sheet of an H100 has no peak in fp32: what the processes reached in products does not take its place."""
+    study = study_of(repeats=1, steps=1, processes="1", mode="strong", gpu="h100")
+    found = made(study, {"as_configured-single": [2.0]})
+    _, (table,) = write_report(study, found)
+    (row,) = table.rows
+    assert row[table.header.index("MFU")] == ABSENT and row[table.header.index("predicted s")] == ABSENT
+    kept = read_json(study.path / "scaling.json")
+    assert kept["rows"][0]["mfu"] == [None]
+    text = (study.path / "table.md").read_text()
+    assert "No prediction: precision fp32: the description of h100 has no fp32_tflops." in text and "MFU =" not in text
 
 
 def test_other_settings_are_refused(small: Path) -> None:
