@@ -83,6 +83,7 @@ WRONG = {
     "--model llama3.1-8b --gpus 8 --precision fp4": "--precision fp4: must be bf16 or fp8",
     "--model llama3.1-8b --gpus 8 --gpu a100 --precision fp8": "--precision fp8: a100 has no FP8",
     "--model llama3.1-70b --gpus 1": "--gpus 1: no layout of llama3.1-70b fits",
+    "--model llama3.1-8b --gpus 8 --think-rate 0.2 --tokens inf": "--tokens inf: must be a finite number",
     "--model llama3.1-8b --gpus 8 --layout tensr=2": "--layout tensr=2: tensr is no key of a layout",
     "--model llama3.1-8b --gpus 8 --layout tensor=3": "--gpus 8 is not a multiple of tensor * pipeline * context = 3",
     "--model llama3.1-8b --gpus 12 --layout tensor=3": "parallel.tensor=3 does not divide",
