@@ -109,6 +109,9 @@ def test_means_are_over_the_seeds_that_every_start_has(tmp_path: Path) -> None:
     table = transfer_table(runs)
     end = table.header.index("asymptote")
     assert {(row[1], row[end]) for row in table.rows} == {("2", "25.0%")}
+    assert "Means over the seeds that every start has" in table.note
+    apart = [run for run in runs if (run.cell.arm == "ntp") == (run.cell.seed == 2)]
+    assert "they do not compare" in transfer_table(apart).note and "they do not compare" in draw(apart)[0].caption
     for picture in draw(runs):
         assert all(len(line.get_xdata()) for axes in picture.figure.axes for line in axes.lines)
     first = draw(runs)[0].figure.axes[0]

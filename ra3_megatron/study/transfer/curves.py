@@ -104,10 +104,3 @@ def by_start(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         found.setdefault(run.cell.group, []).append(run)
     return found
-
-
-def with_shared_seeds(runs: Sequence[Run]) -> list[Run]:
-    """The runs of those seeds that every start has, so that means compare; all runs if there is none."""
-    seeds = [{run.cell.seed for run in members} for members in by_start(runs).values()]
-    shared = set.intersection(*seeds) if seeds else set()
-    return [run for run in runs if run.cell.seed in shared] if shared else list(runs)

@@ -10,7 +10,8 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ra3_megatron.report.plots import FIGURE_WIDTH
 from ra3_megatron.study.figures import COLOURS, Picture
-from ra3_megatron.study.transfer.curves import Run, by_start, with_shared_seeds
+from ra3_megatron.study.results import seeds_of_means, with_shared_seeds
+from ra3_megatron.study.transfer.curves import Run, by_start
 
 AXES = {"steps": "updates", "tokens": "sampled tokens", "seconds": "seconds of training"}
 
@@ -34,8 +35,8 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     figure.axes[0].set_ylabel("held-out pass@1", fontsize=9)
     figure.axes[0].legend(fontsize=8, frameon=False)
     caption = (
-        "pass@1 on the held-out problems. Thick: mean over the seeds that every start has; thin: each seed. Grey "
-        "lines: 50% and 90%, whose first crossing the table times."
+        "pass@1 on the held-out problems. Thick: mean; thin: each seed. Grey lines: 50% and 90%, whose first "
+        f"crossing the table times. {seeds_of_means(runs, 'start')}."
     )
     return [Picture("transfer", caption, figure), *_signal(runs)]
 

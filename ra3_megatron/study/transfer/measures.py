@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
 from ra3_megatron.study.intervals import t_interval
+from ra3_megatron.study.results import seeds_of_means, with_shared_seeds
 from ra3_megatron.study.tables import Table
-from ra3_megatron.study.transfer.curves import LEVELS, Curve, Run, by_start, with_shared_seeds
+from ra3_megatron.study.transfer.curves import LEVELS, Curve, Run, by_start
 
 Read = Callable[[Curve], float | None]
 
@@ -65,7 +66,7 @@ def transfer_table(runs: Sequence[Run]) -> Table:
         "RLVR from each start",
         ["start", "seeds", *(measure.title for measure in MEASURES)],
         rows,
-        "Means over the seeds that every start has. Rates are pass@1 on the held-out problems, sampled. Steps, sampled "
+        f"{seeds_of_means(runs, 'start')}. Rates are pass@1 on the held-out problems, sampled. Steps, sampled "
         "tokens and seconds of training to a rate: where the curve first reaches it, linear between evaluations (in "
         "brackets: in how many of the seeds it ever did; the mean is over those). Area: mean rate over the updates. "
         "Asymptote: mean of the last quarter. Groups with a signal: training groups whose rewards differed.",
