@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,10 @@ def plan(
     for option, value, allowed in (("precision", precision, "bf16 fp8"), ("gradients", gradients, "fp32 bf16")):
         if value not in allowed.split():
             raise UserError(f"--{option} {value}: must be {allowed.replace(' ', ' or ')}")
+    amounts = {"thought-length": thought_length, "lines": lines, "line-tokens": line_tokens, "tokens": tokens}
+    for option, amount in (amounts | {"rollouts-gib": rollouts_gib}).items():
+        if not math.isfinite(amount):
+            raise UserError(f"--{option} {amount}: must be a finite number")
     from ra3_megatron.verbs import plan as verb
 
     if calibration:

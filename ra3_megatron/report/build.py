@@ -22,7 +22,7 @@ from ra3_megatron.report.metrics import read_metrics
 from ra3_megatron.report.numbers import count, duration, number, percent
 from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.plots import draw_figures
-from ra3_megatron.report.run_folder import RunFolder, read_json, require_run, write_text
+from ra3_megatron.report.run_folder import RunFolder, read_config, read_object, require_run, write_text
 from ra3_megatron.report.snippets import thought_spans
 from ra3_megatron.report.summary import Monitor, Summary, read_summary
 from ra3_megatron.report.terminal import arm_rows
@@ -73,9 +73,9 @@ def _write_pictures(folder: RunFolder, figures: dict[str, Figure]) -> list[dict[
 def _render(
     folder: RunFolder, records: list[dict[str, Any]], summary: Summary | None, pictures: list[dict[str, str]]
 ) -> str:
-    manifest = read_json(folder.manifest) if folder.manifest.exists() else None
-    versions = read_json(folder.versions) if folder.versions.exists() else None
-    config = folder.config.read_text(encoding="utf-8")
+    manifest = read_object(folder.manifest)
+    versions = read_object(folder.versions)
+    config = read_config(folder)
     drawn = {picture["name"] for picture in pictures}
     return render_page(
         "report.html",
@@ -94,7 +94,7 @@ def _render(
         config=highlight_yaml(config),
         manifest=None if manifest is None else rows_of(manifest),
         versions=None if versions is None else rows_of(versions),
-        precision=read_json(folder.precision) if folder.precision.exists() else None,
+        precision=read_object(folder.precision),
         code_style=Markup(code_style()),
         number=number,
         count=count,

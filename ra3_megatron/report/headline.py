@@ -13,7 +13,7 @@ def headline(config: str, versions: dict[str, Any] | None) -> str:
     values = yaml.safe_load(config)
     if not isinstance(values, dict):
         return ""
-    model, layout = values.get("model") or {}, values.get("parallel") or {}
+    model, layout = (_mapping(values.get(section)) for section in ("model", "parallel"))
     parts = [f"method {values['method']}"] if "method" in values else []
     if model.get("hf"):
         parts.append(str(model["hf"]))
@@ -21,10 +21,18 @@ def headline(config: str, versions: dict[str, Any] | None) -> str:
         parts.append(f"{model['num_layers']} layers of {model['hidden_size']} channels")
     if "precision" in model:
         parts.append(str(model["precision"]))
-    parts += [", ".join(f"{name} {layout[name]}" for name in _SIZES if (layout.get(name) or 1) > 1)]
+    parts += [", ".join(f"{name} {layout[name]}" for name in _SIZES if _above_one(layout.get(name)))]
     if versions is not None:
         parts += [_machine(versions), _commit(versions)]
     return " · ".join(filter(None, parts))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _above_one(size: Any) -> bool:
+    return isinstance(size, int) and size > 1
 
 
 def _machine(versions: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from ra3_megatron.report.numbers import number, percent
 from ra3_megatron.report.pages import render_page, write_picture
 from ra3_megatron.report.plots import one_panel_each, series
 from ra3_megatron.report.responses import FOLDER, ResponseRecord, read_responses
-from ra3_megatron.report.run_folder import RunFolder, read_json, require_run, write_text
+from ra3_megatron.report.run_folder import RunFolder, read_config, read_json, read_object, require_run, write_text
 from ra3_megatron.report.timings import time_table
 
 FIGURES: dict[str, tuple[str, dict[tuple[str, str], str]]] = {
@@ -83,8 +83,8 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
             continue
         uri = write_picture(folder.figures / f"{name}.png", figure)
         pictures.append({"name": name, "caption": caption, "uri": uri})
-    versions = read_json(folder.versions) if folder.versions.exists() else None
-    config = folder.config.read_text(encoding="utf-8")
+    versions = read_object(folder.versions)
+    config = read_config(folder)
     page = render_page(
         "rlvr.html",
         name=folder.path.resolve().name,
@@ -98,7 +98,7 @@ def build_rlvr_report(run_dir: Path | str) -> Path:
         problems=rows_of(read_json(folder.problems)),
         config=highlight_yaml(config),
         versions=None if versions is None else rows_of(versions),
-        precision=read_json(folder.precision) if folder.precision.exists() else None,
+        precision=read_object(folder.precision),
         code_style=Markup(code_style()),
     )
     write_text(folder.report, page)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.yaml_io import parse
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,29 @@ def read_json(path: Path, remedy: str = "") -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}){remedy and f': {remedy}'}") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a run; None: there is no such file. UserError when it holds something else."""
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+def read_config(folder: RunFolder) -> str:
+    """The text of a run's `config.yaml`. Raises UserError when it cannot be read, or is no YAML with keys."""
+    try:
+        text = folder.config.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder.config}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder.config}: is not UTF-8 text") from error
+    if not isinstance(parse(text, str(folder.config)) or {}, dict):
+        raise UserError(f"{folder.config}:1: must be a mapping of keys")
+    return text
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -139,10 +139,10 @@ def sampling_seconds(
     products = size * gpu.bf16_tflops * 1e12 * rates.bf16_matmul
     forced = together * flops * thinking.document_tokens / products
     one = max(_decode_seconds(made, thinking, size, together, gpu, rates), together * flops / products)
-    if thoughts == 0:
-        return math.ceil(share / together) * forced / thinking.group
-    # the transcripts of a document share their first pass; the rounds read the document again, and some of it twice
-    each = forced * (1 / thinking.group + ROUNDS) + thoughts * thinking.thought_tokens * one
+    # the transcripts of a document share their first pass; the rounds of those that have a thought (thoughts being as
+    # likely before any line) read the document again, and some of it twice
+    again = ROUNDS * -math.expm1(-thoughts)
+    each = forced * (1 / thinking.group + again) + thoughts * thinking.thought_tokens * one
     return math.ceil(share / together) * each
 
 

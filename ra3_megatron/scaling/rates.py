@@ -39,3 +39,5 @@ class Rates:
 
 
 RATES = Rates()
+MAY_BE_ZERO = ("exposed", "hop_seconds", "launch_seconds")
+"""Rates that nothing is divided by."""

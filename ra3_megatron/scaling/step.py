@@ -295,18 +295,23 @@ def _between_stages(model: ModelConfig, parallel: ParallelConfig, work: Work, gp
 
 
 def _data(stage: Stage, one: _Pass, parallel: ParallelConfig, work: Work, gpu: Gpu, rates: Rates) -> float:
-    """Exposed seconds of reducing gradients and, with the distributed optimizer, gathering weights."""
+    """Exposed seconds of reducing gradients and, with the distributed optimizer, gathering weights.
+
+    Replicas of an expert are `expert_tensor` * `expert` ranks apart: fewer than those of all else, and where they are
+    on different nodes, a ring of them has fewer ports of each node.
+    """
     replicas = parallel.data * parallel.context
-    if replicas == 1:
-        return 0.0
-    expert_replicas = max(
-        1, replicas * parallel.tensor // ((parallel.expert_tensor or parallel.tensor) * parallel.expert)
-    )
-    rate = group_bandwidth(gpu, parallel.tensor, replicas, rates)
-    moved = stage.dense * (replicas - 1) / replicas + stage.sparse * (expert_replicas - 1) / expert_replicas
-    rings = math.ceil(stage.parameters / max(BUCKET, BUCKET_SHARE * replicas)) * replicas * rates.hop_seconds
-    reduce = work.gradient_bytes * moved / rate + rings
-    gather = work.element_bytes * moved / rate + rings
+    stride = (parallel.expert_tensor or parallel.tensor) * parallel.expert
+    per_byte = rings = 0.0
+    for parameters, first, size in (
+        (stage.dense, parallel.tensor, replicas),
+        (stage.sparse, stride, parallel.tensor * replicas // stride),
+    ):
+        if parameters and size > 1:
+            per_byte += parameters * (size - 1) / size / group_bandwidth(gpu, first, size, rates)
+            rings += math.ceil(parameters / max(BUCKET, BUCKET_SHARE * size)) * size * rates.hop_seconds
+    reduce = work.gradient_bytes * per_byte + rings
+    gather = work.element_bytes * per_byte + rings
     if not parallel.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0  # an all-reduce is both
     # the last micro-batch's backward pass hides the one, the first one's forward pass the other

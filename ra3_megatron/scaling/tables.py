@@ -15,9 +15,9 @@ from pydantic import Field, ValidationError, model_validator
 from ra3_megatron.config.base import Section
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
-from ra3_megatron.config.problems import problems
+from ra3_megatron.config.problems import path_problem, problems
 from ra3_megatron.config.yaml_io import parse
-from ra3_megatron.scaling.rates import CONTEXT_GIB, Rates
+from ra3_megatron.scaling.rates import CONTEXT_GIB, MAY_BE_ZERO, Rates
 
 
 class Gpu(Section):
@@ -53,6 +53,9 @@ class Gpu(Section):
         unknown = [name for name in self.rates if name not in known]
         if unknown:
             raise ValueError(f"rates.{unknown[0]}: is no rate; they are {', '.join(known)}")
+        for name, rate in self.rates.items():
+            if rate < 0 or (rate == 0 and name not in MAY_BE_ZERO):
+                raise ValueError(f"rates.{name}={rate:g}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
         return self
 
     def own(self, rates: Rates) -> Rates:
@@ -85,11 +88,15 @@ def gpu_named(name: str) -> Gpu:
     file = Path(name)
     if not file.is_file():
         raise UserError(f"--gpu {name}: neither a file nor one of {', '.join(known)}{_near(name, known)}")
-    values = parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--gpu {path_problem(name, error)}") from error
+    values = parse(text, name)
     if not isinstance(values, dict):
         raise UserError(f"--gpu {file}: holds no keys such as memory_gib")
     try:
-        return Gpu(**{"name": file.stem, **values})
+        return Gpu.model_validate({"name": file.stem, **values})
     except ValidationError as error:
         raise UserError("\n".join(f"--gpu {file}: {line}" for line in problems(error))) from error
 

@@ -29,7 +29,7 @@ def reference_of(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, str]:
     name = study.reference if study.reference is not None else ("ntp" if "ntp" in study.arms else None)
     if name is None:
         return {}
-    groups = {cell.group: cell for cell in cells if cell.arm != BASE}
+    groups = {cell.group: cell for cell in cells if study.base is None or cell.arm != BASE}
     if name not in study.arms and name not in groups:
         raise UserError(f"reference={name}: must be an arm ({', '.join(study.arms)}) or one of {', '.join(groups)}")
     candidates = [groups[name]] if name in groups else [cell for cell in groups.values() if cell.arm == name]

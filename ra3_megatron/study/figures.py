@@ -18,7 +18,7 @@ from ra3_megatron.report.plots import FIGURE_WIDTH
 from ra3_megatron.study.comparison import mean_of
 from ra3_megatron.study.intervals import t_interval
 from ra3_megatron.study.measures import MEASURES
-from ra3_megatron.study.results import Finished, by_group, with_shared_seeds
+from ra3_megatron.study.results import Finished, by_group, seeds_of_means, with_shared_seeds
 from ra3_megatron.study.settings import value_text
 from ra3_megatron.study.spec import ITERATION, PlotConfig, StudyConfig
 
@@ -62,7 +62,9 @@ def draw_figures(study: StudyConfig, done: Sequence[Finished]) -> list[Picture]:
         figure = _draw(plot, done)
         if figure is not None:
             again = sum(picture.name.startswith(f"against-{plot.x}") for picture in pictures)
-            pictures.append(Picture(f"against-{plot.x}{f'-{again + 1}' if again else ''}", _caption(plot), figure))
+            pictures.append(
+                Picture(f"against-{plot.x}{f'-{again + 1}' if again else ''}", _caption(plot, done), figure)
+            )
     return pictures
 
 
@@ -78,13 +80,13 @@ def _plots(study: StudyConfig, done: Sequence[Finished]) -> list[PlotConfig]:
     return plots
 
 
-def _caption(plot: PlotConfig) -> str:
+def _caption(plot: PlotConfig, done: Sequence[Finished]) -> str:
     against = {ITERATION: "EM iteration (0: the start)"}.get(plot.x)
     against = against or (MEASURES[plot.x].title if plot.x in MEASURES else plot.x)
     mark = " Ring: the best mean." if plot.optimum else ""
     return (
-        f"Held-out figures against {against}. Points: means over the seeds that every arm has; small dots: seeds; "
-        f"bars: 95% intervals over seeds, not paired, where there are three.{mark}"
+        f"Held-out figures against {against}. Points: means; small dots: seeds; bars: 95% intervals over seeds, not "
+        f"paired, where there are three. {seeds_of_means(done)}.{mark}"
     )
 
 

@@ -18,6 +18,8 @@ from ra3_megatron.study.settings import flatten, overrides, value_text
 from ra3_megatron.study.spec import BASE, PLACEHOLDER, SEED, StudyConfig
 
 CELLS = "cells"
+LONGEST = 255
+"""Characters of a folder's name; those of a cell's are ASCII."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Cell:
 def cells_of(study: StudyConfig) -> list[Cell]:
     """All cells, seed by seed, each behind those that it waits for.
 
-    Raises UserError when `after` or a placeholder fits no cell, or several.
+    Raises UserError when `after` or a placeholder fits no cell, or several, and for names that two cells or no folder
+    can have.
     """
     short = _short_keys({key for arm in study.arms for key in study.grid_of(arm)})
     cells: dict[tuple[str, int], list[Cell]] = {}
@@ -62,6 +65,11 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     twice = {cell.name for cell in found if sum(other.name == cell.name for other in found) > 1}
     if twice:
         raise UserError(f"grid: different values give cells of the same name: {', '.join(sorted(twice))}")
+    if longest := max((cell.name for cell in found if len(cell.name) > LONGEST), key=len, default=None):
+        raise UserError(
+            f"cell {longest}: its name has {len(longest)} characters, and that of a folder at most {LONGEST}: use "
+            "shorter names of arms, or arms with settings instead of a grid"
+        )
     return found
 
 

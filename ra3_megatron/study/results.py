@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ra3_megatron.report.held_out import DocumentFigures, lines_file, read_held_out
 from ra3_megatron.report.run_folder import write_text
@@ -101,11 +101,36 @@ def by_group(done: Sequence[Finished]) -> dict[str, list[Finished]]:
     return groups
 
 
-def with_shared_seeds(done: Sequence[Finished]) -> list[Finished]:
+class OfCell(Protocol):
+    """What a cell left."""
+
+    @property
+    def cell(self) -> Cell:
+        """The cell."""
+
+
+Done = TypeVar("Done", bound=OfCell)
+
+
+def shared_seeds(done: Sequence[OfCell]) -> set[int]:
+    """Seeds that every arm and grid point has."""
+    seeds: dict[str, set[int]] = {}
+    for one in done:
+        seeds.setdefault(one.cell.group, set()).add(one.cell.seed)
+    return set.intersection(*seeds.values()) if seeds else set()
+
+
+def with_shared_seeds(done: Sequence[Done]) -> list[Done]:
     """The cells of those seeds that every arm and grid point has, so that means compare; all cells if there is none."""
-    seeds = [{member.cell.seed for member in members} for members in by_group(done).values()]
-    shared = set.intersection(*seeds) if seeds else set()
-    return [cell for cell in done if cell.cell.seed in shared] if shared else list(done)
+    shared = shared_seeds(done)
+    return [one for one in done if one.cell.seed in shared] if shared else list(done)
+
+
+def seeds_of_means(done: Sequence[OfCell], arm: str = "arm") -> str:
+    """Over which seeds the means of these cells are, for a note; arm: what the groups are called."""
+    if shared_seeds(done):
+        return f"Means over the seeds that every {arm} has"
+    return f"Means over seeds that differ from {arm} to {arm}, as none is done of all: they do not compare"
 
 
 def _rows(cell: Cell, summary: Summary) -> list[Row]:

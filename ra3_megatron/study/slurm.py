@@ -29,9 +29,15 @@ def render_script(name: str, study_file: Path, folder: Path, configs: Mapping[st
     return environment.from_string(template).render(
         name=re.sub(r"[^A-Za-z0-9_.-]+", "-", name),
         processes=max(config.parallel.world_size for config in configs.values()),
-        log=str(folder / "slurm-%A_%a.txt"),
+        log=log_pattern(folder),
         study=shlex.quote(str(study_file)),
     )
+
+
+def log_pattern(folder: Path) -> str:
+    """Where the tasks of an array write, as a directive of a batch script reads it: `%` of the folder is none of
+    Slurm's, and quotes hold what a shell's would."""
+    return shlex.quote(str(folder).replace("%", "%%") + "/slurm-%A_%a.txt")
 
 
 def arrays(cells: Sequence[Cell]) -> list[list[int]]:

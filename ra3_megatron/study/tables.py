@@ -7,7 +7,7 @@ from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
 from ra3_megatron.study.comparison import Difference, MStepCheck, mean_of
 from ra3_megatron.study.intervals import LINE_MEASURES, Interval, side_of
 from ra3_megatron.study.measures import MEASURES
-from ra3_megatron.study.results import Finished, Row, by_group, with_shared_seeds
+from ra3_megatron.study.results import Finished, Row, by_group, seeds_of_means, with_shared_seeds
 
 COLUMNS = {
     "code_ce": "code CE",
@@ -71,7 +71,7 @@ def results_table(
         "Held-out figures",
         [header[n] for n in kept],
         [[row[n] for n in kept] for row in rows],
-        "Means over the seeds that every arm has, after the last EM iteration (start: before the first). "
+        f"{seeds_of_means(done)}, after the last EM iteration (start: before the first). "
         "Cross-entropies (CE) in nats per code token, given the thoughts in the context, and without any; accuracy: "
         "code tokens that greedy decoding would write; ELBO in nats per line; length in tokens; time with E-steps "
         "and infusion, of cells that may have shared the machine. Tokens, time and FLOPs are those "

@@ -43,7 +43,8 @@ class HopProg:
         self.symbols = tuple("0123456789"[: config.symbols])
         self.routines = routines(config.routine_lines)
         keys = KEYS[: config.symbols]
-        hops = range(config.min_hops, config.max_hops + 1)
+        plain = range(config.plain_drill_hops + 1) if config.plain_drill_share else ()
+        hops = sorted({*range(config.min_hops, config.max_hops + 1), *plain})
         self.words: Sequence[str] = (
             *(key + value for key in keys for value in (*self.symbols, *LABELS)),
             *(f'"{symbol}{"+" * n}"' for symbol in self.symbols for n in hops if config.inline),

@@ -37,6 +37,17 @@ def lines_of(documents: Iterable[DocumentFigures], task_named: Callable[[str], T
     return found
 
 
+def outside_rate(documents: Iterable[DocumentFigures], task_named: Callable[[str], Task]) -> float | None:
+    """Share of the lines outside of items (requests and the ending) with a thought; None without such lines."""
+    found = [
+        figures.thought is not None
+        for document in documents
+        for figures, true in zip(document.lines, task_named(document.document).truth, strict=False)
+        if true.item is None
+    ]
+    return sum(found) / len(found) if found else None
+
+
 def joined(actions: Sequence[LineFigures], lines: Sequence[str]) -> list[LineFigures] | None:
     """The figures of `lines` (of a document's code) from those of smaller primitive actions (`text.granularity=token`).
 
@@ -81,10 +92,11 @@ def _sum_of(parts: Sequence[LineFigures], text: str) -> LineFigures:
 
 @dataclass(frozen=True)
 class Selectivity:
-    """Where thoughts stand, against where items start."""
+    """Where thoughts before lines of items stand, against where items start. Thoughts before other lines are not in it:
+    see `outside_rate`."""
 
     precision: float
-    """Share of thoughts that stand at boundaries (1 without thoughts)."""
+    """Share of these thoughts that stand at boundaries (1 without any)."""
     recall: float
     """Share of boundaries with a thought."""
     f1: float

@@ -146,23 +146,22 @@ def parse_layout(text: str, model: ModelConfig, gpus: int) -> tuple[ParallelConf
             raise UserError(f"--layout {part}: {key} is no key of a layout; keys are {', '.join(known)}")
         given[key] = value
     micro_batch = given.pop("micro_batch", 1)
-    if not isinstance(micro_batch, int) or micro_batch < 1:
+    if type(micro_batch) is not int or micro_batch < 1:
         raise UserError(f"--layout micro_batch={micro_batch}: must be a number of rows, at least 1")
-    sizes = [given.get(name, 1) for name in ("tensor", "pipeline", "context")]
-    product = 1
-    for size in sizes:
-        product *= size if isinstance(size, int) and size > 0 else 1
+    named = ("tensor", "pipeline", "context", "virtual_pipeline")
+    tensor, pipeline, context, virtual = (_size(given.get(name, 1)) for name in named)
+    product = tensor * pipeline * context
     if "data" not in given:
         if gpus % product:
             raise UserError(
                 f"--gpus {gpus} is not a multiple of tensor * pipeline * context = {product} (--layout {text})"
             )
         given["data"] = gpus // product
-    replicated = gpus // product > 1 or sizes[2] != 1
+    replicated = gpus // product > 1 or context > 1
     switches = ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
-    defaults: dict[str, Any] = {"sequence": sizes[0] != 1, **dict.fromkeys(switches, replicated)}
-    ends, chunks = ("first_stage_layers", "last_stage_layers", "count_embedding", "count_output"), sizes[1]
-    chunks *= given.get("virtual_pipeline", 1)
+    defaults: dict[str, Any] = {"sequence": tensor > 1, **dict.fromkeys(switches, replicated)}
+    ends = ("first_stage_layers", "last_stage_layers", "count_embedding", "count_output")
+    chunks = pipeline * virtual
     if (
         chunks > 1
         and not given.keys() & set(ends)
@@ -179,6 +178,11 @@ def parse_layout(text: str, model: ModelConfig, gpus: int) -> tuple[ParallelConf
     if parallel.world_size != gpus:
         raise UserError(f"--layout {text}: is of {parallel.world_size} GPUs, not of --gpus {gpus}")
     return parallel, micro_batch
+
+
+def _size(value: Any) -> int:
+    """A size of a layout; 1 for what is none, which `ParallelConfig` refuses."""
+    return value if type(value) is int and value > 0 else 1
 
 
 def configuration(asked: Asked, made: Architecture, planned: Planned) -> str:

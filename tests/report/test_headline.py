@@ -17,6 +17,7 @@ CPU = {"processor": "Abacus", "cores": 2, "accelerators": [], "git": None}
     [
         ("", None, ""),
         ("method: ra3", None, "method ra3"),
+        ("{method: ra3, model: 5, parallel: {tensor: x}}", None, "method ra3"),
         (
             "{method: ra3, model: {num_layers: 2, hidden_size: 64, hf: null, precision: fp32}, parallel: {tensor: 1}}",
             CPU,

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_run import CONFIG, SNIPPET, TOKENS_SNIPPET
+from made_run import CONFIG, SNIPPET, TOKENS_SNIPPET, make_run
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.build import CAPTIONS, build_report
@@ -147,6 +147,23 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the folder of a run"):
         build_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", b"model: [1\n", "config.yaml:2: "),
+        ("config.yaml", b"\xff\xfe", "config.yaml: is not UTF-8 text"),
+        ("config.yaml", b"- ra3\n", "config.yaml:1: must be a mapping of keys"),
+        ("versions.json", b"[]", "versions.json: holds no JSON object"),
+        ("precision.json", b"5", "precision.json: holds no JSON object"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        build_report(tmp_path / "run")
 
 
 def test_iterations_follow_each_other(run: Path) -> None:

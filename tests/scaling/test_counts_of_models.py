@@ -1,5 +1,6 @@
 """Counts of the planner against models that are built: parameters, FLOPs, what a backward pass keeps."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ra3_megatron.mcore.model import build_model, language_model
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.scaling.counts import Layer, padded, stages, token_flops, total_parameters
 from ra3_megatron.scaling.memory import Work, activation_bytes
+from ra3_megatron.scaling.rates import RATES
 from ra3_megatron.scaling.step import StepTime, _pointwise, step_time
 from ra3_megatron.scaling.tables import architecture_named, gpu_named, table
 
@@ -197,3 +199,22 @@ def test_messages_around_experts() -> None:
     alone = times(made.model, tensor=1, sequence=False, data=32, expert=8)
     assert whole.expert == pytest.approx(alone.expert)
     assert split.expert > 2 * whole.expert
+
+
+def test_gradients_of_experts_are_reduced_among_their_own_replicas() -> None:
+    """Where the other weights have no replicas, experts may have some; and two on different nodes meet through one
+    port each, while all else goes through the eight of a node."""
+    made, gpu = architecture_named("qwen3-30b-a3b", 4096), gpu_named("h100")
+    model = made.model.model_copy(update={"num_query_groups": 8})
+
+    def found(parallel: ParallelConfig) -> tuple[float, float, float]:
+        stage = stages(model, made.vocab_size, parallel)[0]
+        seconds = step_time(model, made.vocab_size, parallel, Work(4096, 64, 1), gpu, replace(RATES, hop_seconds=0.0))
+        return stage.dense, stage.sparse, seconds.data
+
+    node = ParallelConfig(tensor=8, sequence=True, expert=4, expert_tensor=1)
+    _, sparse, seconds = found(node)
+    assert seconds == pytest.approx(2 * 4 * sparse / 2 / (0.8 * 450e9))
+    assert found(node.model_copy(update={"expert": 8}))[2] == 0
+    dense, sparse, seconds = found(ParallelConfig(data=16, expert=8))
+    assert seconds == pytest.approx(2 * 4 * (dense * 15 / 16 / (0.8 * 400e9) + sparse / 2 / (0.8 * 50e9)))

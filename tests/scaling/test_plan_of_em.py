@@ -48,6 +48,17 @@ def test_an_update_costs_more_with_more_of_anything() -> None:
     assert silent.sampling < 0.2 * base.sampling, "one pass a document decides all lines"
 
 
+def test_documents_without_a_thought_are_not_read_again() -> None:
+    """Sampling costs what it does without thinking when hardly any document has a thought, and rises from there."""
+    made, _ = planned()
+    rates = (0.0, 1e-6, 0.01, 0.05, 0.4, 0.8)
+    seconds = [sampling_seconds(made, replace(THINKING, think_rate=rate), 16, 1024, GPU) for rate in rates]
+    assert seconds == sorted(seconds) and seconds[1] == pytest.approx(seconds[0], rel=1e-3)
+    one_in_four = 1 / (26 * 4)
+    found = sampling_seconds(made, replace(THINKING, think_rate=one_in_four), 16, 1024, GPU)
+    assert found < seconds[0] + 0.5 * (seconds[4] - seconds[0]), "three of four documents are read once"
+
+
 def test_scoring_is_a_third_of_training() -> None:
     made, plan = planned()
     tokens = plan.work.global_batch * plan.work.sequence / plan.parallel.data

@@ -83,6 +83,7 @@ WRONG = {
     "--model llama3.1-8b --gpus 8 --precision fp4": "--precision fp4: must be bf16 or fp8",
     "--model llama3.1-8b --gpus 8 --gpu a100 --precision fp8": "--precision fp8: a100 has no FP8",
     "--model llama3.1-70b --gpus 1": "--gpus 1: no layout of llama3.1-70b fits",
+    "--model llama3.1-8b --gpus 8 --think-rate 0.2 --tokens inf": "--tokens inf: must be a finite number",
     "--model llama3.1-8b --gpus 8 --layout tensr=2": "--layout tensr=2: tensr is no key of a layout",
     "--model llama3.1-8b --gpus 8 --layout tensor=3": "--gpus 8 is not a multiple of tensor * pipeline * context = 3",
     "--model llama3.1-8b --gpus 12 --layout tensor=3": "parallel.tensor=3 does not divide",
@@ -90,6 +91,10 @@ WRONG = {
     "--model llama3.1-8b --gpus 8 --layout micro_batch=0": "--layout micro_batch=0: must be a number of rows",
     "--model llama3.1-8b --gpus 8 --layout micro_batch=3": "is not a multiple of micro_batch=3",
     "--model llama3.1-8b --gpus 8 --layout tensor=two": "--layout tensor=two: ",
+    "--model llama3.1-8b --gpus 8 --layout pipeline": "--layout pipeline: pipeline=null: must be an integer",
+    "--model llama3.1-8b --gpus 8 --layout pipeline=two": "--layout pipeline=two: pipeline=two: must be an integer",
+    "--model llama3.1-8b --gpus 8 --layout pipeline=2,virtual_pipeline=two": "virtual_pipeline=two: must be an integer",
+    "--model llama3.1-8b --gpus 8 --layout micro_batch=true": "--layout micro_batch=True: must be a number of rows",
 }
 
 
@@ -100,11 +105,25 @@ def test_mistakes_get_one_clear_line(arguments: str) -> None:
     assert WRONG[arguments] in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_gpu_file_with_a_mistake(tmp_path: Path) -> None:
+SHEET = "memory_gib: 48\nbf16_tflops: 300\nmemory_gb_s: 900\nnvlink_gb_s: 50\nnetwork_gb_s: 25\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"memory_gib: 48\nbf16_tflops: fast\n", "bf16_tflops"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"1: 2\n", "1: unknown key"),
+        (f"{SHEET}rates: {{memory: 0}}\n".encode(), "rates.memory=0: must be above 0"),
+        (f"{SHEET}rates: {{bf16_matmul: -0.5}}\n".encode(), "rates.bf16_matmul=-0.5: must be above 0"),
+        (f"{SHEET}rates: {{exposed: -1}}\n".encode(), "rates.exposed=-1: must be at least 0"),
+    ],
+)
+def test_a_gpu_file_with_a_mistake(tmp_path: Path, text: bytes, said: str) -> None:
     file = tmp_path / "gpu.yaml"
-    file.write_text("memory_gib: 48\nbf16_tflops: fast\n")
+    file.write_bytes(text)
     result = ra3("--model", "llama3.1-8b", "--gpus", "8", "--gpu", str(file))
-    assert result.exit_code == 2 and f"--gpu {file}: " in result.stderr and "bf16_tflops" in result.stderr
+    assert result.exit_code == 2 and f"--gpu {file}: " in result.stderr and said in result.stderr
 
 
 @pytest.mark.parametrize(("model", "gpus"), [("llama3.1-8b", 24), ("qwen3-30b-a3b", 16), ("llama3.1-405b", 512)])

@@ -10,9 +10,10 @@ from made_study import make, study_of
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.report.held_out import DocumentFigures, LineFigures, lines_file, write_held_out
 from ra3_megatron.report.run_folder import read_json
+from ra3_megatron.study.hopprog.figures import draw_figures
 from ra3_megatron.study.hopprog.groups import PRICE, Group, groups_of
 from ra3_megatron.study.hopprog.page import TRUTH
-from ra3_megatron.study.hopprog.verdicts import verdicts
+from ra3_megatron.study.hopprog.verdicts import FEW_THOUGHTS, _staircase, verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
@@ -87,7 +88,9 @@ def words(found: dict[str, Verdict]) -> dict[str, str]:
 
 
 def test_what_right_looks_like(tmp_path: Path) -> None:
-    found = words(judged(tmp_path))
+    verdicts_ = judged(tmp_path)
+    found = words(verdicts_)
+    assert verdicts_["P1 selectivity"].seen.endswith("; before lines outside of items 0.000 [0.000, 0.000]")
     assert (found["Gate"], found["P1"], found["Gain"], found["P4"]) == ("confirmed",) * 4
     assert (found["P2"], found["P3"], found["P5"], found["N1"], found["N2"]) == ("not run",) * 5
 
@@ -105,6 +108,11 @@ def test_what_wrong_looks_like(tmp_path: Path, wrong: dict[str, Any], refuted: l
     assert [name for name in ("P1", "Gain", "P4") if found[name] == "refuted"] == refuted
     if wrong == {"thinks": False}:
         assert found["P4"] == "undecided", "no thought has a duration"
+
+
+def _lines(held_out: list[DocumentFigures]) -> list[Line]:
+    truths = {task.name: task for task in TASKS}
+    return measures.lines_of(held_out, truths.__getitem__)
 
 
 def granular(*arms: str, plain: float = 1.2) -> str:
@@ -127,6 +135,31 @@ def test_thoughts_that_are_not_there_mean_nothing(thinks: bool, word: str) -> No
         for name, held in {"ra3": documents(thinks=thinks), "transplant": documents(thinks=True)}.items()
     }
     assert words({verdict.name: verdict for verdict in verdicts(groups)})["P3"] == word
+
+
+def test_a_handful_of_thoughts_tells_nothing_of_routines() -> None:
+    """Each of them another one, at items of different routines: as if they told all, whatever they say."""
+    transplant = Group("transplant", {}, {}, dict.fromkeys((1, 2, 3), _lines(documents(thinks=True))))
+
+    def word(thoughts: int) -> str:
+        left, found = thoughts, []
+        for line in _lines(documents(thinks=True, right=False)):
+            said = f"# {left}" if left and line.truth.boundary else None
+            left -= said is not None
+            found.append(replace(line, figures=replace(line.figures, thought=said and said[-3:])))
+        groups = {"ra3": Group("ra3", {}, {}, dict.fromkeys((1, 2, 3), found)), "transplant": transplant}
+        return words({verdict.name: verdict for verdict in verdicts(groups)})["P3"]
+
+    assert word(3) == word(FEW_THOUGHTS - 1) == "undecided"
+    assert word(FEW_THOUGHTS) == word(80) == "refuted"
+
+
+def test_prices_of_tasks_with_many_hops_are_drawn() -> None:
+    few = boundaries(FREE)[:3]
+    lines = [replace(line, truth=replace(line.truth, hops=hops)) for hops in range(10) for line in few]
+    groups = {f"price,latent_price={c}": Group("price", {PRICE: c}, {}, {1: lines}) for c in (0, 1, 2)}
+    staircase = list(draw_figures(groups).values())[-1]
+    assert len(staircase.axes[0].lines) == 10
 
 
 def test_granularity_asks_for_a_gain_of_statements_and_tokens() -> None:
@@ -166,6 +199,16 @@ def test_the_price_is_a_staircase_or_not() -> None:
     assert swept({0.0: FREE, 1.5: never, 3.5: never}) == "refuted", "is deterred by any price"
     assert swept({0.0: FREE, 1.5: never}) == "not run"
     assert swept(stairs, base=never) == "undecided", "what a base without thoughts would save is not known"
+
+
+def test_hops_that_the_tasks_of_a_price_do_not_have_are_no_case() -> None:
+    """Of no boundary at all every share is 1, as if it had been thought at."""
+    free = boundaries(FREE)
+    lines = {kept: [line for line in free if line.truth.hops in kept] for kept in ((1, 2, 3), (2,))}
+    gains = {0: 0.0, 1: 2.0, 2: 4.0, 3: 6.0}
+    assert _staircase(gains, [(0.1, lines[1, 2, 3]), (9.0, lines[1, 2, 3])]) == 3 / 5
+    assert _staircase(gains, [(0.5, lines[2,])]) == 1.0 and _staircase(gains, [(9.0, lines[2,])]) == 0.0
+    assert _staircase({1: 2.0}, [(0.5, lines[2,])]) is None
 
 
 def test_the_comparison_with_ntp_is_of_lines_of_items(tmp_path: Path) -> None:

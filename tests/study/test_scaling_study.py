@@ -15,6 +15,8 @@ from matplotlib.patches import Rectangle
 from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.report.numbers import ABSENT
 from ra3_megatron.report.run_folder import read_json, write_json
 from ra3_megatron.scaling.counts import token_flops
 from ra3_megatron.scaling.memory import GIB
@@ -67,6 +69,24 @@ def test_layouts_grow_with_the_processes() -> None:
     family = Family.parse("tensor,sequence=true,micro_batch=1")
     assert family.micro_batch == 1 and "sequence" not in (family.at(1) or {}) and (family.at(2) or {})["sequence"]
     assert layout_tag(family.at(2) or {}, 1) == "tp2.sequence.mb1" and layout_tag(family.at(1) or {}) == "single"
+
+
+@pytest.mark.parametrize("text", ["pipeline,virtual_pipeline=x", "pipeline,virtual_pipeline=0", "expert=[2]"])
+def test_sizes_of_a_layout_are_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="must be a number, at least 1"):
+        Family.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (["a=num_layers:1", "a=num_layers:2"], "--sizes a=num_layers:2: a is named twice"),
+        (["a=num_layers:1,num_layers:2"], "the same key stands twice"),
+    ],
+)
+def test_no_size_is_dropped(sizes: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        scaling_study(Path("config.yaml"), {"folder": "out", "processes": "1", "sizes": sizes}, [])
 
 
 def test_cells_from_options(small: Path) -> None:
@@ -251,6 +271,19 @@ def test_the_measured_device_is_one_of_the_planner(small: Path) -> None:
     assert two.step.data > 0 == one.step.data
     busy = made(study, {"as_configured": [1.0]}, busy_cores=1.5)
     assert "A busy machine" in write_report(study, busy)[0].read_text()
+
+
+def test_no_mfu_of_another_peak_than_the_one_named(small: Path) -> None:
+    """The data sheet of an H100 has no peak in fp32: what the processes reached in products does not take its place."""
+    study = study_of(repeats=1, steps=1, processes="1", mode="strong", gpu="h100")
+    found = made(study, {"as_configured-single": [2.0]})
+    _, (table,) = write_report(study, found)
+    (row,) = table.rows
+    assert row[table.header.index("MFU")] == ABSENT and row[table.header.index("predicted s")] == ABSENT
+    kept = read_json(study.path / "scaling.json")
+    assert kept["rows"][0]["mfu"] == [None]
+    text = (study.path / "table.md").read_text()
+    assert "No prediction: precision fp32: the description of h100 has no fp32_tflops." in text and "MFU =" not in text
 
 
 def test_other_settings_are_refused(small: Path) -> None:

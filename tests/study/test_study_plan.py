@@ -51,6 +51,13 @@ def test_values_become_safe_names_and_clashes_are_refused(tmp_path: Path) -> Non
         cells_of(study_of(tmp_path, grid={"corpus.path": ["a b", "a/b"]}))
 
 
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    found = cells_of(study_of(tmp_path, arms={"a" * 248: {}}))
+    assert [len(cell.name) for cell in found] == [255]
+    with pytest.raises(UserError, match="its name has 256 characters, and that of a folder at most 255"):
+        cells_of(study_of(tmp_path, arms={"a" * 249: {}}))
+
+
 def test_placeholders_follow_seed_and_grid_point(tmp_path: Path) -> None:
     arms = {"ra3": {}, "late": SHUFFLED, "off": {"settings": SETTINGS, "grid": {"estep.horizon": [2]}}}
     study = study_of(tmp_path, seeds=[1, 2], arms=arms, grid={"estep.latent_price": [0, 0.5]})

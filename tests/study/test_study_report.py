@@ -22,7 +22,7 @@ from ra3_megatron.study.measures import MEASURES
 from ra3_megatron.study.plan import cells_of
 from ra3_megatron.study.report import ReportSection, build_study_report
 from ra3_megatron.study.results import finished, with_shared_seeds
-from ra3_megatron.study.spec import STUDY_FILE, StudyConfig
+from ra3_megatron.study.spec import STUDY_FILE, PlotConfig, StudyConfig
 from ra3_megatron.study.state import record_failure
 from ra3_megatron.study.tables import differences_table, mstep_table, results_table
 
@@ -236,6 +236,9 @@ def test_means_are_over_seeds_that_every_arm_has(tmp_path: Path) -> None:
     assert with_shared_seeds([]) == []
     apart = [cell for cell in done if (cell.cell.arm == "ntp") == (cell.cell.seed == 2)]
     assert with_shared_seeds(apart) == apart
+    for cells_, said in ((done, "Means over the seeds that every arm has"), (apart, "they do not compare")):
+        picture = draw_figures(study.model_copy(update={"plots": [PlotConfig(x="code_ce", y=["elbo"])]}), cells_)[0]
+        assert said in results_table(cells_).note and said in picture.caption
 
 
 def test_axes_span_decades_with_zero_and_infinity_at_the_edges() -> None:

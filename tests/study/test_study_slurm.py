@@ -20,6 +20,12 @@ ARMS = {
 }
 
 
+def test_the_log_of_a_folder_with_spaces_is_one_word_of_its_directive() -> None:
+    """sbatch says "Invalid directive" of what stands behind a space; it fills in what stands behind one %."""
+    assert slurm.log_pattern(Path("/runs/my study")) == "'/runs/my study/slurm-%A_%a.txt'"
+    assert slurm.log_pattern(Path("/runs/99%a")) == "/runs/99%%a/slurm-%A_%a.txt"
+
+
 def test_arrays_follow_what_waits(tmp_path: Path) -> None:
     study = study_of(tmp_path, seeds=[1, 2], base={}, arms=ARMS)
     cells = cells_of(study)
@@ -31,11 +37,14 @@ def test_arrays_follow_what_waits(tmp_path: Path) -> None:
 
 def test_the_script_runs_one_cell(tmp_path: Path) -> None:
     study = study_of(tmp_path, arms={"ra3": {"parallel.data": 2}})
-    text = slurm.render_script("a b", Path("out dir/study.yaml"), Path("out"), resolve(study, cells_of(study)))
+    configs = resolve(study, cells_of(study))
+    text = slurm.render_script("a b", Path("out dir/study.yaml"), Path("out"), configs)
     assert text.startswith("#!/bin/bash\n")
     assert "#SBATCH --job-name=a-b\n" in text and "#SBATCH --cpus-per-task=2\n" in text
     assert "#SBATCH --output=out/slurm-%A_%a.txt\n" in text
     assert text.endswith("exec ra3 study run 'out dir/study.yaml' --cell \"$SLURM_ARRAY_TASK_ID\"\n")
+    spaced = slurm.render_script("a", Path("out dir/study.yaml"), Path("out dir"), configs)
+    assert "#SBATCH --output='out dir/slurm-%A_%a.txt'\n" in spaced
 
 
 def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, largest: int = 1001) -> Path:

@@ -14,10 +14,11 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.numbers import ABSENT
 from ra3_megatron.study.plan import cells_of
 from ra3_megatron.study.ready import transfer_study
-from ra3_megatron.study.spec import StudyConfig, dump_study
+from ra3_megatron.study.spec import StudyConfig, dump_study, make_study
 from ra3_megatron.study.transfer.curves import Curve, Run, curve_of
+from ra3_megatron.study.transfer.figures import draw
 from ra3_megatron.study.transfer.measures import differences_table, transfer_table
-from ra3_megatron.study.transfer.report import build_transfer_report
+from ra3_megatron.study.transfer.report import build_transfer_report, tables_of
 from ra3_megatron.study.transfer.verdicts import verdicts, verdicts_table
 
 CONFIG = "rlvr: {steps: 20, problems: {source: tasks}}\ncorpus: {source: tasks}\n"
@@ -93,12 +94,50 @@ def test_tables(tmp_path: Path) -> None:
     rows = {row[0]: row for row in table.rows}
     assert rows["base"][column["steps to 50%"]] == "never" and rows["ra3"][column["start"]] == "40.0%"
     assert rows["ntp"][column["steps to 50%"]] == "20.0 (2 of 3)"
-    differences = {row[0]: row for row in differences_table(runs, "ntp").rows}
+    differences = {row[0]: row for row in differences_table(runs, {"base": "ntp", "ra3": "ntp"}).rows}
     assert set(differences) == {"base - ntp", "ra3 - ntp"}
     asymptote = differences["ra3 - ntp"][column["asymptote"]]
-    assert asymptote.startswith("+53.3% [")
+    assert asymptote.startswith("+53.3 pp [")
     assert differences["base - ntp"][column["steps to 90%"]] == ABSENT
     assert differences["base - ntp"][column["steps to 50%"]] == "+0.0 (2 of 3)", "ntp reaches it with the last update"
+
+
+def test_means_are_over_the_seeds_that_every_start_has(tmp_path: Path) -> None:
+    """An arm without its worst seed would look better than it is."""
+    cells = [cell for cell in cells_of(study(tmp_path)) if cell.name != "ra3,seed=1"]
+    runs = [Run(cell, curve({0: 0.0, 10: 0.1 * cell.seed})) for cell in cells]
+    table = transfer_table(runs)
+    end = table.header.index("asymptote")
+    assert {(row[1], row[end]) for row in table.rows} == {("2", "25.0%")}
+    assert "Means over the seeds that every start has" in table.note
+    apart = [run for run in runs if (run.cell.arm == "ntp") == (run.cell.seed == 2)]
+    assert "they do not compare" in transfer_table(apart).note and "they do not compare" in draw(apart)[0].caption
+    for picture in draw(runs):
+        assert all(len(line.get_xdata()) for axes in picture.figure.axes for line in axes.lines)
+    first = draw(runs)[0].figure.axes[0]
+    assert sum(line.get_lw() < 1 and line.get_color() != "#bbbbbb" for line in first.lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("keys", "compared"),
+    [
+        ({}, ["base - ntp", "ra3 - ntp"]),
+        ({"reference": "base"}, ["ntp - base", "ra3 - base"]),
+        (
+            {"reference": "ntp", "grid": {"rlvr.group_size": [4, 8]}},
+            [f"{arm},group_size={size} - ntp,group_size={size}" for arm in ("base", "ra3") for size in (4, 8)],
+        ),
+    ],
+)
+def test_a_file_of_a_study_names_what_is_compared(tmp_path: Path, keys: dict[str, Any], compared: list[str]) -> None:
+    """As for other studies: an arm called ntp unless it says another, at the same grid point."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    common = {"name": "file", "verb": "rlvr", "folder": str(tmp_path / "out"), "config": str(tmp_path / "config.yaml")}
+    arms = {name: {"rlvr.checkpoint": name} for name in ("base", "ntp", "ra3")}
+    of = make_study({**common, "seeds": [1, 2], "arms": arms, **keys}, "made.yaml")
+    write_cells(of)
+    found = {table.title: table for table in tables_of(of.path, of, cells_of(of))}["Differences, paired by seed"]
+    assert [row[0] for row in found.rows] == compared
 
 
 def spent(rates: dict[int, float], tokens: float) -> Curve:
@@ -115,7 +154,7 @@ def test_differences_are_of_levels_and_not_of_budgets(tmp_path: Path) -> None:
             Run(cell, spent(ra3, 180.0 + cell.seed) if cell.arm == "ra3" else spent(ntp, 40.0 + cell.seed))
             for cell in cells
         ]
-        table = differences_table(runs, "ntp")
+        table = differences_table(runs, {"ra3": "ntp"})
         (only,) = table.rows
         return dict(zip(table.header, only, strict=True))
 

@@ -51,6 +51,25 @@ def perfect() -> dict[str, dict[int, str]]:
     return {task.name: {n: task.truth[n].thought for n in boundaries(task)} for task in TASKS}
 
 
+def test_thoughts_before_lines_outside_of_items_are_counted_by_themselves() -> None:
+    """F1 is 1 of a model that thinks before every request and ending, too: this figure tells them apart."""
+
+    def documents(also: bool) -> list[DocumentFigures]:
+        found = []
+        for task in TASKS:
+            thoughts = {n: true.thought for n, true in enumerate(task.truth) if true.boundary}
+            found.append(
+                held_out(task, thoughts | {n: "x" for n, t in enumerate(task.truth) if also and t.item is None})
+            )
+        return found
+
+    for also, share in ((False, 0.0), (True, 1.0)):
+        held = documents(also)
+        assert measures.selectivity(measures.lines_of(held, BY_NAME.__getitem__)).f1 == 1
+        assert measures.outside_rate(held, BY_NAME.__getitem__) == share
+    assert measures.outside_rate([], BY_NAME.__getitem__) is None
+
+
 def test_only_lines_of_items_count() -> None:
     found = lines(perfect())
     assert len(found) == sum(len(item.lines) for task in TASKS for item in task.items)

@@ -282,6 +282,15 @@ def test_plain_drills_have_few_hops_and_no_thoughts(most: int) -> None:
             assert {item.hops for item in task.items} <= {1, 2, 3}
 
 
+@pytest.mark.parametrize("settings", [{}, {"min_hops": 2}, {"min_hops": 2, "plain_drill_hops": 1}])
+def test_every_request_is_a_word_of_the_tokenizer(settings: dict[str, Any]) -> None:
+    """Those of plain drills too, whose hops `min_hops` does not bound: one attention layer looks a request up."""
+    drills = {"drill_share": 0.5, "plain_drill_share": 0.5}
+    words = set(build_family(TasksConfig(family="hopprog", **drills, **settings)).words)
+    asked = {(item.request or "").strip() for item in items("hopprog", 200, **drills, **settings)}
+    assert asked <= words and {text.strip('"') for text in asked if "+" in text} <= words
+
+
 def test_all_thoughts_of_a_drill_are_written() -> None:
     """`thought_hops` is about the other tasks."""
     made = list(tasks("hopprog", 200, drill_share=0.5, thought_share=1.0, thought_hops=1, junk_share=0.0))

@@ -89,7 +89,11 @@ def _staircase(sweep: list[tuple[float, Group]], base: Group | None) -> Figure:
             estimate([recall([line for line in run if line.truth.hops == hops]) for run in group.lines.values()])
             for _, group in sweep
         ]
-        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[number % 4]}
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": LINES[number % len(LINES)],
+        }
         label = f"h = {hops}" + (f": a thought saves {gains[hops]:.1f} nats" if hops in gains else "")
         axes.plot(range(len(sweep)), [found.mean for found in by_seed if found], label=label, **style)
     axes.set_xticks(range(len(sweep)), [f"{price:g}" for price, _ in sweep])

@@ -1,7 +1,7 @@
 """Groups of cells of a HopProg study with the truth of every held-out line, and figures of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ra3_megatron.config.load import load_config
@@ -24,6 +24,14 @@ class Group:
     point: Mapping[str, Any]
     documents: Mapping[int, list[DocumentFigures]]
     lines: Mapping[int, list[Line]]
+    outside: Mapping[int, float | None] = field(default_factory=dict)
+    """Share of the other lines (requests and the ending) with a thought, by seed."""
+
+    @property
+    def outside_rate(self) -> Estimate | None:
+        """The same over seeds; None where a seed has no such lines."""
+        values = [value for value in self.outside.values() if value is not None]
+        return estimate(values) if len(values) == len(self.outside) else None
 
     def over_seeds(self, value: Callable[[list[Line]], float | None]) -> Estimate | None:
         """A figure of the lines, over seeds; None where a seed has none."""
@@ -45,7 +53,7 @@ def groups_of(done: Sequence[Finished]) -> dict[str, Group]:
 
 def _group(name: str, cells: Sequence[Finished], iteration: int | None = None) -> Group:
     """The figures after an EM iteration; None: the last one."""
-    documents, lines = {}, {}
+    documents, lines, outside = {}, {}, {}
     for cell in cells:
         config = load_config(cell.folder / "config.yaml", resolved=True)
         held_out = cell.held_out(cell.last.iteration if iteration is None else iteration)
@@ -55,13 +63,14 @@ def _group(name: str, cells: Sequence[Finished], iteration: int | None = None) -
                 held_out = _by_line(held_out, tasks)
                 if held_out is None:
                     continue
+            outside[cell.cell.seed] = measures.outside_rate(held_out, tasks.task_named)
             by_document = [measures.lines_of([document], tasks.task_named) for document in held_out]
             lines[cell.cell.seed] = [line for found in by_document for line in found]
             documents[cell.cell.seed] = [
                 replace(document, lines=[line.figures for line in found])
                 for document, found in zip(held_out, by_document, strict=True)
             ]
-    return Group(name, cells[0].cell.point, documents, lines)
+    return Group(name, cells[0].cell.point, documents, lines, outside)
 
 
 def _by_line(held_out: Sequence[DocumentFigures], tasks: Tasks) -> list[DocumentFigures] | None:

@@ -54,6 +54,7 @@ def _row(group: Group, ntp: Group | None) -> dict[str, str]:
         "thinking rate": shown(lambda lines: measures.selectivity(lines).think_rate),
         "F1 at boundaries": shown(lambda lines: measures.selectivity(lines).f1),
         "inside items": shown(lambda lines: measures.selectivity(lines).inside_rate),
+        "outside items": "-" if group.outside_rate is None else group.outside_rate.text(),
         "thoughts right": shown(thoughts_right, "{:.2f}"),
     }
 

@@ -19,7 +19,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.study.plan import Cell
 from ra3_megatron.study.scaling.spec import ScalingConfig
-from ra3_megatron.study.slurm import array_text
+from ra3_megatron.study.slurm import array_text, log_pattern
 
 SCRIPT = "scaling.sbatch"
 
@@ -43,7 +43,7 @@ def render_script(scaling: ScalingConfig, study_file: Path, folder: Path) -> str
         .from_string(template)
         .render(
             name=re.sub(r"[^A-Za-z0-9_.-]+", "-", scaling.name),
-            log=str(folder / "slurm-%A_%a.txt"),
+            log=log_pattern(folder),
             study=shlex.quote(str(study_file)),
         )
     )

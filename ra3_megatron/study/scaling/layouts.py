@@ -41,7 +41,7 @@ class Family:
             else:
                 known = ", ".join([*AXES, "micro_batch"])
                 raise UserError(f"layouts: {text}: {part} is no size and no key of a layout; such are {known}")
-        for key in (*AXES, "micro_batch"):
+        for key in (*SHORT, "micro_batch"):
             if key in given and (type(given[key]) is not int or given[key] < 1):
                 raise UserError(f"layouts: {text}: {key}={given[key]}: must be a number, at least 1")
         if len(grows) > 1 or set(grows) & given.keys():

@@ -20,7 +20,7 @@ def scaling_study(file: Path, given: Mapping[str, Any], overrides: Sequence[str]
     if "layouts" in changes:
         changes["layouts"] = [part.strip() for part in changes["layouts"].split(";") if part.strip()]
     if "sizes" in changes:
-        changes["sizes"] = dict(_size(text) for text in changes["sizes"])
+        changes["sizes"] = _sizes(changes["sizes"])
     if is_scaling_file(file):
         return load_scaling(file, changes, overrides)
     for key in ("folder", "processes"):
@@ -37,10 +37,23 @@ def _numbers(text: str) -> list[int]:
         raise UserError(f"--processes {text}: must be numbers, such as 1,2,4") from None
 
 
+def _sizes(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, settings = _size(text)
+        if name in found:
+            raise UserError(f"--sizes {text}: {name} is named twice")
+        found[name] = settings
+    return found
+
+
 def _size(text: str) -> tuple[str, dict[str, Any]]:
     """`small=num_layers:2,hidden_size:64`."""
     name, equals, rest = text.partition("=")
     pairs = [part.partition(":") for part in rest.split(",")]
     if not equals or not name or not all(key and colon and value for key, colon, value in pairs):
         raise UserError(f"--sizes {text}: must be a name and settings, such as small=num_layers:2,hidden_size:64")
-    return name, {key.strip(): parse(value, f"--sizes {text}") for key, _, value in pairs}
+    settings = {key.strip(): parse(value, f"--sizes {text}") for key, _, value in pairs}
+    if len(settings) < len(pairs):
+        raise UserError(f"--sizes {text}: the same key stands twice")
+    return name, settings

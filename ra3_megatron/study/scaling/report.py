@@ -55,7 +55,7 @@ def write_report(scaling: ScalingConfig, found: Measured) -> tuple[Path, list[Ta
     tables = scaling_tables(rows, predictions, peaks)
     others = [table for table in (estep_table(rows), parts_table(rows, predictions)) if table.rows]
     missing = statuses(folder, found.cells)
-    notes = _notes(scaling, done, gpu, problem)
+    notes = _notes(scaling, [cell for cell in done if cell.cell.arm in peaks], done, gpu, problem)
     pictures = write_pictures(folder, draw(rows, predictions))
     write_json(folder / FIGURES_FILE, _json(scaling, rows, predictions, peaks, gpu, missing))
     text = markdown([*tables, *others]) or "No cell is done yet.\n"
@@ -78,8 +78,10 @@ def write_report(scaling: ScalingConfig, found: Measured) -> tuple[Path, list[Ta
     return folder / PAGE, tables
 
 
-def _notes(scaling: ScalingConfig, done: Sequence[CellFigures], gpu: Gpu | None, problem: str) -> list[str]:
-    """What must be known to read the figures."""
+def _notes(
+    scaling: ScalingConfig, used: Sequence[CellFigures], done: Sequence[CellFigures], gpu: Gpu | None, problem: str
+) -> list[str]:
+    """What must be known to read the figures. used: the cells whose MFU is known."""
     notes = [problem] if problem else []
     over = sorted({cell.processes for cell in done if cell.oversubscribed})
     if over:
@@ -94,8 +96,8 @@ def _notes(scaling: ScalingConfig, done: Sequence[CellFigures], gpu: Gpu | None,
             f"‡ A busy machine: right before a cell began, others used up to {most:.1f} cores. Times are longer than "
             "on a quiet machine, and say little."
         )
-    if done and gpu is not None:
-        precisions = {cell.precision for cell in done}
+    if used and gpu is not None:
+        precisions = {cell.precision for cell in used}
         if scaling.gpu == MEASURE:
             what = "what all processes reached at once in the same job, in the best of several square products"
         else:
@@ -165,7 +167,7 @@ def _row(row: Row, prediction: Planned | None, peaks: Mapping[str, float | None]
         "speedup": row.speedup,
         "efficiency": row.efficiency,
         "relative_to": row.relative_to,
-        "mfu": [cell.mfu(peaks.get(point.arm)) for cell in row.cells],
+        "mfu": row.mfu(peaks),
         "peak_gib": [cell.peak_gib for cell in row.cells],
         "oversubscribed": any(cell.oversubscribed for cell in row.cells),
         "busy_machine": any(cell.disturbed for cell in row.cells),

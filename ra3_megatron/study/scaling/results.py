@@ -1,6 +1,6 @@
 """What the cells measured, and what follows: medians over repeats, speed-up, efficiency, MFU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -174,6 +174,12 @@ class Row:
         """10th and 90th percentile of the steps of all repeats, in seconds."""
         low, high = np.percentile([seconds for cell in self.cells for seconds in cell.seconds], (10, 90))
         return float(low), float(high)
+
+    def mfu(self, peaks: Mapping[str, float | None]) -> list[float | None]:
+        """Of each repeat. peaks: FLOP/s of all processes by arm, None: as measured in the cell; an arm that is not in
+        it has no peak, and no MFU."""
+        arm = self.point.arm
+        return [cell.mfu(peaks[arm]) if arm in peaks else None for cell in self.cells]
 
 
 def finished_cells(folder: Path, measured: Measured) -> list[CellFigures]:

@@ -16,7 +16,7 @@ SHORT = ("size", "layout", "processes", "rows", "tokens/s", "step s", "efficienc
 def scaling_tables(
     rows: Sequence[Row], predictions: Mapping[str, Planned], peaks: Mapping[str, float | None]
 ) -> list[Table]:
-    """One for each mode. predictions: by arm; peaks: FLOP/s of all processes by arm, None: measured in the cell."""
+    """One for each mode. predictions: by arm; peaks: as of `Row.mfu`."""
     found = []
     for mode in dict.fromkeys(row.point.mode for row in rows):
         cells = [_cells(row, predictions.get(row.point.arm), peaks) for row in rows if row.point.mode == mode]
@@ -103,17 +103,13 @@ def _cells(row: Row, planned: Planned | None, peaks: Mapping[str, float | None])
         "p10–p90": f"{_three(low)}–{_three(high)}",
         "speed-up": f"{row.speedup:.2f}",
         "efficiency": percent(row.efficiency),
-        "MFU": percent(median(used) if (used := _mfu(row, peaks)) else None),
+        "MFU": percent(median(used) if (used := [m for m in row.mfu(peaks) if m is not None]) else None),
         "GiB": f"{peak.median:.2f}",
         "planned GiB": ABSENT if planned is None else f"{planned.memory.total:.2f}",
         "predicted s": ABSENT if planned is None else _three(planned.step.total),
         "ratio": ABSENT if planned is None else f"{planned.step.total / seconds.median:.2f}",
         "repeats": str(len(row.cells)),
     }
-
-
-def _mfu(row: Row, peaks: Mapping[str, float | None]) -> list[float]:
-    return [used for cell in row.cells if (used := cell.mfu(peaks.get(row.point.arm))) is not None]
 
 
 def _mark(cells: Sequence[CellFigures]) -> str:

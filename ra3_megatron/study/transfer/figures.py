@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ra3_megatron.report.plots import FIGURE_WIDTH
 from ra3_megatron.study.figures import COLOURS, Picture
+from ra3_megatron.study.results import seeds_of_means, with_shared_seeds
 from ra3_megatron.study.transfer.curves import Run, by_start
 
 AXES = {"steps": "updates", "tokens": "sampled tokens", "seconds": "seconds of training"}
@@ -19,6 +20,7 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     """All figures that there is something to draw for."""
     if not runs:
         return []
+    runs = with_shared_seeds(runs)
     figure = _figure(3.4, len(AXES))
     for axes, (axis, title) in zip(figure.axes, AXES.items(), strict=True):
         for number, (start, members) in enumerate(by_start(runs).items()):
@@ -33,8 +35,8 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     figure.axes[0].set_ylabel("held-out pass@1", fontsize=9)
     figure.axes[0].legend(fontsize=8, frameon=False)
     caption = (
-        "pass@1 on the held-out problems. Thick: mean over seeds; thin: each seed. Grey lines: 50% and 90%, whose "
-        "first crossing the table times."
+        "pass@1 on the held-out problems. Thick: mean; thin: each seed. Grey lines: 50% and 90%, whose first "
+        f"crossing the table times. {seeds_of_means(runs, 'start')}."
     )
     return [Picture("transfer", caption, figure), *_signal(runs)]
 

@@ -1,10 +1,11 @@
 """Figures of each start, and its differences from a reference, paired by seed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ra3_megatron.report.numbers import ABSENT, count, duration, number, percent
 from ra3_megatron.study.intervals import t_interval
+from ra3_megatron.study.results import seeds_of_means, with_shared_seeds
 from ra3_megatron.study.tables import Table
 from ra3_megatron.study.transfer.curves import LEVELS, Curve, Run, by_start
 
@@ -49,9 +50,9 @@ MEASURES: list[Measure] = [
 
 
 def transfer_table(runs: Sequence[Run]) -> Table:
-    """Means over seeds of each start."""
+    """Means of each start over the seeds that all of them have."""
     rows = []
-    for start, members in by_start(runs).items():
+    for start, members in by_start(with_shared_seeds(runs)).items():
         cells = []
         for measure in MEASURES:
             found = [value for run in members if (value := measure.read(run.curve)) is not None]
@@ -65,21 +66,22 @@ def transfer_table(runs: Sequence[Run]) -> Table:
         "RLVR from each start",
         ["start", "seeds", *(measure.title for measure in MEASURES)],
         rows,
-        "Means over seeds. Rates are pass@1 on the held-out problems, sampled. Steps, sampled tokens and seconds of "
-        "training to a rate: where the curve first reaches it, linear between evaluations (in brackets: in how many of "
-        "the seeds it ever did; the mean is over those). Area: mean rate over the updates. Asymptote: mean of the last "
-        "quarter. Groups with a signal: training groups whose rewards differed.",
+        f"{seeds_of_means(runs, 'start')}. Rates are pass@1 on the held-out problems, sampled. Steps, sampled "
+        "tokens and seconds of training to a rate: where the curve first reaches it, linear between evaluations (in "
+        "brackets: in how many of the seeds it ever did; the mean is over those). Area: mean rate over the updates. "
+        "Asymptote: mean of the last quarter. Groups with a signal: training groups whose rewards differed.",
     )
 
 
-def differences_table(runs: Sequence[Run], reference: str | None) -> Table:
-    """Each start minus the reference: mean over seeds that both have, with Student's 95% interval."""
+def differences_table(runs: Sequence[Run], references: Mapping[str, str]) -> Table:
+    """Each start minus its reference: mean over seeds that both have, with Student's 95% interval. Starts that
+    `references` does not name are left out."""
     groups = by_start(runs)
     rows = []
-    base = {run.cell.seed: run.curve for run in groups.get(reference or "", [])}
-    for start, members in groups.items():
-        shared = [run for run in members if run.cell.seed in base]
-        if start == reference or not shared:
+    for start, reference in references.items():
+        base = {run.cell.seed: run.curve for run in groups.get(reference, [])}
+        shared = [run for run in groups.get(start, []) if run.cell.seed in base]
+        if not shared:
             continue
         cells = []
         for measure in MEASURES:
@@ -92,10 +94,10 @@ def differences_table(runs: Sequence[Run], reference: str | None) -> Table:
         "Differences, paired by seed",
         ["", "seeds", *(measure.title for measure in MEASURES)],
         rows,
-        "Mean over seeds with the 95% interval of Student's t (from three seeds on). Where one of a pair never reached "
-        "a level and both spent as much, all that was spent takes its place, which understates the difference. Where "
-        "neither reached it, or what they spent differs (tokens and seconds mostly do), there is nothing to compare, "
-        "and the pair is left out (in brackets: how many of the seeds are in).",
+        "Mean over seeds with the 95% interval of Student's t (from three seeds on); rates in percentage points (pp). "
+        "Where one of a pair never reached a level and both spent as much, all that was spent takes its place, which "
+        "understates the difference. Where neither reached it, or what they spent differs (tokens and seconds mostly "
+        "do), there is nothing to compare, and the pair is left out (in brackets: how many of the seeds are in).",
     )
 
 
@@ -121,4 +123,6 @@ def _interval(measure: Measure, values: Sequence[float]) -> str:
 
 
 def _signed(measure: Measure, value: float) -> str:
+    if measure.write is percent:
+        return f"{100 * value:+.1f} pp"
     return ("-" if value < 0 else "+") + measure.write(abs(value))

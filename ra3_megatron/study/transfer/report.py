@@ -11,6 +11,7 @@ from pygments.lexers import YamlLexer  # type: ignore[import-untyped]
 from ra3_megatron.report.numbers import duration
 from ra3_megatron.report.pages import render_page
 from ra3_megatron.report.run_folder import write_text
+from ra3_megatron.study.comparison import reference_of
 from ra3_megatron.study.plan import Cell, cells_of
 from ra3_megatron.study.report import PAGE, TABLES, statuses, versions_of, write_pictures
 from ra3_megatron.study.results import RESULTS
@@ -25,7 +26,7 @@ from ra3_megatron.study.transfer.verdicts import verdicts_table
 def tables_of(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[Table]:
     """The tables of what is done below `folder`, where the study stands."""
     runs = finished_runs(folder, cells)
-    tables = (transfer_table(runs), differences_table(runs, study.reference), verdicts_table(runs))
+    tables = (transfer_table(runs), differences_table(runs, reference_of(study, cells)), verdicts_table(runs))
     return [table for table in tables if table.rows]
 
 

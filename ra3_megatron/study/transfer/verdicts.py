@@ -67,8 +67,8 @@ def _sooner(thinks: BySeed, other: BySeed, name: str) -> Verdict:
 def _higher(thinks: BySeed, other: BySeed, name: str) -> Verdict:
     claim = f"a higher rate in the last quarter from {THINKS} than from {name}"
     shared = sorted(thinks.keys() & other.keys())
-    gain = estimate([thinks[seed].asymptote - other[seed].asymptote for seed in shared])
-    return Verdict(f"P5 end, {name}", claim, above(gain, 0.0), f"{_text(gain)} more")
+    gain = estimate([100 * (thinks[seed].asymptote - other[seed].asymptote) for seed in shared])
+    return Verdict(f"P5 end, {name}", claim, above(gain, 0.0), f"{_text(gain, '{:.1f}')} percentage points more")
 
 
 def _first(curve: Curve) -> float | None:
