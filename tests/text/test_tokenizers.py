@@ -1,10 +1,13 @@
 """Tokenizers: exact round trips, right bytes for every id, no markup from text, files that come back, clear errors."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -234,6 +237,45 @@ def test_the_size_that_the_error_names_works(tmp_path: Path) -> None:
         train_sentencepiece(functions()[:5], 50_000, tmp_path)
     limit = int(str(caught.value).split("at most ")[1].split(",")[0])
     assert train_sentencepiece(functions()[:5], limit, tmp_path).vocab_size == limit
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "unigram"}, "its model_type is not bpe"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "it normalises the text"),
+        ({"add_dummy_prefix": True}, "it puts a space before the text"),
+        ({"remove_extra_whitespaces": True}, "it drops spaces of the text"),
+        ({"treat_whitespace_as_suffix": True}, "it has spaces at the ends of words"),
+        ({}, None),
+    ],
+)
+def test_a_sentencepiece_model_that_changes_the_text_is_refused(
+    settings: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    same = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(functions()),
+        model_writer=model,
+        vocab_size=600,
+        byte_fallback=True,
+        pad_id=3,
+        minloglevel=2,
+        **(same | settings),
+    )
+    file = tmp_path / "some.model"
+    file.write_bytes(model.getvalue())
+    if reason is None:
+        assert len(SentencePieceTokenizer.load(file).encode("    return value\n")) < 12
+        return
+    with pytest.raises(UserError, match=reason):
+        SentencePieceTokenizer.load(file)
 
 
 # --- Reading from disk ---------------------------------------------------------------------------------------------
