@@ -306,11 +306,11 @@ def test_path_may_be_a_file_or_a_folder(tokenizer_folder: Path, tmp_path: Path) 
         ({}, "names eos_token"),
         ({"eos_token": "<nope>"}, "eos_token='<nope>' is not in tokenizer.json"),
         ({"eos_token": "<|end|>", "bos_token": "<nope>"}, "bos_token='<nope>' is not in tokenizer.json"),
+        ({"eos_token": ["<|end|>"]}, r'eos_token=\["<\|end\|>"\] must be the name of a token'),
+        (["<|end|>"], r"tokenizer_config\.json: must hold an object"),
     ],
 )
-def test_missing_control_token_is_named(
-    names: dict[str, object], message: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_missing_control_token_is_named(names: Any, message: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     write_files(tmp_path, (tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"), names)
     with pytest.raises(UserError, match=message):
         HFTokenizer.load(tmp_path)
@@ -344,6 +344,24 @@ def test_unfit_tokenizer_is_refused(
     write_files(tmp_path, json.dumps(spec | change))
     with pytest.raises(UserError, match=message):
         HFTokenizer.load(tmp_path)
+
+
+def test_dropout_of_merges_is_off(tokenizer_folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"))
+    spec["model"]["dropout"] = 0.5
+    tokenizer = HFTokenizer.load(write_files(tmp_path, json.dumps(spec)))
+    text = functions()[0]
+    assert tokenizer.encode(text) == HFTokenizer.load(tokenizer_folder / "llama3").encode(text)
+
+
+def test_a_token_outside_the_byte_level_alphabet_is_its_own_text(tokenizer_folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"))
+    index = spec["model"]["vocab"]["日本"] = len(spec["model"]["vocab"])
+    tokenizer = HFTokenizer.load(write_files(tmp_path, json.dumps(spec)))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode([index]) == library.decode([index]) == "日本"
+    ids = tokenizer.encode("日本 x")
+    assert index not in ids and tokenizer.decode(ids) == "日本 x"
 
 
 def test_broken_json_is_a_user_error(tmp_path: Path) -> None:
