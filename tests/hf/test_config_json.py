@@ -53,6 +53,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 cannot be"),
     ("llama", {"rope_parameters": {**LLAMA3, "attention_factor": 2.0}}, "attention_factor=2.0 is not understood"),
     ("llama", {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor is missing"),
+    (
+        "llama",
+        {"original_max_position_embeddings": 128},
+        "original_max_position_embeddings=128 and 64 in rope_parameters say different things",
+    ),
+    ("llama", {"rope_theta": 10**400}, "rope_theta=10000"),
+    ("llama", {"layer_types": 5}, "layer_types=5 cannot be represented"),
     ("llama", {"rms_norm_eps": 0}, "rms_norm_eps=0 must be a number greater than 0"),
     ("llama", {"num_hidden_layers": "two"}, 'num_hidden_layers="two" must be a number'),
     ("llama", {"hidden_size": 64.5}, "hidden_size=64.5 must be an integer"),
@@ -136,6 +143,19 @@ def test_either_spelling_of_rotary_positions_counts(tmp_path: Path) -> None:
         theirs = transformers.AutoConfig.from_pretrained(folder).rope_parameters
         assert keys["rope_scaling"]["kind"] == theirs["rope_type"] == "llama3", changes
         assert keys["rope_base"] == theirs["rope_theta"] == LLAMA3["rope_theta"]
+
+
+def test_a_length_beside_the_rotary_positions_counts_for_transformers(tmp_path: Path) -> None:
+    """That of the context before scaling, which transformers 5 takes instead of the one in them: the same one passes,
+    and so does any where positions are not scaled by it."""
+    inside = LLAMA3["original_max_position_embeddings"]
+    folder = write(tmp_path, "llama", original_max_position_embeddings=2 * inside)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).config
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 2 * inside
+    keys = read_folder(write(tmp_path, "llama", original_max_position_embeddings=inside))[1]
+    assert keys == read_folder(write(tmp_path, "llama"))[1]
+    for name in ("qwen3", "mistral"):
+        assert read_folder(write(tmp_path, name, original_max_position_embeddings=7))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
