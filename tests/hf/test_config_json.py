@@ -190,6 +190,16 @@ def test_written_and_read_again(name: str, tmp_path: Path) -> None:
     assert (generation.bos_token_id, generation.eos_token_id) == (5, 6)
 
 
+def test_channels_that_are_no_share_of_the_hidden_size_are_written_as_transformers_reads_them(tmp_path: Path) -> None:
+    """transformers 5 refuses a Llama of 3 heads in 64 channels, whatever its head_dim."""
+    model = ModelConfig(hidden_size=64, num_attention_heads=3, num_query_groups=1, head_dim=10)
+    write_config(tmp_path, model, 128, {})
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (read.num_attention_heads, read.head_dim) == (3, 10)
+    _, keys, longest = read_folder(tmp_path)
+    assert ModelConfig(**keys, context_length=longest).model_dump() == {**model.model_dump(), "vocab_size": 128}
+
+
 def test_files_of_the_source_are_kept(tmp_path: Path) -> None:
     """Nothing but the data type changes, under the key that is there; without a change, not a byte does."""
     source = write(tmp_path / "source", "llama", dtype="absent", torch_dtype="bfloat16", eos_token_id=[7, 8])
