@@ -110,7 +110,8 @@ class TokenizerConfig(Section):
     """The tokenizer: trained on the corpus, or read from disk."""
 
     kind: Literal["sentencepiece", "hf"] = "sentencepiece"
-    """`sentencepiece`: a BPE model; `hf`: a `tokenizer.json` (any fast tokenizer)."""
+    """`sentencepiece`: a BPE model that takes a text as it is (no normalisation, no space before it); `hf`: a
+    `tokenizer.json` (any fast tokenizer)."""
 
     path: str | None = None
     """Existing model to use (`*.model`, `tokenizer.json` or its folder); none: train one on the corpus."""

@@ -46,9 +46,13 @@ def read_bytes(file: Path) -> bytes:
 
 
 def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
-    """`data` as UTF-8 text; UserError naming `where` and the offset (plus `offset`) of the first wrong byte."""
+    """`data` as UTF-8 text; UserError naming `where` and the offset (plus `offset`) of the first wrong byte.
+
+    A byte-order mark at offset 0, where a file begins, is no text.
+    """
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
+        return text if offset else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: byte 0x{data[error.start]:02x} at offset {offset + error.start} is not UTF-8 text: "

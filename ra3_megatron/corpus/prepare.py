@@ -1,9 +1,10 @@
 """From source texts to the documents of a corpus: cleaning, filters, de-duplication, limit, split.
 
-Invariants: two documents of one file are never in different splits; no two documents have the same text, whichever
-split they are in, full-line comments left out unless both training texts keep them; a document's split and its place in
-the limit depend on its own path and text alone; every text that is left out is counted with the reason. Memory holds
-one digest a document (two where there is a limit), never the texts.
+Invariants: two functions of one file are never in different splits (rows, and parts of a text, are drawn each by
+itself); no two documents have the same text, whichever split they are in, full-line comments left out unless both
+training texts keep them; a document's split and its place in the limit depend on its own path and text alone; every
+text that is left out is counted with the reason. Memory holds one digest a document (two where there is a limit),
+never the texts.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Python files as documents: whole files, or top-level functions and methods cut out by `ast`.
 
-Invariants: a function's text is its source lines, decorators included, with the indentation of its `def` removed and
-nothing else changed; it parses on its own. Line endings are read as Python reads them ("\\r\\n" and "\\r" are "\\n").
+Invariants: a function's text is its source lines, decorators included, with the indentation of its `def` removed from
+each, those inside a multi-line string too, and nothing else changed; it parses on its own.
+Line endings are read as Python reads them ("\\r\\n" and "\\r" are "\\n").
 """
 
 import ast
@@ -38,8 +39,8 @@ def parse(text: str) -> ast.Module | None:
 def functions(tree: ast.Module, text: str, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
     """(qualified name, text) of each top-level function and each method of a top-level (or nested) class, in order.
 
-    A later definition of the same name gets `~2`, `~3` … behind its name. Functions that cannot be dedented without
-    touching a multi-line string are left out and counted in `skipped`.
+    A later definition of the same name gets `~2`, `~3` … behind its name. Functions with a line (of a multi-line
+    string) that is indented less than their `def` are left out and counted in `skipped`.
     """
     lines = text.split("\n")
     seen: Counter[str] = Counter()

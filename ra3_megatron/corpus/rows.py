@@ -38,6 +38,8 @@ def _jsonl_text(line: bytes, field: str, where: str, offset: int) -> str:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON value ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise UserError(f"{where}: a JSON value that cannot be read ({_first_line(error)})") from error
     if not isinstance(row, dict):
         raise UserError(f'{where}: a {type(row).__name__}, not a JSON object such as {{"{field}": "…"}}')
     return _text_of(row, field, where)

@@ -10,7 +10,6 @@ that are spread over the whole context of the model: there, scaled rotary freque
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.hf.conversion import Progress
 from ra3_megatron.hf.distcp import ShardReader
 from ra3_megatron.hf.importing import DTYPES, model_of
+from ra3_megatron.hf.reference import load_reference
 from ra3_megatron.hf.source import Source
 from ra3_megatron.hf.weights import Link
 from ra3_megatron.mcore import checkpoint as mcore_checkpoint
@@ -106,7 +106,10 @@ class Check:
         return TensorResult(compared, self.dtype, different)
 
     def logits(self, runtime: Runtime) -> LogitResult:
-        """Compare logits. runtime: that of this one process. Needs 4 bytes a parameter."""
+        """Compare logits. runtime: that of this one process. Needs 4 bytes a parameter.
+
+        Raises UserError when transformers cannot load the folder.
+        """
         longest = self._model.context_length
         tokens = min(TOKENS, longest)
         generator = torch.Generator().manual_seed(_SEED)
@@ -134,13 +137,7 @@ class Check:
         )
 
     def _hugging_face(self, ids: Tensor, positions: Tensor) -> Tensor:
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        ).eval()
+        model = load_reference(self._folder, attn_implementation="eager")
         self._round(model)
         # with a mask, transformers does not take positions that are not consecutive for packed sequences
         rows = [

@@ -1,6 +1,7 @@
 """Reading `config.json`: every key is understood, harmless or refused by name; nothing is approximated."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ HARMLESS = frozenset(
         "max_position_embeddings",
         "max_window_layers",
         "model_type",
-        "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -84,8 +84,8 @@ class ConfigJson:
             if default is _ABSENT:
                 raise UserError(f"{self.path}: {key} is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{self.path}: {key}={json.dumps(value)} must be a number greater than 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise UserError(f"{self.path}: {key}={_short(value)} must be a number greater than 0")
         return value
 
     def count(self, key: str, default: Any = _ABSENT) -> Any:
@@ -137,6 +137,7 @@ class ConfigJson:
         base = self.number("rope_theta", default_base)
         held = {key: self._get(key) for key in ("rope_scaling", "rope_parameters")}
         read = {key: self._rotary_part(key, value, base) for key, value in held.items() if value}
+        self._check_original_context(read)
         if len(read) == 2 and read["rope_scaling"] != read["rope_parameters"]:
             raise UserError(
                 f"{self.path}: rope_scaling={_short(held['rope_scaling'])} and rope_parameters="
@@ -144,6 +145,18 @@ class ConfigJson:
                 "none): keep the one that is right"
             )
         return next(iter(read.values()), {"rope_base": float(base), "rope_scaling": {"kind": "none"}})
+
+    def _check_original_context(self, read: dict[str, dict[str, Any]]) -> None:
+        """Refuse a length beside the object of `llama3` that is not the one in it: transformers 4 takes the one in it,
+        transformers 5 the one beside it. Without such an object nobody reads it."""
+        beside = self._get("original_max_position_embeddings")
+        for key, part in read.items():
+            inside = part["rope_scaling"].get("original_context_length", beside)
+            if beside is not None and inside != beside:
+                raise UserError(
+                    f"{self.path}: original_max_position_embeddings={_short(beside)} and {inside} in {key} say "
+                    "different things: keep the one that is right"
+                )
 
     def _rotary_part(self, key: str, value: Any, base: float) -> dict[str, Any]:
         """What one of the two objects says. base: where it has no `rope_theta`."""

@@ -1,7 +1,8 @@
 """A `tokenizer.json` of Hugging Face as a `Tokenizer`: byte-level BPE (Llama-3, Qwen) or byte fallback (Llama-2).
 
 What would keep a text from coming back exactly is taken out when the file is read: Unicode normalisation, and the
-space that some tokenizers put before a text. Texts that need neither are encoded as transformers would.
+space that some tokenizers put before a text. So is dropout of merges, with which a text is encoded differently each
+time. Texts that need none of them are encoded as transformers would.
 """
 
 import hashlib
@@ -43,6 +44,8 @@ class HFTokenizer:
             if name in added:
                 added[name]["special"] = True
         _keep_text_exact(spec, source)
+        if spec["model"].get("dropout"):
+            spec["model"]["dropout"] = None
         self._tokenizer = _build(spec, source)
         vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
@@ -162,7 +165,8 @@ def _vocabulary(
         if token in added:
             token_bytes[index] = b"" if added[token].get("special") else token.encode()
         elif byte_level:
-            token_bytes[index] = bytes(alphabet[char] for char in token)
+            spelled = alphabet.keys() >= set(token)  # else it stands for itself, and no text is encoded to it
+            token_bytes[index] = bytes(alphabet[char] for char in token) if spelled else token.encode()
         elif token in pieces:
             token_bytes[index] = bytes([pieces[token]])
         else:
@@ -184,9 +188,13 @@ def _token_names(files: dict[str, bytes], source: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in CONFIG_FILES:
         entries = _read_json(files[file], f"{source}/{file}") if file in files else {}
+        if not isinstance(entries, dict):
+            raise UserError(f"{source}/{file}: must hold an object")
         for key in ("bos_token", "eos_token", "pad_token"):
             value = entries.get(key)
             text = value.get("content") if isinstance(value, dict) else value
+            if text and not isinstance(text, str):
+                raise UserError(f"{source}/{file}: {key}={json.dumps(value)} must be the name of a token")
             if text:
                 names.setdefault(key, text)
     return names

@@ -179,7 +179,8 @@ def _tokenize_rows(texts: list[str]) -> _Rows:
                 first = strings.pop()
             if token.type == tokenize.STRING or token.type in _NESTED_STRING_ENDS:
                 rows.inside[first + 1 : last + 1] = [True] * (last - first)
-    except (tokenize.TokenError, SyntaxError) as error:
+    except (tokenize.TokenError, SyntaxError, SystemError) as error:
+        # SystemError: Python 3.12, for "\0" behind an indented block
         opened = _open_at_end(error)
         if opened is None:
             rows.complete, rows.known = False, last

@@ -32,13 +32,18 @@ WORD_LENGTH, SUPERWORD_LENGTH = 16, 64
 
 
 class SentencePieceTokenizer:
-    """A `Tokenizer` made of a SentencePiece model that `train_sentencepiece` wrote (or one with the same settings)."""
+    """A `Tokenizer` made of a SentencePiece model that `train_sentencepiece` wrote (or one with the same settings).
+
+    Raises UserError for other settings: a model that changes the text would have it spelled byte by byte, and the
+    merges of `write_hf` are those of BPE.
+    """
 
     FILE: ClassVar[str] = "tokenizer.model"
 
     def __init__(self, model: bytes) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        _check_settings(model)
         sp = self._processor
         self.vocab_size: int = sp.get_piece_size()
         self.bos, self.eos, self.pad = sp.bos_id(), sp.eos_id(), sp.pad_id()
@@ -255,6 +260,26 @@ def _piece_bytes(sp: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
         return b""
     piece: str = sp.id_to_piece(index)
     return bytes([int(piece[3:5], 16)]) if sp.is_byte(index) else piece.replace(SPACE_SYMBOL, " ").encode()
+
+
+def _check_settings(model: bytes) -> None:
+    """UserError unless the model is BPE and takes a text as it is."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    wrong = {
+        "its model_type is not bpe": trainer.model_type != sentencepiece_model_pb2.TrainerSpec.BPE,
+        "it normalises the text (train it with normalization_rule_name=identity)": normalizer.precompiled_charsmap,
+        "it puts a space before the text (add_dummy_prefix)": normalizer.add_dummy_prefix,
+        "it drops spaces of the text (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
+        "it does not write spaces as U+2581 (escape_whitespaces)": not normalizer.escape_whitespaces,
+        "it has spaces at the ends of words (treat_whitespace_as_suffix)": trainer.treat_whitespace_as_suffix,
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise UserError(
+                f"the SentencePiece model cannot be used: {reason}; use the tokenizer.json that transformers makes of "
+                "it, with tokenizer.kind=hf"
+            )
 
 
 def _user_defined(model: bytes) -> frozenset[int]:

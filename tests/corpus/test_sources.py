@@ -207,6 +207,8 @@ def test_globs_give_names_below_their_fixed_part(tmp_path: Path) -> None:
         (b'{"text": null}', "holds a NoneType, not a text"),
         (b'{"text": "\xff"}', "offset 25 is not UTF-8"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "a JSON value that cannot be read"),
+        (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a JSON value that cannot be read"),
     ],
 )
 def test_wrong_jsonl_lines_are_refused_by_line(tmp_path: Path, line: bytes, expected: str) -> None:
@@ -244,6 +246,20 @@ def test_text_files(tmp_path: Path) -> None:
     for separator in (None, "---"):
         message = refusal(source="text", path=str(file), document_separator=separator)
         assert "story.txt" in message and "offset 10" in message
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = "\ufeff".encode()
+    file = tmp_path / "story.txt"
+    file.write_bytes(mark + b"# one\n---\n" + mark + b"two\n")
+    assert [source.text for source in collect(source="text", path=str(file))] == ["# one\n---\n\ufefftwo\n"]
+    parts = collect(source="text", path=str(file), document_separator="---")
+    assert [source.text for source in parts] == ["# one\n", "\ufefftwo\n"]
+    file.write_bytes(mark + b"ab\xfe\n")
+    assert "offset 5" in refusal(source="text", path=str(file))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(mark + b'{"text": "a"}\n{"text": "\\ufeffb"}\n')
+    assert [source.text for source in collect(source="jsonl", path=str(rows))] == ["a", "\ufeffb"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -53,6 +53,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 cannot be"),
     ("llama", {"rope_parameters": {**LLAMA3, "attention_factor": 2.0}}, "attention_factor=2.0 is not understood"),
     ("llama", {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor is missing"),
+    (
+        "llama",
+        {"original_max_position_embeddings": 128},
+        "original_max_position_embeddings=128 and 64 in rope_parameters say different things",
+    ),
+    ("llama", {"rope_theta": 10**400}, "rope_theta=10000"),
+    ("llama", {"layer_types": 5}, "layer_types=5 cannot be represented"),
     ("llama", {"rms_norm_eps": 0}, "rms_norm_eps=0 must be a number greater than 0"),
     ("llama", {"num_hidden_layers": "two"}, 'num_hidden_layers="two" must be a number'),
     ("llama", {"hidden_size": 64.5}, "hidden_size=64.5 must be an integer"),
@@ -138,6 +145,19 @@ def test_either_spelling_of_rotary_positions_counts(tmp_path: Path) -> None:
         assert keys["rope_base"] == theirs["rope_theta"] == LLAMA3["rope_theta"]
 
 
+def test_a_length_beside_the_rotary_positions_counts_for_transformers(tmp_path: Path) -> None:
+    """That of the context before scaling, which transformers 5 takes instead of the one in them: the same one passes,
+    and so does any where positions are not scaled by it."""
+    inside = LLAMA3["original_max_position_embeddings"]
+    folder = write(tmp_path, "llama", original_max_position_embeddings=2 * inside)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).config
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 2 * inside
+    keys = read_folder(write(tmp_path, "llama", original_max_position_embeddings=inside))[1]
+    assert keys == read_folder(write(tmp_path, "llama"))[1]
+    for name in ("qwen3", "mistral"):
+        assert read_folder(write(tmp_path, name, original_max_position_embeddings=7))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
 def test_scaling_is_written_for_transformers_4_too(name: str, tmp_path: Path) -> None:
     """`rope_theta` and `rope_scaling`, the only ones that it reads, say all that `rope_parameters` says."""
@@ -168,6 +188,16 @@ def test_written_and_read_again(name: str, tmp_path: Path) -> None:
     assert str(theirs.dtype) == "torch.bfloat16" and theirs.rope_parameters["rope_theta"] == model.rope_base
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "ours")
     assert (generation.bos_token_id, generation.eos_token_id) == (5, 6)
+
+
+def test_channels_that_are_no_share_of_the_hidden_size_are_written_as_transformers_reads_them(tmp_path: Path) -> None:
+    """transformers 5 refuses a Llama of 3 heads in 64 channels, whatever its head_dim."""
+    model = ModelConfig(hidden_size=64, num_attention_heads=3, num_query_groups=1, head_dim=10)
+    write_config(tmp_path, model, 128, {})
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (read.num_attention_heads, read.head_dim) == (3, 10)
+    _, keys, longest = read_folder(tmp_path)
+    assert ModelConfig(**keys, context_length=longest).model_dump() == {**model.model_dump(), "vocab_size": 128}
 
 
 def test_files_of_the_source_are_kept(tmp_path: Path) -> None:

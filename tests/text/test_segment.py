@@ -178,6 +178,14 @@ def test_text_that_stops_being_python_is_stripped_up_to_there() -> None:
     assert written_comment_rows(code) == [0, 3]
 
 
+@pytest.mark.parametrize("code", ["\0", "x = 1\n\0\ny = 2\n", "# a\n\0", "if x:\n    y\n\0\n", "    x\n\0"])
+def test_null_characters_are_no_python(code: str) -> None:
+    """Python 3.12 raises SystemError for one that ends an indented block."""
+    assert "".join(segment(code, "line")) == code
+    assert written_comment_rows(code + "\n# b\n")[-1] == (code + "\n").count("\n")
+    assert strip_comment_lines(code) == code.removeprefix("# a\n")
+
+
 def test_comments_of_generated_text_are_not_those_of_an_open_string() -> None:
     assert written_comment_rows("\n    # go on\n    return (1,\n        # two\n") == [1, 3]
     assert written_comment_rows('\n    x = """a\n# b\n') == []

@@ -1,10 +1,13 @@
 """Tokenizers: exact round trips, right bytes for every id, no markup from text, files that come back, clear errors."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,6 +239,45 @@ def test_the_size_that_the_error_names_works(tmp_path: Path) -> None:
     assert train_sentencepiece(functions()[:5], limit, tmp_path).vocab_size == limit
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "unigram"}, "its model_type is not bpe"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "it normalises the text"),
+        ({"add_dummy_prefix": True}, "it puts a space before the text"),
+        ({"remove_extra_whitespaces": True}, "it drops spaces of the text"),
+        ({"treat_whitespace_as_suffix": True}, "it has spaces at the ends of words"),
+        ({}, None),
+    ],
+)
+def test_a_sentencepiece_model_that_changes_the_text_is_refused(
+    settings: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    same = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(functions()),
+        model_writer=model,
+        vocab_size=600,
+        byte_fallback=True,
+        pad_id=3,
+        minloglevel=2,
+        **(same | settings),
+    )
+    file = tmp_path / "some.model"
+    file.write_bytes(model.getvalue())
+    if reason is None:
+        assert len(SentencePieceTokenizer.load(file).encode("    return value\n")) < 12
+        return
+    with pytest.raises(UserError, match=reason):
+        SentencePieceTokenizer.load(file)
+
+
 # --- Reading from disk ---------------------------------------------------------------------------------------------
 
 
@@ -264,11 +306,11 @@ def test_path_may_be_a_file_or_a_folder(tokenizer_folder: Path, tmp_path: Path) 
         ({}, "names eos_token"),
         ({"eos_token": "<nope>"}, "eos_token='<nope>' is not in tokenizer.json"),
         ({"eos_token": "<|end|>", "bos_token": "<nope>"}, "bos_token='<nope>' is not in tokenizer.json"),
+        ({"eos_token": ["<|end|>"]}, r'eos_token=\["<\|end\|>"\] must be the name of a token'),
+        (["<|end|>"], r"tokenizer_config\.json: must hold an object"),
     ],
 )
-def test_missing_control_token_is_named(
-    names: dict[str, object], message: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_missing_control_token_is_named(names: Any, message: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     write_files(tmp_path, (tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"), names)
     with pytest.raises(UserError, match=message):
         HFTokenizer.load(tmp_path)
@@ -302,6 +344,24 @@ def test_unfit_tokenizer_is_refused(
     write_files(tmp_path, json.dumps(spec | change))
     with pytest.raises(UserError, match=message):
         HFTokenizer.load(tmp_path)
+
+
+def test_dropout_of_merges_is_off(tokenizer_folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"))
+    spec["model"]["dropout"] = 0.5
+    tokenizer = HFTokenizer.load(write_files(tmp_path, json.dumps(spec)))
+    text = functions()[0]
+    assert tokenizer.encode(text) == HFTokenizer.load(tokenizer_folder / "llama3").encode(text)
+
+
+def test_a_token_outside_the_byte_level_alphabet_is_its_own_text(tokenizer_folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((tokenizer_folder / "llama3" / "tokenizer.json").read_text("utf-8"))
+    index = spec["model"]["vocab"]["日本"] = len(spec["model"]["vocab"])
+    tokenizer = HFTokenizer.load(write_files(tmp_path, json.dumps(spec)))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode([index]) == library.decode([index]) == "日本"
+    ids = tokenizer.encode("日本 x")
+    assert index not in ids and tokenizer.decode(ids) == "日本 x"
 
 
 def test_broken_json_is_a_user_error(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def common_keys(config: ConfigJson, multi_head: bool = False, rope_base: float =
     config.require("attention_dropout", 0, 0.0, meaning="there is no dropout")
     config.check(
         "layer_types",
-        lambda kinds: all(kind == "full_attention" for kind in kinds),
+        lambda kinds: isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds),
         "every layer attends to the whole context",
     )
     return {

@@ -14,7 +14,8 @@ class _Llama:
     model_type = "llama"
 
     def fits(self, model: ModelConfig) -> bool:
-        return not model.qkv_bias and not model.qk_norm and model.num_experts is None
+        divides = model.hidden_size % model.num_attention_heads == 0  # transformers 5 refuses others, head_dim or not
+        return divides and not model.qkv_bias and not model.qk_norm and model.num_experts is None
 
     def model_keys(self, config: ConfigJson) -> dict[str, Any]:
         config.require("attention_bias", False, meaning="Llama's attention has no biases here")

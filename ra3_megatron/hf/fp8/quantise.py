@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.hf.reference import load_reference
 
 DISTRIBUTION = "nvidia-modelopt"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -43,12 +44,7 @@ def modelopt_version() -> str:
 
 def load_model(folder: Path, device: str) -> Any:
     """The model of a Hugging Face folder, in fp32 arithmetic: 4 bytes a parameter."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.to(device).eval()
+    return load_reference(folder).to(device)
 
 
 def quantise(folder: Path, out: Path, rows: Sequence[Sequence[int]], device: str, on_step: OnStep) -> None:
