@@ -157,6 +157,14 @@ class EM:
         model = run.new_model(drawn=False, trained=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
         policy, how, longest = run.policy(model, record["weight_version"]), self.config.mstep.latents, self._length
+        infused = 0
+
+        def behind_chunk(done: int, tokens: int) -> None:
+            nonlocal infused
+            infused += done
+            task.advance(done, units=tokens)
+            self._stop_if_asked(f"saved {infused} of {len(documents)} documents of {phase.key}")
+
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
                 policy,
@@ -165,7 +173,7 @@ class EM:
                 folder,
                 run.runtime,
                 run.blank,
-                lambda done, tokens: task.advance(done, units=tokens),
+                behind_chunk,
                 None if how == "sampled" else partial(control_latents, how, policy=policy, max_tokens=longest),
             )
         stats = corpus.record
