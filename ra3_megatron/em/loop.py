@@ -200,7 +200,7 @@ class EM:
         """Held-out figures of a checkpoint, once; later calls read them."""
         run = self.run_context
         path = figures_file(run.folder.path, arm, iteration)
-        if run.runtime.broadcast(path.is_file()):
+        if run.runtime.broadcast(run.runtime.is_main and path.is_file()):
             return self._read(arm, iteration)
         self._stop_if_asked(f"before the evaluation of {arm} {iteration}")
         model = run.new_model(drawn=False, trained=False)
@@ -266,8 +266,9 @@ class EM:
         return read_figures(self.run_context.folder.path, arm, iteration)
 
     def _read(self, arm: str, iteration: int) -> dict[str, Any]:
-        """The figures of an evaluation that has been."""
-        figures = self._figures(arm, iteration)
+        """The figures of an evaluation that has been, as the main process reads them. Collective."""
+        run = self.run_context
+        figures = run.runtime.on_main(lambda: read_figures(run.folder.path, arm, iteration))
         assert figures is not None
         return figures
 
