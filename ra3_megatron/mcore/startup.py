@@ -236,7 +236,8 @@ def initialize(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(parallel.threads or max(1, available_cores() // local))
     if not dist.is_initialized():
-        rendezvous = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+        # one process meets nobody, wherever a variable of the site would send it
+        rendezvous = "env://" if world_size > 1 else f"tcp://127.0.0.1:{_free_port()}"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             init_method=rendezvous,
