@@ -141,6 +141,7 @@ preflight() { # preflight FOLDER: are all nodes fit to train on? It sets UNFIT i
   code=$?
   cat "$1/preflight-0.txt" 2>/dev/null
   [ "$code" -eq 0 ] || [ -n "$STOPPING" ] && return "$code"
+  grep -hs '^ra3: rank [0-9]*: ' "$1"/preflight-*.txt | head -n 10 # a mistake on another node alone
   nodes=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
   [ -n "$nodes" ] || return "$code"
   # what others say when the first process has nothing to say any more
@@ -190,6 +191,8 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   # … or of a mistake: of what ra3 says as it ends, that alone does not go on
   [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' -e '^ra3: interrupted$' && code=2
+  # a mistake on another node alone, where a folder is missing, say
+  [ "$code" -ne 0 ] && [ -z "$STOPPING" ] && grep -hs '^ra3: rank [0-9]*: ' "$logs"/rank-*.txt | head -n 10
   return "$code"
 }
 

@@ -85,6 +85,13 @@ def test_what_is_a_mistake(line: str, code: int, tmp_path: Path) -> None:
     assert ("no attempts are left" in done.stdout) == (code == 1)
 
 
+def test_what_is_wrong_on_another_node_is_shown(tmp_path: Path) -> None:
+    run = """touch "$out"; echo "ra3: rank 8: model.hf=/scratch/m: no such folder" >"${out%0.txt}8.txt"; exit 137"""
+    done = job(tmp_path, run)
+    assert "\nra3: rank 8: model.hf=/scratch/m: no such folder\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "attempt 1 failed with exit code 137" in done.stdout
+
+
 def test_a_signal_that_comes_before_the_run_has_started_is_passed_on(tmp_path: Path) -> None:
     """Between the last look for it and the moment from which there is a process to pass it on to."""
     at_once = """set -T; trap '[[ $BASH_COMMAND == "STEP=\\$!" ]] && sleep 1 && kill -USR1 $$' DEBUG"""
