@@ -30,7 +30,7 @@
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
 # Exit code 0: the run is finished, or the job is requeued. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
-# diverged). 1: failed after all attempts, stopped and not requeued, or the nodes are not fit to train on.
+# diverged). 1: failed after all attempts, stopped and not requeued, four time limits with nothing saved, or the nodes are not fit to train on.
 # With RA3_RENDER set it prints what it would run, and runs nothing (`ra3 launch` reads that).
 
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
@@ -224,6 +224,23 @@ requeue() { # give the nodes back and go on later, unless somebody has cancelled
   exit 1
 }
 
+saved() { # what a run has left that it need not do again
+  find "$RA3_RUN_DIR" \( -name checkpoint.json -o -name '*.stats.json' -o -name manifest.json -o -path '*/evaluations/*' \) \
+    -printf '%P %T@\n' 2>/dev/null | sort | cksum
+}
+in_time() { # whether another time limit may help: of the last ones, one was long enough to save anything
+  [ "$STOPPING" = USR1 ] || return 0 # a preemption comes at any moment
+  if [ "$(saved)" != "$BEGUN" ]; then
+    rm -f "$LOGS/idle"
+    return 0
+  fi
+  echo "job $SLURM_JOB_ID: stopped by SIG$STOPPING with nothing saved" >>"$LOGS/idle"
+  [ "$(wc -l <"$LOGS/idle" || echo 0)" -le 3 ] && return
+  rm -f "$LOGS/idle"
+  return 1
+}
+
+BEGUN=$(saved)
 number=$(find "$LOGS" -maxdepth 1 -name 'attempt-*' | wc -l)
 touch "$LOGS/failures"
 failures=0
@@ -237,6 +254,10 @@ while :; do
   elif [ "$code" -eq 2 ]; then
     say "nothing that was saved is lost: mend it and submit again with RA3_RUN_DIR=$RA3_RUN_DIR"
     mistake "a mistake that no retry mends, or a full disk (exit code 2): see $LOGS/latest"
+  fi
+  if [ -n "$STOPPING" ] && ! in_time; then
+    say "nothing was saved within the time limit, four times in a row: submit it again with a longer --time and RA3_RUN_DIR=$RA3_RUN_DIR"
+    exit 1
   fi
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"
