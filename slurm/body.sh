@@ -22,7 +22,7 @@
 #   RA3_SRUN        further options of srun, separated by spaces
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
-#   RA3_RETRIES     attempts after a failure, in all                    (3)
+#   RA3_RETRIES     attempts after a failure, in all of a job           (3)
 #   RA3_PREFLIGHT   0: train without a check of the nodes before         (1)
 #   RA3_PREFLIGHT_OPTIONS   options of ra3 preflight, separated by spaces
 #   RA3_GRACE       seconds that a stop may take before a requeue       (100; on GPU nodes 540)
@@ -265,9 +265,9 @@ while :; do
     say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
     exit 1
   fi
-  echo "attempt $number: exit code $code" >>"$LOGS/failures"
+  echo "job $SLURM_JOB_ID, attempt $number: exit code $code" >>"$LOGS/failures"
   failures=$((failures + 1)) # a full disk may hold no line of it
-  counted=$(wc -l <"$LOGS/failures")
+  counted=$(grep -c "^job $SLURM_JOB_ID," "$LOGS/failures") # through all requeues, but not of a job before this one
   [ "$counted" -gt "$failures" ] && failures=$counted
   say "attempt $number failed with exit code $code ($failures of $((${RA3_RETRIES:-3} + 1))): see $LOGS/latest"
   if [ "$failures" -gt "${RA3_RETRIES:-3}" ]; then

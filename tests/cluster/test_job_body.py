@@ -85,6 +85,15 @@ def test_what_is_a_mistake(line: str, code: int, tmp_path: Path) -> None:
     assert ("no attempts are left" in done.stdout) == (code == 1)
 
 
+def test_a_job_has_its_own_retries_whatever_failed_before_it(tmp_path: Path) -> None:
+    """Through all its requeues; one that is submitted again with the same run folder has new ones."""
+    said = [job(tmp_path, "exit 1", RA3_RETRIES="1", SLURM_JOB_ID=number).stdout for number in ("7", "7", "8")]
+    failed = [
+        [line.split("exit code ")[1].split(":")[0] for line in text.splitlines() if "failed" in line] for text in said
+    ]
+    assert failed == [["1 (1 of 2)", "1 (2 of 2)"], ["1 (3 of 2)"], ["1 (1 of 2)", "1 (2 of 2)"]]
+
+
 @pytest.mark.parametrize(
     ("signal", "save", "codes"),
     [
