@@ -205,7 +205,7 @@ def initialize(
     """Join the process group and build Megatron's groups for `parallel`.
 
     advice: names layouts that fit a number of processes. Raises UserError when the world that was started is not the
-    one the layout needs, or its processes are not told where to meet.
+    one the layout needs, its processes are not told where to meet, or are more than the GPUs of a node.
     """
     adopt_slurm()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -228,7 +228,14 @@ def initialize(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        here, gpus = max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+        if here > gpus:  # on all processes of the node alike
+            raise UserError(
+                f"{here} processes on node {socket.gethostname()} see {gpus} GPUs there, and each needs one of its "
+                "own: start fewer on a node, and let each see all of its GPUs (CUDA_VISIBLE_DEVICES)"
+            )
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # `mcore.attention` takes it where it is worth its plans
     else:
