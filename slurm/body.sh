@@ -22,7 +22,7 @@
 #   RA3_SRUN        further options of srun, separated by spaces
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)
-#   RA3_RETRIES     attempts after a failure, in all                    (3)
+#   RA3_RETRIES     attempts after a failure, in all of a job           (3)
 #   RA3_PREFLIGHT   0: train without a check of the nodes before         (1)
 #   RA3_PREFLIGHT_OPTIONS   options of ra3 preflight, separated by spaces
 #   RA3_GRACE       seconds that a stop may take before a requeue       (100; on GPU nodes 540)
@@ -30,7 +30,7 @@
 # Partition, account, qos, …: sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS itself.
 #
 # Exit code 0: the run is finished, or the job is requeued. 2: what no retry mends (a mistake in the configuration, a full disk, a loss that
-# diverged). 1: failed after all attempts, stopped and not requeued, or the nodes are not fit to train on.
+# diverged). 1: failed after all attempts, stopped and not requeued, four time limits with nothing saved, or the nodes are not fit to train on.
 # With RA3_RENDER set it prints what it would run, and runs nothing (`ra3 launch` reads that).
 
 . "${RA3_HOME:-$(dirname "$RA3_SCRIPT")/..}/slurm/site_setup.sh"
@@ -141,6 +141,7 @@ preflight() { # preflight FOLDER: are all nodes fit to train on? It sets UNFIT i
   code=$?
   cat "$1/preflight-0.txt" 2>/dev/null
   [ "$code" -eq 0 ] || [ -n "$STOPPING" ] && return "$code"
+  grep -hs '^ra3: rank [0-9]*: ' "$1"/preflight-*.txt | head -n 10 # a mistake on another node alone
   nodes=$(sed -n 's/^node \([^:]*\):.*/\1/p' "$1"/preflight-*.txt | sort -u | paste -sd ' ')
   [ -n "$nodes" ] || return "$code"
   # what others say when the first process has nothing to say any more
@@ -190,6 +191,8 @@ attempt() { # attempt NUMBER: one srun over all nodes; its exit code
   [ "$code" -ne 0 ] && grep -q '^stopped by SIG' "$logs/rank-0.txt" 2>/dev/null && code=75
   # … or of a mistake: of what ra3 says as it ends, that alone does not go on
   [ "$code" -ne 0 ] && grep -s '^ra3: ' "$logs/rank-0.txt" | grep -qv -e '--resume goes on$' -e '^ra3: interrupted$' && code=2
+  # a mistake on another node alone, where a folder is missing, say
+  [ "$code" -ne 0 ] && [ -z "$STOPPING" ] && grep -hs '^ra3: rank [0-9]*: ' "$logs"/rank-*.txt | head -n 10
   return "$code"
 }
 
@@ -221,6 +224,23 @@ requeue() { # give the nodes back and go on later, unless somebody has cancelled
   exit 1
 }
 
+saved() { # what a run has left that it need not do again
+  find "$RA3_RUN_DIR" \( -name checkpoint.json -o -name '*.stats.json' -o -name manifest.json -o -path '*/evaluations/*' \) \
+    -printf '%P %T@\n' 2>/dev/null | sort | cksum
+}
+in_time() { # whether another time limit may help: of the last ones, one was long enough to save anything
+  [ "$STOPPING" = USR1 ] || return 0 # a preemption comes at any moment
+  if [ "$(saved)" != "$BEGUN" ]; then
+    rm -f "$LOGS/idle"
+    return 0
+  fi
+  echo "job $SLURM_JOB_ID: stopped by SIG$STOPPING with nothing saved" >>"$LOGS/idle"
+  [ "$(wc -l <"$LOGS/idle" || echo 0)" -le 3 ] && return
+  rm -f "$LOGS/idle"
+  return 1
+}
+
+BEGUN=$(saved)
 number=$(find "$LOGS" -maxdepth 1 -name 'attempt-*' | wc -l)
 touch "$LOGS/failures"
 failures=0
@@ -235,15 +255,19 @@ while :; do
     say "nothing that was saved is lost: mend it and submit again with RA3_RUN_DIR=$RA3_RUN_DIR"
     mistake "a mistake that no retry mends, or a full disk (exit code 2): see $LOGS/latest"
   fi
+  if [ -n "$STOPPING" ] && ! in_time; then
+    say "nothing was saved within the time limit, four times in a row: submit it again with a longer --time and RA3_RUN_DIR=$RA3_RUN_DIR"
+    exit 1
+  fi
   [ -n "$STOPPING" ] && requeue "stopped by SIG$STOPPING (exit code $code)"
   [ "$code" -eq 75 ] && requeue "the run was asked to stop"
   if [ -n "$UNFIT" ]; then
     say "no retry on the same nodes: submit it again without them (sbatch --exclude=…) and RA3_RUN_DIR=$RA3_RUN_DIR"
     exit 1
   fi
-  echo "attempt $number: exit code $code" >>"$LOGS/failures"
+  echo "job $SLURM_JOB_ID, attempt $number: exit code $code" >>"$LOGS/failures"
   failures=$((failures + 1)) # a full disk may hold no line of it
-  counted=$(wc -l <"$LOGS/failures")
+  counted=$(grep -c "^job $SLURM_JOB_ID," "$LOGS/failures") # through all requeues, but not of a job before this one
   [ "$counted" -gt "$failures" ] && failures=$counted
   say "attempt $number failed with exit code $code ($failures of $((${RA3_RETRIES:-3} + 1))): see $LOGS/latest"
   if [ "$failures" -gt "${RA3_RETRIES:-3}" ]; then

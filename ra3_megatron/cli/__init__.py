@@ -40,19 +40,33 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # one process of many says it
-                for line in str(error).splitlines():
-                    typer.echo(f"ra3: {line}", err=True)
+            _say(str(error).splitlines())
             raise typer.Exit(2) from error
-        except (StoppedBySignal, Unavailable) as stop:
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        except Unavailable as failure:
+            _say([f"{failure}; the same command with --resume goes on"])
+            raise typer.Exit(UNAVAILABLE) from failure
+        except StoppedBySignal as stop:
+            if _rank() == "0":  # all have stopped
                 typer.echo(f"ra3: {stop}; the same command with --resume goes on", err=True)
-            raise typer.Exit(UNAVAILABLE if isinstance(stop, Unavailable) else STOPPED) from stop
+            raise typer.Exit(STOPPED) from stop
         except (KeyboardInterrupt, Exception) as error:
             if not _interrupted(error):
                 raise
             typer.echo("ra3: interrupted", err=True)
             raise typer.Exit(130) from error
+
+
+def _say(lines: list[str]) -> None:
+    """One process of each node says what is wrong: it may be so on one node alone, a folder that is not there, say."""
+    rank = _rank()
+    if rank == "0" or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0":
+        where = "" if rank == "0" else f"rank {rank}: "
+        for line in lines:
+            typer.echo(f"ra3: {where}{line}", err=True)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _interrupted(error: BaseException | None) -> bool:

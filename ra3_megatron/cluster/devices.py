@@ -32,7 +32,7 @@ def check(node: str, processes: int, limits: Limits) -> tuple[list[Result], int,
     shown = smi.visible(shown, os.environ.get("CUDA_VISIBLE_DEVICES"))
     driver = shown[0].driver if shown else None
     found = [Result(node, CHECK, "bad", problem) for gpu in shown for problem in problems(gpu)] if count else []
-    found += counted(node, count, len(shown), processes, limits)
+    found += counted(node, count, len(shown), processes, limits, _given())
     if count and unasked is None:
         found.append(Result(node, CHECK, "warn", "health unknown: there is no nvidia-smi"))
     if count and unasked:
@@ -40,13 +40,19 @@ def check(node: str, processes: int, limits: Limits) -> tuple[list[Result], int,
     return found, count, driver
 
 
-def counted(node: str, count: int, shown: int, processes: int, limits: Limits) -> list[Result]:
-    """Whether `count` GPUs, of `shown` that the driver has, are enough."""
+def counted(node: str, count: int, shown: int, processes: int, limits: Limits, given: int = 0) -> list[Result]:
+    """Whether `count` GPUs, of `shown` that the driver has, are enough. given: those of the job on this node."""
     wanted = max(limits.gpus_per_node or 0, processes if count or limits.gpus_per_node else 0)
     if count < wanted:
         why = f"--gpus-per-node {limits.gpus_per_node}" if wanted == limits.gpus_per_node else f"{processes} processes"
         text = f"{count} GPUs that torch can use ({shown} in nvidia-smi); {why} need {wanted}"
         return [Result(node, CHECK, "bad", text, str(count))]
+    if count == 0 and given:
+        text = (
+            f"the job has {given} GPUs, torch can use none ({shown} in nvidia-smi): ra3 doctor says what is missing; "
+            "--gpus-per-node 0 for processes on CPU"
+        )
+        return [Result(node, CHECK, "bad", text, "0")]
     if count == 0 and shown:
         return [
             Result(node, CHECK, "warn", f"nvidia-smi shows {shown} GPUs, torch can use none: processes on CPU", "CPU")
@@ -54,6 +60,12 @@ def counted(node: str, count: int, shown: int, processes: int, limits: Limits) -
     if count == 0:
         return [Result(node, CHECK, "ok", "no GPUs: processes on CPU", "CPU")]
     return [Result(node, CHECK, "ok", f"{count} GPUs for {processes} processes", str(count))]
+
+
+def _given() -> int:
+    """GPUs that Slurm gave the job on this node; 0: none, or there is no Slurm."""
+    number = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(number) if number.isdecimal() else 0
 
 
 def problems(gpu: Gpu) -> list[str]:

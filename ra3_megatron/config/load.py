@@ -69,6 +69,8 @@ def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         _, keys, longest = read_folder(Path(folder))
     except UserError as error:
         return [f"model.hf={folder}: {line}" for line in str(error).splitlines()]
+    except OSError as error:
+        return [f"model.hf={folder}: cannot be read ({error.strerror})"]
     wrong = []
     for key, value in keys.items():
         own = asked.get(key)

@@ -148,6 +148,11 @@ class RunConfig(Section):
                 f"mstep.latents={self.mstep.latents} is not read with method=ntp, which has no latents: it goes with "
                 "method=ra3"
             )
+        if self.method == "ra3" and math.isinf(self.estep.latent_price):
+            read = {"mstep.latents": (self.mstep.latents, "sampled"), "estep.policy": (self.estep.policy, None)}
+            for key, (value, default) in read.items():
+                if value != default:
+                    yield f"{key}={value} is not read with estep.latent_price=inf (never think): give a finite price"
         yield from self._staleness_problems("estep", self.estep)
         if self.model.hf is not None and self.warm_start.checkpoint is not None:
             yield (

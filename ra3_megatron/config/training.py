@@ -14,7 +14,7 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
 
     min_learning_rate: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of a schedule that falls (cosine, linear)."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up, over the steps of the phase."""
@@ -41,6 +41,11 @@ class OptimizerConfig(Section):
     def _check(self) -> "OptimizerConfig":
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} is not read with schedule=constant, which ends where it "
+                "began: it goes with cosine, linear"
+            )
         return self
 
 

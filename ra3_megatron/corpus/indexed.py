@@ -10,8 +10,8 @@ A store with the prefix P is four parts:
 | `P.json` | counts, weight version, size of each file; written last |
 
 Invariants: what is read back equals what was written, log-probabilities excepted (they are not stored); a store
-without its `P.json` does not exist, so a write that was cut short is never taken for whole; the same transcripts give
-the same bytes.
+without its `P.json` does not exist, so a write that was cut short is never taken for whole, also where the
+machine went down (every part is on the disk before it has its name); the same transcripts give the same bytes.
 """
 
 import json
@@ -29,6 +29,7 @@ import torch
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.megatron_dataset import IndexedDataset, IndexedDatasetBuilder
+from ra3_megatron.text.files import force_to_disk
 from ra3_megatron.text.latents import Document, LatentFormat, Line
 from ra3_megatron.text.tokenizer import Tokenizer
 from ra3_megatron.text.transcript import Role, Transcript
@@ -102,6 +103,7 @@ class TranscriptWriter:
         for part in _PARTS:
             for ending in ("bin", "idx"):
                 file = _part_file(self.prefix, part, ending)
+                force_to_disk(self._folder / f"{part}.{ending}")
                 os.replace(self._folder / f"{part}.{ending}", file)
                 sizes[file.name] = file.stat().st_size
         meta = {
@@ -113,6 +115,7 @@ class TranscriptWriter:
         }
         new = self._folder / "meta.json"
         new.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        force_to_disk(new)
         os.replace(new, meta_file)
         self._folder.rmdir()
 

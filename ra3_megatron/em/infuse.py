@@ -1,13 +1,15 @@
 """Infusion: sample a latent path for every document that the M-step will read, and store the infused documents.
 
 Documents are infused in chunks; a chunk is whole or absent, so a killed infusion goes on behind its last chunk. The
-latents of a document depend on the seed, the iteration and its place in the order alone.
+latents of a document depend on the seed, the iteration and its place in the order alone. The main process alone looks
+for files that may not be there yet: other nodes may believe for a while that one is still absent.
 """
 
 import json
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def infuse(
 
     key: names the random streams (document number k uses `(*key, k)`). advance: told documents and tokens done.
     """
-    if (folder / RECORD).is_file():
+    if runtime.broadcast(runtime.is_main and (folder / RECORD).is_file()):
         return InfusedCorpus(folder)
     size = max(CHUNK, -(-len(documents) // MAX_CHUNKS))
     starts = range(0, len(documents), size)
@@ -76,7 +78,7 @@ def infuse(
     for start, name in zip(starts, names, strict=True):
         numbers = range(start, min(start + size, len(documents)))
         stats_file = folder / f"{name}.stats.json"  # written behind the chunk: it is whole
-        if not runtime.broadcast(stats_file.is_file()):
+        if not runtime.broadcast(runtime.is_main and stats_file.is_file()):
             begin = time.perf_counter()
             originals = [documents[k] for k in numbers]
             keys = [(*key, k) for k in numbers]
@@ -96,7 +98,7 @@ def infuse(
                 write_json(stats_file, timing)
             runtime.barrier()
         watchdog.beat(f"{numbers.stop} of {len(documents)} documents infused")
-        advance(len(numbers), int(read_json(stats_file)["tokens"]))
+        advance(len(numbers), runtime.on_main(partial(_tokens, stats_file)))
     if runtime.is_main:
         parts = [read_json(folder / f"{name}.stats.json") for name in names]
         total = {field: sum(part[field] for part in parts) for field in parts[0]}
@@ -106,6 +108,10 @@ def infuse(
     runtime.barrier()
     watchdog.rest()
     return InfusedCorpus(folder)
+
+
+def _tokens(stats_file: Path) -> int:
+    return int(read_json(stats_file)["tokens"])
 
 
 def _write(prefix: Path, transcripts: Sequence[Transcript]) -> None:

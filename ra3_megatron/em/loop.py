@@ -157,6 +157,14 @@ class EM:
         model = run.new_model(drawn=False, trained=False)
         record = checkpoint.load(q, model, run.runtime, verify=self.config.checkpoint.verify)
         policy, how, longest = run.policy(model, record["weight_version"]), self.config.mstep.latents, self._length
+        infused = 0
+
+        def behind_chunk(done: int, tokens: int) -> None:
+            nonlocal infused
+            infused += done
+            task.advance(done, units=tokens)
+            self._stop_if_asked(f"saved {infused} of {len(documents)} documents of {phase.key}")
+
         with run.progress.task(phase.key, total=len(documents), unit="tokens") as task:
             corpus = infuse(
                 policy,
@@ -165,7 +173,7 @@ class EM:
                 folder,
                 run.runtime,
                 run.blank,
-                lambda done, tokens: task.advance(done, units=tokens),
+                behind_chunk,
                 None if how == "sampled" else partial(control_latents, how, policy=policy, max_tokens=longest),
             )
         stats = corpus.record
@@ -192,7 +200,7 @@ class EM:
         """Held-out figures of a checkpoint, once; later calls read them."""
         run = self.run_context
         path = figures_file(run.folder.path, arm, iteration)
-        if run.runtime.broadcast(path.is_file()):
+        if run.runtime.broadcast(run.runtime.is_main and path.is_file()):
             return self._read(arm, iteration)
         self._stop_if_asked(f"before the evaluation of {arm} {iteration}")
         model = run.new_model(drawn=False, trained=False)
@@ -258,8 +266,9 @@ class EM:
         return read_figures(self.run_context.folder.path, arm, iteration)
 
     def _read(self, arm: str, iteration: int) -> dict[str, Any]:
-        """The figures of an evaluation that has been."""
-        figures = self._figures(arm, iteration)
+        """The figures of an evaluation that has been, as the main process reads them. Collective."""
+        run = self.run_context
+        figures = run.runtime.on_main(lambda: read_figures(run.folder.path, arm, iteration))
         assert figures is not None
         return figures
 

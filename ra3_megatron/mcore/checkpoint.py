@@ -243,9 +243,9 @@ def _resident(trainer: Trainer | None) -> AbstractContextManager[None]:
 def read_record(folder: Path) -> dict[str, Any]:
     """The JSON record of a complete checkpoint. Raises UserError when there is none."""
     path = folder / RECORD
-    if folder.name.endswith(PARTIAL) or not path.is_file():
-        raise UserError(_no_checkpoint(folder))
     try:
+        if folder.name.endswith(PARTIAL) or not path.is_file():
+            raise UserError(_no_checkpoint(folder))
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from problem

@@ -205,7 +205,7 @@ def initialize(
     """Join the process group and build Megatron's groups for `parallel`.
 
     advice: names layouts that fit a number of processes. Raises UserError when the world that was started is not the
-    one the layout needs, or its processes are not told where to meet.
+    one the layout needs, its processes are not told where to meet, or are more than the GPUs of a node.
     """
     adopt_slurm()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -228,7 +228,14 @@ def initialize(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        here, gpus = max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+        if here > gpus:  # on all processes of the node alike
+            raise UserError(
+                f"{here} processes on node {socket.gethostname()} see {gpus} GPUs there, and each needs one of its "
+                "own: start fewer on a node, and let each see all of its GPUs (CUDA_VISIBLE_DEVICES)"
+            )
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # `mcore.attention` takes it where it is worth its plans
     else:
@@ -236,7 +243,8 @@ def initialize(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(parallel.threads or max(1, available_cores() // local))
     if not dist.is_initialized():
-        rendezvous = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+        # one process meets nobody, wherever a variable of the site would send it
+        rendezvous = "env://" if world_size > 1 else f"tcp://127.0.0.1:{_free_port()}"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             init_method=rendezvous,

@@ -38,6 +38,7 @@ class Progress:
     ) -> None:
         self.console = console or Console()
         self._clock = clock
+        self._enabled = enabled
         if not enabled:
             kind = "off"
         elif kind == "auto":
@@ -61,9 +62,12 @@ class Progress:
         """
         return Task(self, name, total, unit, done, self._clock)
 
-    def message(self, text: str, style: str = "") -> None:
-        """A line above the bars, or a plain line: a phase that starts, a monitor that fired."""
-        if self.kind != "off":
+    def message(self, text: str, style: str = "", always: bool = False) -> None:
+        """A line above the bars, or a plain line: a phase that starts, a monitor that fired.
+
+        always: with `logging.progress=off`, too.
+        """
+        if self.kind != "off" or (always and self._enabled):
             self.console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from ra3_megatron.rlvr.sandbox import Sandbox
 from ra3_megatron.rlvr.steps import RlvrSteps
 from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.context import RunContext
-from ra3_megatron.training.phases import Phase, final_of, is_done, train_phase
+from ra3_megatron.training.phases import Phase, final_of, finished, train_phase
 
 Prompts = Sequence[Sequence[int]]
 
@@ -84,7 +84,7 @@ class Rlvr:
 
             return RlvrSteps(run, grpo, queue, grader, self.train, evaluate)
 
-        if not is_done(run, PHASE):
+        if not finished(run, PHASE):
             model = run.new_model(drawn=False)
             train_phase(
                 run,

@@ -24,6 +24,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
+def force_to_disk(path: Path) -> None:
+    """Return when the content of a file is on the disk (fsync): what is written behind it may rely on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def lock_file(path: Path, wait: float = 0.0) -> IO[bytes] | None:
     """Lock a file; None: another process has it. On a file system without locks there is none, and nobody is refused.
 

@@ -117,7 +117,7 @@ class RunContext:
     def stopped(self, signal: str, where: str) -> NoReturn:
         """Raise StoppedBySignal. Collective: the main process has said so before any process ends."""
         text = f"stopped by {signal}: {where}"
-        self.progress.message(text)
+        self.progress.message(text, always=True)  # job scripts look for it
         self.runtime.barrier()
         raise StoppedBySignal(text)
 

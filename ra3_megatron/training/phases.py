@@ -90,8 +90,11 @@ def is_done(run: RunContext, phase: Phase) -> bool:
 
 
 def finished(run: RunContext, phase: Phase) -> bool:
-    """`is_done`, of a phase that this run may train. Collective: deletes what a kill right behind `final` left."""
-    if not is_done(run, phase):
+    """`is_done`, of a phase that this run may train. Collective: deletes what a kill right behind `final` left.
+
+    The main process looks for all: what a file system that is shared shows to other nodes may be older.
+    """
+    if not run.runtime.broadcast(run.runtime.is_main and is_done(run, phase)):
         return False
     _prune(folder_of(run, phase), run, keep=0)
     return True
@@ -120,7 +123,7 @@ def train_phase(
     if finished(run, phase):
         return final
     folder = folder_of(run, phase)
-    latest = latest_checkpoint(folder)
+    latest = run.runtime.broadcast(latest_checkpoint(folder) if run.runtime.is_main else None)
     if latest is None and start is not None:
         checkpoint.load(start, model, run.runtime, verify=run.config.checkpoint.verify)
     trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps * updates_per_step)
@@ -302,12 +305,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _load_newest(run: RunContext, folder: Path, model: torch.nn.Module, trainer: Trainer) -> dict[str, Any]:
-    """Load the newest checkpoint inside a phase that is whole; its record. Collective.
+    """Load the newest checkpoint inside a phase that is whole, of those that the main process sees; its record.
+    Collective.
 
     One that is not is renamed, so that nothing takes it for a checkpoint any more. Raises DamagedCheckpoint when none
     is whole.
     """
-    found = sorted(_complete(folder), key=_step_of, reverse=True)
+    seen = sorted(_complete(folder), key=_step_of, reverse=True) if run.runtime.is_main else []
+    found: list[Path] = run.runtime.broadcast(seen)
     for path, before in zip(found, [*found[1:], None], strict=True):
         try:
             return checkpoint.load(path, model, run.runtime, trainer, run.config.checkpoint.verify)

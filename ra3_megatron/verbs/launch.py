@@ -70,6 +70,12 @@ def launch(
             f"{job.script.name}: the layout needs {config.parallel.world_size} processes, and the job has "
             f"{job.trainers} on {job.train_nodes} nodes" + (f"; {advice}" if advice else "")
         )
+    each = job.trainers // job.train_nodes
+    if job.gpus_per_node and each > job.gpus_per_node:
+        raise UserError(
+            f"{job.script.name}: {each} processes on each node (ntasks-per-node), and {job.gpus_per_node} GPUs: every "
+            "process needs one of its own"
+        )
     _check_inputs(config)
     console = Console(highlight=False)
     if not console.is_terminal:

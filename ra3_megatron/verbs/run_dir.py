@@ -25,6 +25,13 @@ def check_folder(config: RunConfig, resume: bool) -> None:
 
     A run that has not left any checkpoint has nothing to lose: it may begin anew, with any configuration.
     """
+    try:
+        _check_folder(config, resume)
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir}: cannot be read ({error.strerror})") from error
+
+
+def _check_folder(config: RunConfig, resume: bool) -> None:
     folder = RunFolder(Path(config.run_dir))
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"run_dir={config.run_dir}: is a file: choose another run_dir")
@@ -56,8 +63,15 @@ def run_folder(config: RunConfig, folder: RunFolder, resume: bool, runtime: Any)
     A run that fails before it has a corpus leaves no folder behind.
     """
     held: list[Any] = []
-    begun = folder.config.is_file()
-    on_main(runtime, lambda: held.append(_prepare_folder(config, folder, resume)))
+    begun = False
+
+    def prepare() -> None:
+        nonlocal begun
+        check_folder(config, resume)
+        begun = folder.config.is_file()
+        held.append(_prepare_folder(config, folder))
+
+    on_main(runtime, prepare)
     try:
         yield
     except UserError:
@@ -72,11 +86,10 @@ def run_folder(config: RunConfig, folder: RunFolder, resume: bool, runtime: Any)
             lock.close()
 
 
-def _prepare_folder(config: RunConfig, folder: RunFolder, resume: bool) -> Any:
-    """Check and lock the run folder, and write what it says of itself; returns the lock."""
+def _prepare_folder(config: RunConfig, folder: RunFolder) -> Any:
+    """Lock the run folder, and write what it says of itself; returns the lock."""
     from ra3_megatron.report.versions import collect_versions
 
-    check_folder(config, resume)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)

@@ -230,3 +230,26 @@ assert not heavy, heavy
 """
     done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, ["ra3: estep.stepps: unknown key; did you mean estep.steps?"]),
+        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, []),
+        (
+            {"SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
+            ["ra3: rank 8: estep.stepps: unknown key; did you mean estep.steps?"],
+        ),
+        ({"RANK": "3", "LOCAL_RANK": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, []),
+    ],
+)
+def test_one_process_of_each_node_says_what_is_wrong(
+    variables: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be so on one node alone: a folder that is not there."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refusal("train", QUICKSTART, "estep.stepps=3") == said

@@ -36,7 +36,7 @@ def job(
 ) -> subprocess.CompletedProcess[str]:
     """Run a job in whose place `run` is what srun starts; `requeue` is what becomes of a requeue."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     scripts = {"scontrol": SCONTROL.replace("REQUEUE", requeue), "srun": SRUN.replace("THE_STEP", run), "ra3": "exit 0"}
     for name, text in scripts.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -83,6 +83,49 @@ def test_what_is_a_mistake(line: str, code: int, tmp_path: Path) -> None:
     done = job(tmp_path, f'echo "{line}" >"$out"; exit 1')
     assert done.returncode == code, done.stdout + done.stderr
     assert ("no attempts are left" in done.stdout) == (code == 1)
+
+
+def test_a_job_has_its_own_retries_whatever_failed_before_it(tmp_path: Path) -> None:
+    """Through all its requeues; one that is submitted again with the same run folder has new ones."""
+    said = [job(tmp_path, "exit 1", RA3_RETRIES="1", SLURM_JOB_ID=number).stdout for number in ("7", "7", "8")]
+    failed = [
+        [line.split("exit code ")[1].split(":")[0] for line in text.splitlines() if "failed" in line] for text in said
+    ]
+    assert failed == [["1 (1 of 2)", "1 (2 of 2)"], ["1 (3 of 2)"], ["1 (1 of 2)", "1 (2 of 2)"]]
+
+
+@pytest.mark.parametrize(
+    ("signal", "save", "codes"),
+    [
+        ("USR1", "", [0, 0, 0, 1]),
+        (
+            "USR1",
+            'mkdir -p "$RA3_RUN_DIR/checkpoints/$$" && touch "$RA3_RUN_DIR/checkpoints/$$/checkpoint.json"',
+            [0] * 5,
+        ),
+        ("TERM", "", [0] * 5),
+    ],
+    ids=["nothing saved", "something saved", "preempted"],
+)
+def test_a_time_limit_that_is_too_short_is_not_tried_for_ever(
+    signal: str, save: str, codes: list[int], tmp_path: Path
+) -> None:
+    """Start-up alone takes longer, or `--signal` leaves nothing of it."""
+    run = (
+        f"trap 'exit 75' USR1; {save or 'true'}; kill -{signal} $PPID; for i in {{1..300}}; do sleep 0.02; done; exit 1"
+    )
+    for code in codes:
+        done = job(tmp_path, run, RA3_GRACE="1")
+        assert done.returncode == code, done.stdout + done.stderr
+        assert (f"requeueing: stopped by SIG{signal}" in done.stdout) == (code == 0)
+    assert ("nothing was saved within the time limit, four times in a row" in done.stdout) == (codes[-1] == 1)
+
+
+def test_what_is_wrong_on_another_node_is_shown(tmp_path: Path) -> None:
+    run = """touch "$out"; echo "ra3: rank 8: model.hf=/scratch/m: no such folder" >"${out%0.txt}8.txt"; exit 137"""
+    done = job(tmp_path, run)
+    assert "\nra3: rank 8: model.hf=/scratch/m: no such folder\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "attempt 1 failed with exit code 137" in done.stdout
 
 
 def test_a_signal_that_comes_before_the_run_has_started_is_passed_on(tmp_path: Path) -> None:

@@ -235,6 +235,11 @@ def test_a_cpu_job_has_a_layout_and_no_plan(monkeypatch: pytest.MonkeyPatch) -> 
         (["8b", "--nodes", "few"], {}, "Invalid value for '--nodes'"),
         (["8b", "--sbatch", "nodes=few"], {}, "ra3_8b.sh: job_num_nodes=few: must be a number"),
         (["8b", "parallel.data=4"], {}, "the layout needs 8 processes, and the job has 32 on 4 nodes; "),
+        (
+            ["8b", "--sbatch", "gres=gpu:4"],
+            {},
+            "ra3_8b.sh: 8 processes on each node (ntasks-per-node), and 4 GPUs: every process needs one of its own",
+        ),
         (["8b", "estep.stepps=4"], {}, "estep.stepps"),
         (["8b", "mstep.micro_batch_size=16"], {}, "ra3_8b.sh: needs 1"),
         (["8b"], {"RA3_ROLLOUT_NODES": "4"}, "RA3_ROLLOUT_NODES=4 leaves no node to train on: the job has 4"),

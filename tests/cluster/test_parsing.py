@@ -105,6 +105,30 @@ def test_gpus_are_counted(count: int, shown: int, processes: int, wanted: int | 
     assert (result.state, result.text) == (state, text)
 
 
+@pytest.mark.parametrize(
+    ("variable", "limits", "state", "text"),
+    [
+        (None, Limits(), "ok", "no GPUs: processes on CPU"),
+        ("0", Limits(), "ok", "no GPUs: processes on CPU"),
+        ("8", Limits(), "bad", "the job has 8 GPUs, torch can use none (0 in nvidia-smi): ra3 doctor says what is"),
+        ("8", Limits(gpus_per_node=0), "ok", "GPUs not wanted: processes on CPU"),
+    ],
+)
+def test_a_job_with_gpus_does_not_train_on_processors(
+    variable: str | None, limits: Limits, state: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_smi() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.smi, "gpus", no_smi)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", variable)
+    (result,), _, _ = devices.check("n1", 8, limits)
+    assert result.state == state and result.text.startswith(text)
+
+
 def test_a_node_with_fewer_gpus_than_others_is_named() -> None:
     assert devices.compare({"n1": 8, "n2": 8}) == []
     (result,) = devices.compare({"n1": 8, "n2": 0, "n3": 8})

@@ -202,6 +202,20 @@ def test_keys_of_another_corpus_source_are_refused() -> None:
             "mstep.latents=filler is not read with method=ntp, which has no latents: it goes with method=ra3",
         ),
         (
+            ["estep.latent_price=inf", "mstep.latents=moved"],
+            "mstep.latents=moved is not read with estep.latent_price=inf (never think): give a finite price",
+        ),
+        (
+            ["estep.latent_price=inf", "estep.policy=runs/a/checkpoints/estep-1/final"],
+            "estep.policy=runs/a/checkpoints/estep-1/final is not read with estep.latent_price=inf (never think): give "
+            "a finite price",
+        ),
+        (
+            ["estep.optimizer.min_learning_rate=1e-5"],
+            "estep.optimizer.min_learning_rate=1e-05 is not read with schedule=constant, which ends where it began: it "
+            "goes with cosine, linear",
+        ),
+        (
             ["tokenizer.kind=hf", "tokenizer.path=x", "tokenizer.superwords=true"],
             "tokenizer.superwords=true is not read with tokenizer.kind=hf: its pieces are there already; set it to "
             "false",

@@ -57,6 +57,27 @@ def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, transcrip
         assert np.array_equal(read.decision_positions, written.decision_positions)
 
 
+def test_what_has_its_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is lost takes along what only its memory held: files of the right size, full of zeros."""
+    on_disk: set[int] = set()
+    named: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        fsync(handle)
+        on_disk.add(os.fstat(handle).st_ino)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        assert os.stat(source).st_ino in on_disk, target
+        named.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_transcripts(tmp_path / "chunk", [A, B])
+    assert len(named) == 7 and named[-1] == "chunk.json"
+
+
 def test_indexing(tmp_path: Path) -> None:
     write_transcripts(tmp_path / "s", [A, B])
     store = TranscriptStore(tmp_path / "s")

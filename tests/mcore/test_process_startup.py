@@ -68,6 +68,32 @@ def test_processes_that_are_not_told_where_to_meet(variables: dict[str, str], mi
     assert f"2 processes were started, and not told where to meet ({missing}): export MASTER_ADDR" in said
 
 
+@pytest.mark.parametrize("place", ["0", "1"])
+def test_more_processes_than_gpus_are_refused_on_all_of_them(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": place, "WORLD_SIZE": "2", "LOCAL_RANK": place, "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"^2 processes on node .* see 1 GPUs there, and each needs one of its own: "):
+        initialize(ParallelConfig(data=2), seed=1, timeout_minutes=1 / 60)
+
+
+@pytest.mark.parametrize("variables", [{"MASTER_ADDR": "n1"}, {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"}])
+def test_a_process_alone_meets_nobody_elsewhere(variables: dict[str, str]) -> None:
+    """Some sites export these to everybody."""
+    code = (
+        "import os; [os.environ.pop(name, None) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')]\n"
+        f"os.environ.update({variables})\n"
+        "import ra3_megatron.mcore\n"
+        "from ra3_megatron.config.model import ParallelConfig\n"
+        "from ra3_megatron.mcore.startup import initialize, shutdown\n"
+        "print(initialize(ParallelConfig(), seed=1, timeout_minutes=0.1).world_size); shutdown()"
+    )
+    done = python(code)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_a_world_of_one(runtime: Runtime) -> None:
     assert runtime.is_main and runtime.world_size == runtime.data_size == runtime.tensor_size == 1
     assert runtime.gather_data("x") == ["x"] and runtime.broadcast("y") == "y"

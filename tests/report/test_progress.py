@@ -87,4 +87,6 @@ def test_silent(kind: str, enabled: bool) -> None:
         display.message("nothing")
         with display.task("x", total=1) as task:
             task.advance(1, loss=1.0)
-    assert text(display) == ""
+        assert text(display) == ""
+        display.message("stopped by SIGUSR1: saved", always=True)
+    assert text(display) == ("stopped by SIGUSR1: saved\n" if enabled else "")

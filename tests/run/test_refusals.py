@@ -49,6 +49,25 @@ def test_corpora_that_give_nothing(ra3: Ra3, config: Path, tmp_path: Path) -> No
     ra3("train", config, f"run_dir={tmp_path / 'run'}", *SHORT, "warm_start.steps=1", "em.control=false")
 
 
+def test_folders_that_cannot_be_looked_at() -> None:
+    """A name that is too long stands for a folder of somebody else's, which root may look into."""
+    from ra3_megatron.config.load import load_config
+    from ra3_megatron.config.run import RunConfig
+    from ra3_megatron.mcore.checkpoint import read_record
+    from ra3_megatron.verbs.run_dir import check_folder
+
+    name = "x" * 300
+    cases = {
+        f"run_dir={name}: cannot be read (File name too long)": lambda: check_folder(RunConfig(run_dir=name), False),
+        f"model.hf={name}: cannot be read (File name too long)": lambda: load_config(None, [f"model.hf={name}"]),
+        f"{name}/checkpoint.json: cannot be read: ": lambda: read_record(Path(name)),
+    }
+    for start, call in cases.items():
+        with pytest.raises(UserError) as caught:
+            call()
+        assert str(caught.value).startswith(start)
+
+
 @pytest.mark.multiprocess
 def test_two_processes_refuse_with_one_line(ra3: Ra3, config: Path, tmp_path: Path) -> None:
     settings = ("parallel.data=2", "corpus.path=/no/such/folder")

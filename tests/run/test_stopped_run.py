@@ -17,13 +17,16 @@ from ra3_megatron.config.errors import STOPPED
 
 STEPS = "ra3_megatron.em.steps"
 LOOP = "ra3_megatron.em.loop"
+INFUSE = "ra3_megatron.em.infuse"
 
 PLACES: list[tuple[str, str, str, int, str, str]] = [
     ("in the warm start", f"{STEPS}:PackedSteps.step", "before", 3, "SIGUSR1", "saved behind step 3 of warm_start"),
     ("in its last step", f"{STEPS}:PackedSteps.step", "before", 21, "SIGTERM", "before the evaluation of base 0"),
     ("in E-step 1", f"{STEPS}:EStepSteps.step", "after", 1, "SIGTERM", "saved behind step 1 of estep-1"),
     ("at the end of E-step 1", f"{STEPS}:EStepSteps.step", "after", 1, "SIGUSR1", "before infuse-1"),
-    ("in infusion 1", f"{LOOP}:infuse", "before", 1, "SIGUSR1", "saved behind step 1 of mstep-1"),
+    ("in infusion 1", f"{LOOP}:infuse", "before", 1, "SIGUSR1", "saved 8 of 33 documents of infuse-1"),
+    ("at its last chunk", f"{INFUSE}:_write", "after", 4, "SIGTERM", "saved 33 of 33 documents of infuse-1"),
+    ("in M-step 1", f"{STEPS}:PackedSteps.step", "before", 1, "SIGUSR1", "saved behind step 1 of mstep-1"),
 ]
 """A place, where the signal comes, which one, and what the run says."""
 

@@ -26,7 +26,7 @@ def test_what_a_kill_behind_final_left_is_deleted(skipped_by: str, tmp_path: Pat
     run: Any = SimpleNamespace(
         folder=SimpleNamespace(checkpoints=tmp_path),
         config=SimpleNamespace(checkpoint=CheckpointConfig(keep=2), mstep=None),
-        runtime=SimpleNamespace(is_main=True, barrier=lambda: None),
+        runtime=SimpleNamespace(is_main=True, barrier=lambda: None, broadcast=lambda item: item),
     )
     if skipped_by == "train_phase":
         final = train_phase(run, phase, 300, nothing, nothing, nothing, nothing)  # type: ignore[arg-type]
