@@ -69,11 +69,17 @@ class ShardWriter:
             self._written = _write(self._transforms, self._buckets)
         else:
             fork = multiprocessing.get_context("fork")
-            self._pipe, end = fork.Pipe(duplex=False)
-            arguments = (end, self._transforms, _without_shared_memory(self._buckets))
-            self._process = fork.Process(target=_work, args=arguments)
-            self._process.start()
-            end.close()
+            buckets = _without_shared_memory(self._buckets)
+            pipe, end = fork.Pipe(duplex=False)
+            process = fork.Process(target=_work, args=(end, self._transforms, buckets))
+            try:
+                process.start()
+            except BaseException:  # no memory for another process: there is none to wait for, or to end
+                pipe.close()
+                raise
+            finally:
+                end.close()
+            self._process, self._pipe = process, pipe
         self._buckets = []  # a process that is forked holds the values
 
     def is_done(self) -> bool:

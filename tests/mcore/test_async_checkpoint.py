@@ -5,7 +5,9 @@ Not covered: the copy from a GPU to the host (it is Megatron's, and happens befo
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -160,6 +162,29 @@ def test_errors_of_the_writer_are_raised(runtime: Runtime, tmp_path: Path) -> No
     assert os.listdir(tmp_path) == []
     checkpoint.save(tmp_path / "good", model, runtime, {})
     checkpoint.load(tmp_path / "good", model, runtime, verify=True)
+
+
+def test_a_writer_that_cannot_be_forked_is_an_error(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine has no memory left for the pages of a second process."""
+
+    def refuse(self: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    model = build(SINGLE, runtime)
+    checkpoint.save(tmp_path / "good", model, runtime, {})
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
+        with pytest.raises(
+            checkpoint.CheckpointWriteError, match=r"bad: cannot be written: OSError: .*Cannot allocate"
+        ):
+            checkpoint.begin(tmp_path / "bad", model, runtime, {}, background=True)
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert checkpoints(tmp_path) == ["good"]
+    checkpoint.begin(tmp_path / "next", model, runtime, {}, background=True).wait()
+    assert checkpoints(tmp_path) == ["good", "next"]
 
 
 def test_a_writer_that_dies_is_an_error(runtime: Runtime, tmp_path: Path, gate: Path) -> None:
