@@ -279,7 +279,7 @@ def test_rows_of_deepcoder_with_tests_of_another_kind_are_left_out_and_counted(t
 
 def test_a_checkers_score_is_the_only_number_that_it_prints(tmp_path: Path, sandbox: Sandbox) -> None:
     """A message that repeats the program's output is no score, whatever lines and words that holds."""
-    source = "import sys\nfound = open(sys.argv[3]).read()\nprint({})"
+    source = "import sys\nfound = open(sys.argv[3]).read()\nprint({})\nexit()\nprint(2)"
     rows = [
         {**SPLIT, "id": name, "generated_checker": source.format(said)}
         for name, said in (("1/A", "'wrong answer: found', found"), ("2/A", "1.0"), ("3/A", "'inf'"), ("4/A", "0"))
