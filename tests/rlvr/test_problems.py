@@ -191,6 +191,8 @@ def test_deepcoder_rows(tmp_path: Path, sandbox: Sandbox) -> None:
         and "class Solution" in problems[2].prompt
     )
     assert verdicts(sandbox, problems, ANSWERS) == [Verdict.PASSED] * 3
+    annotated = ANSWERS[2].replace("a, b)", "a: int, b: str) -> List[Tuple[int, str]]", 1)
+    assert verdicts(sandbox, problems[2:], [annotated]) == [Verdict.PASSED]
     wrong = [
         "def double(x):\n    return x",
         "print(4)",

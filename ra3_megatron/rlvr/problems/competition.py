@@ -74,6 +74,8 @@ def _near(wanted, found):
         return False
 """
 """The same of what a program prints."""
+PRELUDE = "from typing import *\n"
+"""What starter codes take for granted, and the data sets' graders import before a program: `nums: List[int]`."""
 INSTRUCTIONS = {
     "stdin": "Write a Python program that reads from standard input and writes the answer to standard output.",
     "function": "Write the answer in Python, starting from this code:\n```python\n{starter}\n```",
@@ -206,6 +208,7 @@ def contest_problem(
         f"{text.strip()}\n\n{instructions}\n",
         FunctionTests(setup=SAME, tests=tuple(tests), entry_points=(entry,)),
         "program",
+        prelude=PRELUDE,
     )
 
 

@@ -52,7 +52,7 @@ def serve_functions(channel: Channel, code: str) -> None:
     answers = Answers()
     namespace = become_module(MODULE)
     try:
-        exec(compile(code, FILE, "exec"), namespace)
+        exec(compile(code, FILE, "exec", dont_inherit=True), namespace)
     except BaseException as error:
         channel.send(b"X" + answers.failure(error))
         return
