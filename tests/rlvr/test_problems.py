@@ -452,6 +452,19 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
     }
 
 
+def test_benchmarks_of_one_name_are_two(tmp_path: Path) -> None:
+    """Several data sets call their file test.jsonl: what one of them drops is dropped."""
+    for folder, text in (("gsm8k", LONG), ("other", "def g(): pass")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"solution": text}) + "\n")
+    kept, report = decontaminate([problem("the same", LONG), problem("short", "x = 1")], str(tmp_path))
+    assert [p.name for p in kept] == ["short"]
+    assert report.benchmarks == {"gsm8k/test.jsonl": 1, "other/test.jsonl": 1}
+    assert report.dropped == {"gsm8k/test.jsonl": ["the same"], "other/test.jsonl": []}
+    alone, report = decontaminate([problem("the same", LONG)], str(tmp_path / "gsm8k" / "test.jsonl"))
+    assert not alone and report.benchmarks == {"test.jsonl": 1}
+
+
 def test_a_folder_without_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no benchmark"):
         decontaminate([problem("a", LONG)], str(tmp_path))
