@@ -400,7 +400,7 @@ def problem(name: str, solution: str | None, prompt: str = "p") -> Problem:
 LONG = "def f(a, b):\n    total = a + b\n    for item in range(total):\n        total += item * 2\n    return total\n"
 
 
-def test_mbpp_has_each_task_once(tmp_path: Path) -> None:
+def test_mbpp_has_each_task_once_and_programs(tmp_path: Path) -> None:
     row = {
         "task_id": 700,
         "text": "t",
@@ -410,6 +410,8 @@ def test_mbpp_has_each_task_once(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"mbpp.jsonl:2: .*task_id 700 stands in a line before"):
         mbpp_problems(str(write_rows(tmp_path / "mbpp.jsonl", [row, row])), None, 0)
+    with pytest.raises(UserError, match=r"mbpp.jsonl:1: .*code is no Python"):
+        mbpp_problems(str(write_rows(tmp_path / "mbpp.jsonl", [{**row, "code": "def f(:"}])), None, 0)
 
 
 def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
