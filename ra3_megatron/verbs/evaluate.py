@@ -206,6 +206,8 @@ class _SuiteRun:
 
     def _header(self, mode: str) -> dict[str, Any]:
         """What samples are of: they are used again for the same alone."""
+        from ra3_megatron.verbs.sampled_model import end_ids
+
         assert self.weights is not None
         return {
             "suite": self.suite.name,
@@ -214,6 +216,7 @@ class _SuiteRun:
             "model": self.weights.identity,
             "mode": mode,
             "stops": list(self.suite.stops),
+            "end_tokens": sorted(end_ids(self.weights.tokenizer, self.weights.hf)),
             **self._shared(),
             **_computing(self.weights.config),
         }
