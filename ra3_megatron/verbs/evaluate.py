@@ -317,6 +317,8 @@ def _check(request: Request) -> None:
         raise UserError(f"--max-new-tokens={request.max_new_tokens}: must be at least 1")
     if request.workers is not None and request.workers < 1:
         raise UserError(f"--workers={request.workers}: must be at least 1")
+    if request.seed < 0:
+        raise UserError(f"--seed={request.seed}: must be at least 0")
     if not 0 <= request.temperature <= 10:
         raise UserError(f"--temperature={request.temperature}: must be from 0 (greedy) to 10")
     if not 0 < request.top_p <= 1:

@@ -247,6 +247,7 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
             "--sandbox=none: must be bubblewrap or",
         ),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--limit", 0), "--limit=0: must be at least 1"),
+        (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--seed", -1), "--seed=-1: must be at least 0"),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--temperature", -1), "--temperature=-1.0: must be from 0"),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--top-p", 0), "--top-p=0.0: must be above 0"),
         (
