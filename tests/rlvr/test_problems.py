@@ -242,6 +242,10 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
         ({"problem": "\ud800", "tests": {"inputs": ["1"], "outputs": ["1"]}}, "surrogates"),
         ({"problem": "x", "tests": {"inputs": ["\ud800"], "outputs": ["1"]}}, "surrogates"),
         ({"problem": "x", "tests": {"fn_name": "f(1) or f", "inputs": [[1]], "outputs": [1]}}, "is no name"),
+        (
+            {"problem": "x", "tests": [{"type": "function_call", "input": [1], "output": 1}]},
+            "tests of a function that nothing names",
+        ),
         ({"problem": "x", "tests": "[" * 100000}, "recursion"),
     ],
 )

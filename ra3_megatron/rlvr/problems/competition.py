@@ -156,6 +156,8 @@ def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
     function, cases = cases_of(tests)
     metadata = _loaded(row.get("metadata") or {})
     function = function or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
+    if function is None and not isinstance(tests, Mapping) and {_kind(case) for case in tests} & _FUNCTION_KINDS:
+        raise ValueError("tests of a function that nothing names")
     starter = row.get("starter_code") or ""
     problem = contest_problem(name, str(text), function, cases, starter)
     solutions = tuple(each for each in _list(row.get("solutions")) if isinstance(each, str))
