@@ -206,6 +206,8 @@ class _SuiteRun:
 
     def _header(self, mode: str) -> dict[str, Any]:
         """What samples are of: they are used again for the same alone."""
+        from ra3_megatron.verbs.sampled_model import end_ids
+
         assert self.weights is not None
         return {
             "suite": self.suite.name,
@@ -214,6 +216,7 @@ class _SuiteRun:
             "model": self.weights.identity,
             "mode": mode,
             "stops": list(self.suite.stops),
+            "end_tokens": sorted(end_ids(self.weights.tokenizer, self.weights.hf)),
             **self._shared(),
             **_computing(self.weights.config),
         }
@@ -314,6 +317,8 @@ def _check(request: Request) -> None:
         raise UserError(f"--max-new-tokens={request.max_new_tokens}: must be at least 1")
     if request.workers is not None and request.workers < 1:
         raise UserError(f"--workers={request.workers}: must be at least 1")
+    if request.seed < 0:
+        raise UserError(f"--seed={request.seed}: must be at least 0")
     if not 0 <= request.temperature <= 10:
         raise UserError(f"--temperature={request.temperature}: must be from 0 (greedy) to 10")
     if not 0 < request.top_p <= 1:

@@ -138,6 +138,9 @@ def test_samples_are_used_again_and_never_those_of_another_model(
         *words, "--hf", hf, "--set", "model.context_length=768"
     )
     assert "another temperature (0.7, now 0.0)" in refusal(*TWO, "--data", data, "--out", out, "--hf", hf)
+    ends = shutil.copytree(hf, tmp_path / "ends")  # the same weights: what ends a completion stands in another file
+    (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert "another end_tokens" in refusal(*words, "--hf", ends)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing written"
 
 
@@ -244,6 +247,7 @@ def test_samples_from_a_file(data: Path, harness: Callable[[str], None], tmp_pat
             "--sandbox=none: must be bubblewrap or",
         ),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--limit", 0), "--limit=0: must be at least 1"),
+        (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--seed", -1), "--seed=-1: must be at least 0"),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--temperature", -1), "--temperature=-1.0: must be from 0"),
         (("--suite", "mbpp", "--out", "OUT", "--hf", "x", "--top-p", 0), "--top-p=0.0: must be above 0"),
         (

@@ -191,6 +191,8 @@ def test_deepcoder_rows(tmp_path: Path, sandbox: Sandbox) -> None:
         and "class Solution" in problems[2].prompt
     )
     assert verdicts(sandbox, problems, ANSWERS) == [Verdict.PASSED] * 3
+    annotated = ANSWERS[2].replace("a, b)", "a: int, b: str) -> List[Tuple[int, str]]", 1)
+    assert verdicts(sandbox, problems[2:], [annotated]) == [Verdict.PASSED]
     wrong = [
         "def double(x):\n    return x",
         "print(4)",
@@ -240,6 +242,10 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
         ({"problem": "\ud800", "tests": {"inputs": ["1"], "outputs": ["1"]}}, "surrogates"),
         ({"problem": "x", "tests": {"inputs": ["\ud800"], "outputs": ["1"]}}, "surrogates"),
         ({"problem": "x", "tests": {"fn_name": "f(1) or f", "inputs": [[1]], "outputs": [1]}}, "is no name"),
+        (
+            {"problem": "x", "tests": [{"type": "function_call", "input": [1], "output": 1}]},
+            "tests of a function that nothing names",
+        ),
         ({"problem": "x", "tests": "[" * 100000}, "recursion"),
     ],
 )
@@ -279,7 +285,7 @@ def test_rows_of_deepcoder_with_tests_of_another_kind_are_left_out_and_counted(t
 
 def test_a_checkers_score_is_the_only_number_that_it_prints(tmp_path: Path, sandbox: Sandbox) -> None:
     """A message that repeats the program's output is no score, whatever lines and words that holds."""
-    source = "import sys\nfound = open(sys.argv[3]).read()\nprint({})"
+    source = "import sys\nfound = open(sys.argv[3]).read()\nprint({})\nexit()\nprint(2)"
     rows = [
         {**SPLIT, "id": name, "generated_checker": source.format(said)}
         for name, said in (("1/A", "'wrong answer: found', found"), ("2/A", "1.0"), ("3/A", "'inf'"), ("4/A", "0"))
@@ -398,7 +404,7 @@ def problem(name: str, solution: str | None, prompt: str = "p") -> Problem:
 LONG = "def f(a, b):\n    total = a + b\n    for item in range(total):\n        total += item * 2\n    return total\n"
 
 
-def test_mbpp_has_each_task_once(tmp_path: Path) -> None:
+def test_mbpp_has_each_task_once_and_programs(tmp_path: Path) -> None:
     row = {
         "task_id": 700,
         "text": "t",
@@ -408,6 +414,8 @@ def test_mbpp_has_each_task_once(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"mbpp.jsonl:2: .*task_id 700 stands in a line before"):
         mbpp_problems(str(write_rows(tmp_path / "mbpp.jsonl", [row, row])), None, 0)
+    with pytest.raises(UserError, match=r"mbpp.jsonl:1: .*code is no Python"):
+        mbpp_problems(str(write_rows(tmp_path / "mbpp.jsonl", [{**row, "code": "def f(:"}])), None, 0)
 
 
 def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
@@ -448,6 +456,19 @@ def test_decontamination_counts_runs_of_tokens(tmp_path: Path) -> None:
         "prompts.jsonl": ["the same prompt"],
         "mbpp.jsonl": ["tested on"],
     }
+
+
+def test_benchmarks_of_one_name_are_two(tmp_path: Path) -> None:
+    """Several data sets call their file test.jsonl: what one of them drops is dropped."""
+    for folder, text in (("gsm8k", LONG), ("other", "def g(): pass")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"solution": text}) + "\n")
+    kept, report = decontaminate([problem("the same", LONG), problem("short", "x = 1")], str(tmp_path))
+    assert [p.name for p in kept] == ["short"]
+    assert report.benchmarks == {"gsm8k/test.jsonl": 1, "other/test.jsonl": 1}
+    assert report.dropped == {"gsm8k/test.jsonl": ["the same"], "other/test.jsonl": []}
+    alone, report = decontaminate([problem("the same", LONG)], str(tmp_path / "gsm8k" / "test.jsonl"))
+    assert not alone and report.benchmarks == {"test.jsonl": 1}
 
 
 def test_a_folder_without_benchmarks(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Limits, Program, Sandbox, StdinTests, Verdict
-from tests.rlvr.programs import functions
+from tests.rlvr.programs import RIGHT, functions, script
 
 pytestmark = pytest.mark.multiprocess
 
@@ -164,6 +164,19 @@ def test_a_program_that_does_not_load(sandbox: Sandbox) -> None:
     assert "SyntaxError" in outcome.detail and "line 1" in outcome.detail
     outcome = sandbox.grade_one(functions("import numpy", "assert True"))
     assert outcome.verdict is Verdict.CRASHED and "numpy" in outcome.detail
+
+
+def test_annotations_are_evaluated(sandbox: Sandbox) -> None:
+    """As Python does without a `from __future__`: those of our own modules are none of the program's."""
+    code = "def add(a: {0}, b: {0}) -> {0}:\n    return a + b\n"
+    whole = code + "print(add(1, 2), add.__annotations__['a'] is int)"
+    programs = [functions(code.format(name), RIGHT) for name in ("List[int]", "int")]
+    programs += [script(whole.format(name), ("", "3 True")) for name in ("List[int]", "int")]
+    outcomes = sandbox.grade(programs)
+    assert [outcome.verdict for outcome in outcomes] == [Verdict.CRASHED, Verdict.PASSED] * 2
+    assert all("NameError" in outcome.detail for outcome in outcomes[::2])
+    setup = "def kind(x: int): pass\nassert kind.__annotations__ == {'x': int}"
+    assert sandbox.grade_one(functions(code.format("int"), RIGHT, setup=setup)).verdict is Verdict.PASSED
 
 
 def test_a_missing_function(sandbox: Sandbox) -> None:

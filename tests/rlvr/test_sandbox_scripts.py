@@ -33,6 +33,18 @@ def test_each_case_is_a_program_of_its_own(sandbox: Sandbox) -> None:
     assert outcome.verdict is Verdict.PASSED, outcome
 
 
+@pytest.mark.parametrize("end", ["exit()", "quit()", "exit(0)", "def main():\n    exit()\nmain()"])
+def test_programs_end_with_what_site_defines(sandbox: Sandbox, end: str) -> None:
+    """`exit` and `quit` are there as for `python program.py`, though the interpreter starts without the module site."""
+    outcome = sandbox.grade_one(script(f"print(input())\n{end}\nprint('not reached')", ("a", "a")))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
+def test_an_exit_with_an_error_is_none(sandbox: Sandbox) -> None:
+    outcome = sandbox.grade_one(script("print(input())\nexit(3)", ("a", "a")))
+    assert outcome.verdict is Verdict.CRASHED and "exit 3" in outcome.detail
+
+
 @pytest.mark.parametrize(
     ("output", "expected", "tolerance", "right"),
     [

@@ -74,6 +74,8 @@ def _near(wanted, found):
         return False
 """
 """The same of what a program prints."""
+PRELUDE = "from typing import *\n"
+"""What starter codes take for granted, and the data sets' graders import before a program: `nums: List[int]`."""
 INSTRUCTIONS = {
     "stdin": "Write a Python program that reads from standard input and writes the answer to standard output.",
     "function": "Write the answer in Python, starting from this code:\n```python\n{starter}\n```",
@@ -154,6 +156,8 @@ def _problem(row: dict[str, Any], name: str, schema: str) -> Problem:
     function, cases = cases_of(tests)
     metadata = _loaded(row.get("metadata") or {})
     function = function or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
+    if function is None and not isinstance(tests, Mapping) and {_kind(case) for case in tests} & _FUNCTION_KINDS:
+        raise ValueError("tests of a function that nothing names")
     starter = row.get("starter_code") or ""
     problem = contest_problem(name, str(text), function, cases, starter)
     solutions = tuple(each for each in _list(row.get("solutions")) if isinstance(each, str))
@@ -206,6 +210,7 @@ def contest_problem(
         f"{text.strip()}\n\n{instructions}\n",
         FunctionTests(setup=SAME, tests=tuple(tests), entry_points=(entry,)),
         "program",
+        prelude=PRELUDE,
     )
 
 

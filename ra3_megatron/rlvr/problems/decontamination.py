@@ -31,7 +31,7 @@ class Report:
     """What decontamination did."""
 
     benchmarks: dict[str, int]
-    """Rows with a solution or a prompt in each file of benchmarks."""
+    """Rows with a solution or a prompt in each file of benchmarks, by its path below the folder."""
     unread: dict[str, int]
     """Rows of each file that have neither."""
     not_read: list[str]
@@ -75,6 +75,7 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
         solutions: set[tuple[str, ...]] = set()
         prompts: set[tuple[str, ...]] = set()
         count = 0
+        name = _name(file, Path(folder))
         for _, row in read_rows(file):
             if not _of_benchmark(row):
                 continue
@@ -83,11 +84,11 @@ def decontaminate(problems: Sequence[Problem], folder: str) -> tuple[list[Proble
                 runs |= runs_of(text or "")
             read = any(text is not None for text in texts)
             count += read
-            unread[file.name] = unread.get(file.name, 0) + (not read)
+            unread[name] = unread.get(name, 0) + (not read)
         if count:
-            benchmarks[file.name] = count
-            dropped[file.name] = [
-                name for name, (asked, runs) in mine.items() if runs & (prompts if asked else solutions)
+            benchmarks[name] = count
+            dropped[name] = [
+                problem for problem, (asked, runs) in mine.items() if runs & (prompts if asked else solutions)
             ]
     if not benchmarks:
         raise UserError(
@@ -112,12 +113,17 @@ def _runs_of_problem(problem: Problem) -> frozenset[tuple[str, ...]]:
 
 
 def _files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Files of benchmarks, and the names of other files of data."""
+    """Files of benchmarks, and what other files of data there are."""
     if folder.is_file():
         return [folder], []
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     read = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz"))]
-    return read, [file.name for file in found if file.name.endswith(_DATA)]
+    return read, [_name(file, folder) for file in found if file.name.endswith(_DATA)]
+
+
+def _name(file: Path, folder: Path) -> str:
+    """Of a file in the report: two folders may each have a `test.jsonl`."""
+    return file.name if file == folder else file.relative_to(folder).as_posix()
 
 
 def _of_benchmark(row: Row) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.rlvr.problems.checks import require_parsed
+from ra3_megatron.rlvr.problems.checks import require_parsed, syntax_error
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests
 
@@ -71,6 +71,8 @@ def problem_of(row: dict[str, Any]) -> Problem:
     setup = row["test_setup_code"]
     require_parsed(setup, tests)
     code = row["code"].replace("\r\n", "\n")
+    if said := syntax_error(code, "code"):
+        raise ValueError(f"code is no Python ({said})")
     lines = "\n".join(tests)
     return Problem(
         name=f"mbpp/{row['task_id']}",

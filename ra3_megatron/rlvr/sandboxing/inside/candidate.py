@@ -5,6 +5,7 @@ Nothing here is trusted once the code runs: it shares this process. What it can 
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 
@@ -13,7 +14,7 @@ from .codec import Decoder, Encoder, size
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
 MODULE = "candidate"
 FILE = "<program>"
@@ -24,6 +25,15 @@ def become_module(name: str) -> dict[str, Any]:
     module = type(sys)(name)
     sys.modules[name] = module
     return vars(module)
+
+
+def add_exits() -> None:
+    """`exit` and `quit`, which programs use and the module `site` makes: it is not imported, for its time."""
+
+    def leave(code: Any = None) -> NoReturn:
+        raise SystemExit(code)
+
+    builtins.exit = builtins.quit = leave  # type: ignore[assignment]
 
 
 def silence(keep: tuple[int, ...]) -> None:
@@ -42,7 +52,7 @@ def serve_functions(channel: Channel, code: str) -> None:
     answers = Answers()
     namespace = become_module(MODULE)
     try:
-        exec(compile(code, FILE, "exec"), namespace)
+        exec(compile(code, FILE, "exec", dont_inherit=True), namespace)
     except BaseException as error:
         channel.send(b"X" + answers.failure(error))
         return

@@ -35,7 +35,7 @@ class CaseRunner:
         self.check: Any = None
         if checker is not None:
             namespace: dict[str, Any] = {"__name__": "checker"}
-            exec(compile(checker, "<checker>", "exec"), namespace)
+            exec(compile(checker, "<checker>", "exec", dont_inherit=True), namespace)
             self.check = namespace["check"]
         self._send(code)
 

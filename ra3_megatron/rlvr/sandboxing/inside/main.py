@@ -14,7 +14,7 @@ import marshal
 import os
 import time
 
-from .candidate import serve_functions, silence
+from .candidate import add_exits, serve_functions, silence
 from .channel import Broken, Channel
 from .codec import Decoder, no_handle
 from .protection import protect
@@ -62,6 +62,7 @@ def worker(channel: Channel, kind: str, cpu_seconds: int, isolated: bool) -> Non
 
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     silence((channel.read, channel.write))
+    add_exits()
     try:
         code = Decoder(channel.receive(), no_handle, [], keep=False).decode()
     except Broken:
@@ -132,6 +133,7 @@ def run_scripts(channel: Channel, task: dict[str, Any], report: Report) -> None:
     """Each case of the whole program."""
     from .cases import CaseRunner
 
+    add_exits()  # for the checker
     runner = CaseRunner(channel, task["code"], task["cases"], task["checker"], task["most"], task["tolerance"])
     for number in range(len(task["cases"])):
         try:

@@ -142,5 +142,5 @@ def become_script(code: str, channel: Channel, pipes: list[tuple[int, int]]) -> 
     sys.argv = ["program.py"]
     namespace = become_module("__main__")
     namespace["__file__"] = "program.py"
-    exec(compile(code, FILE, "exec"), namespace)
+    exec(compile(code, FILE, "exec", dont_inherit=True), namespace)
     sys.exit()

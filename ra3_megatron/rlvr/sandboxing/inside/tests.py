@@ -62,7 +62,7 @@ class FunctionRunner:
         except BaseException as error:
             raise failure_of(error, "loading the program") from None
         try:
-            compiled = compile(self.setup, "<setup>", "exec")
+            compiled = compile(self.setup, "<setup>", "exec", dont_inherit=True)
             undefined, modules = names_used([self.setup, *self.tests])
             self.namespace.update({name: __import__(name) for name in modules if name not in self.entry_points})
             names = list(self.entry_points) or undefined
@@ -79,7 +79,7 @@ class FunctionRunner:
         test = self.tests[number]
         where = f"test {number + 1}: {' '.join(test.split())[:200]}"
         try:
-            exec(compile(test, "<test>", "exec"), self.namespace)
+            exec(compile(test, "<test>", "exec", dont_inherit=True), self.namespace)
         except BaseException as error:
             raise failure_of(error, where) from None
         if self.remote.broken is not None:
