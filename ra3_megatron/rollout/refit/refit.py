@@ -103,9 +103,12 @@ class Refit:
         failure, totals = self._unfit(updates), None
         sending = None
         if self.is_sender and not failure:
-            if self._stream is None:
-                self._stream = self._new_stream()
-            sending = Sending(self._stream, self._shapes, self._dtype, updates, version)
+            try:
+                self._stream = self._stream or self._new_stream()
+            except (OSError, RuntimeError) as error:  # no memory for buckets, say: the others are gathering already
+                failure = str(error).split("\n")[0] or type(error).__name__
+            else:
+                sending = Sending(self._stream, self._shapes, self._dtype, updates, version)
         try:
             pieces = [tensor for _, tensor in self._pieces]
             for link, whole in gathered(self._plan, pieces, self._runtime.rank, self._dtype):

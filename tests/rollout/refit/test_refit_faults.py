@@ -257,6 +257,22 @@ def test_a_sender_that_says_nothing_is_given_up(model: torch.nn.Module, runtime:
     assert engine.version is None
 
 
+def test_no_memory_for_buckets_is_a_failure_as_any_other(
+    refit: Refit, expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other processes, which the sender goes on gathering with, are told as well."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = Collector()
+    with monkeypatch.context() as patch, pytest.raises(RefitError, match=r"version 1 did not reach .*: out of memory$"):
+        patch.setattr("ra3_megatron.rollout.refit.refit.make_carrier", refuse)
+        refit.send([engine.update], 1)
+    refit.send([engine.update], 2)
+    assert differing(engine.weights, expected) == []
+
+
 def test_updates_belong_to_senders(refit: Refit) -> None:
     with pytest.raises(RefitError, match="the trainer's process 0 feeds engines but was given none"):
         refit.send([], 1)
