@@ -243,11 +243,10 @@ def initialize(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(parallel.threads or max(1, available_cores() // local))
     if not dist.is_initialized():
-        # one process meets nobody, wherever a variable of the site would send it
-        rendezvous = "env://" if world_size > 1 else f"tcp://127.0.0.1:{_free_port()}"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=rendezvous,
+            # one process meets nobody, wherever a launcher or a variable of the site would send it
+            store=dist.HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=timeout_minutes),
@@ -307,9 +306,3 @@ def _leave_model_parallel() -> None:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -79,9 +79,16 @@ def test_more_processes_than_gpus_are_refused_on_all_of_them(place: str, monkeyp
         initialize(ParallelConfig(data=2), seed=1, timeout_minutes=1 / 60)
 
 
-@pytest.mark.parametrize("variables", [{"MASTER_ADDR": "n1"}, {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MASTER_ADDR": "n1"},
+        {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"},
+        {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    ],
+)
 def test_a_process_alone_meets_nobody_elsewhere(variables: dict[str, str]) -> None:
-    """Some sites export these to everybody."""
+    """Some sites export these to everybody; a torchrun of one process has a store of its own."""
     code = (
         "import os; [os.environ.pop(name, None) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')]\n"
         f"os.environ.update({variables})\n"
