@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
@@ -246,7 +247,7 @@ def initialize(
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             # one process meets nobody, wherever a launcher or a variable of the site would send it
-            store=dist.HashStore() if world_size == 1 else None,
+            store=HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=timeout_minutes),
