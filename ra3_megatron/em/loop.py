@@ -267,8 +267,7 @@ class EM:
 
     def _read(self, arm: str, iteration: int) -> dict[str, Any]:
         """The figures of an evaluation that has been, as the main process reads them. Collective."""
-        run = self.run_context
-        figures = run.runtime.on_main(lambda: read_figures(run.folder.path, arm, iteration))
+        figures = self.run_context.runtime.on_main(lambda: self._figures(arm, iteration))
         assert figures is not None
         return figures
 

@@ -12,6 +12,9 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.build import CAPTIONS, build_report
 from ra3_megatron.report.metrics import MetricsWriter, read_metrics
 from ra3_megatron.report.plots import COLOURS, ESTEP_CURVES, draw_figures, series
+from ra3_megatron.report.responses import ResponseRecord, write_responses
+from ra3_megatron.report.rlvr import _samples
+from ra3_megatron.report.run_folder import RunFolder
 from ra3_megatron.report.summary import read_summary
 
 VOID = {"meta", "img", "br", "link"}
@@ -197,3 +200,17 @@ def test_held_out_curves_are_the_same_from_summary_and_from_evaluations(run: Pat
 def test_estep_figure_has_a_panel_for_each_metric(run: Path) -> None:
     figure = draw_figures(read_metrics(run), None)["estep"]
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(ESTEP_CURVES.values())
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_prompts_of_responses_hold_no_thoughts(tmp_path: Path, code: bool) -> None:
+    """Their comments are the problem's, and only some are Python."""
+    prompt = "# Add <two>.\ndef add(a, b):\n"
+    record = ResponseRecord(
+        problem="add", step=0, prompt=prompt, text="    # so\n    return a + b\n", reward=1.0, verdict="passed",
+        passed=1, total=1, detail="", code_prompt=code,
+    )  # fmt: skip
+    write_responses(tmp_path, "held-out-000000", [record])
+    ((shown,),) = (sample["responses"] for sample in _samples(RunFolder(tmp_path)))
+    assert "<mark>" not in shown["prompt"] and "<mark># so</mark>" in shown["text"]
+    assert "&lt;two&gt;" in shown["prompt"] and ("<span" in shown["prompt"]) == code

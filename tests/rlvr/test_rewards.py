@@ -34,6 +34,7 @@ def test_equal_programs_are_executed_once_and_thoughts_are_not(sandbox: Sandbox,
     assert [outcome.verdict for outcome in graded.outcomes][1::3] == [Verdict.WRONG, Verdict.CRASHED]
     assert graded.metrics()["verdict_passed"] == pytest.approx(0.6)
     assert graded.metrics()["distinct_programs"] == pytest.approx(0.6)
+    assert graded.thoughts == [0, 0, 0, 1, 0] and graded.metrics()["thoughts_per_response"] == pytest.approx(0.2)
 
 
 def test_an_answer_ends_at_its_first_stop(sandbox: Sandbox, runtime: Runtime) -> None:
