@@ -16,6 +16,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.load import dump_config
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.hf.checking import Check
 from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.files import keep_small_files
 from ra3_megatron.hf.importing import import_hf
@@ -30,7 +31,10 @@ SINGLE = ParallelConfig(threads=1)
 TEXT = "def f(x):\n    # the square of x\n    return x * x\n"
 
 
-def test_a_model_trained_from_scratch(tmp_path: Path, runtime: Runtime) -> None:
+@pytest.mark.parametrize(
+    "experts", [{}, {"num_experts": 4, "expert_ffn_hidden_size": 24}], ids=["dense", "experts of another width"]
+)
+def test_a_model_trained_from_scratch(experts: dict[str, int], tmp_path: Path, runtime: Runtime) -> None:
     """transformers computes what Megatron-Core does, and its tokenizer gives the ids of the run's."""
     run = tmp_path / "run"
     tokenizer = train_sentencepiece([TEXT * 5], 300, run / "corpus" / "tokenizer")
@@ -44,6 +48,7 @@ def test_a_model_trained_from_scratch(tmp_path: Path, runtime: Runtime) -> None:
         init_std=0.2,
         rope_base=5e5,
         norm_epsilon=3e-5,
+        **experts,  # type: ignore[arg-type]
     )
     (run / "config.yaml").write_text(dump_config(RunConfig(model=model)))
     sets = torch.ones(1, tokenizer.vocab_size, dtype=torch.bool)
@@ -67,6 +72,9 @@ def test_a_model_trained_from_scratch(tmp_path: Path, runtime: Runtime) -> None:
     assert (
         load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"].shape[0] == tokenizer.vocab_size
     )
+
+    check = Check(tmp_path / "hf", folder)
+    assert not check.tensors().different and check.logits(runtime).passes
 
     other = train_sentencepiece([TEXT * 5], 290, tmp_path / "other")
     checkpoint.save(folder, network, runtime, identity_of(other))
