@@ -115,7 +115,8 @@ class EStep:
                 self.scorer, different.transcripts, plan, self.runtime, self.latents, contexts=contexts
             )
         scores = [found[place] for place in different.which]
-        without = self._without_thoughts(transcripts) if self.config.baseline == "no_thought" else None
+        plain = self.config.baseline == "no_thought" and self.config.estimator == "policy_gradient"
+        without = self._without_thoughts(transcripts) if plain else None
         likelihoods, rewards, advantages = [], [], []
         for start in range(0, len(transcripts), self.config.group_size):
             group = transcripts[start : start + self.config.group_size]
