@@ -75,7 +75,7 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
         )
         command = ["-m", module, str(folder / "config.yaml"), str(folder), *arguments]
         try:
-            with _signals_passed_on():
+            with _signals_passed_on() as passed:
                 elastic_launch(layout, sys.executable)(*command)
         except SignalException as stop:  # it ended them
             if stop.sigval is signal.SIGINT:
@@ -86,7 +86,10 @@ def start_processes(config: RunConfig, module: str, *arguments: str) -> int:
                 files = sorted(folder.glob(f"{name}.*"))
                 if files:
                     raise kind(files[0].read_text(encoding="utf-8")) from failure
-            return HUNG if any(each.exitcode == HUNG for each in failure.failures.values()) else 1
+            codes = {each.exitcode for each in failure.failures.values()}
+            if HUNG in codes:
+                return HUNG
+            return next((128 + number for number in passed if -number in codes), 1)  # it came before they listened
         return 0
 
 
@@ -122,19 +125,27 @@ def process_group(config: RunConfig) -> "Iterator[Runtime]":
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
+def _signals_passed_on() -> Iterator[list[int]]:
     """Within it, what asks a run to save and stop, or to show its stacks (SIGUSR2), goes to the processes of the
-    layout, and to nobody else."""
+    layout, and to nobody else; the signals that did. What asks to stop before there are any ends the start."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
     from ra3_megatron.mcore.stopping import SIGNALS
 
+    passed: list[int] = []
+
     def pass_on(number: int, frame: Any) -> None:
-        for child in psutil.Process().children(recursive=False):
+        children = psutil.Process().children(recursive=False)
+        if not children and number in SIGNALS:
+            raise SignalException("no process has been started", signal.Signals(number))
+        passed.append(number)
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, signal.SIGUSR2)}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

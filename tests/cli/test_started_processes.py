@@ -50,14 +50,24 @@ def another():  # one command alone would make no group
 app(["start"])
 """
 
+BEFORE = """
+import signal
+import torch.distributed.launcher.api as api
+
+api.elastic_launch = lambda *layout: lambda *command: signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{Path(__file__).parents[2]}:{folder}", "PATH": "/usr/bin:/bin"}
+
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[psutil.Popen, list[psutil.Process]]]:
     """A process with the two that it started, which are at work."""
     (tmp_path / "work.py").write_text(WORK)
-    environment = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}", "PATH": "/usr/bin:/bin"}
     process = psutil.Popen(
-        [sys.executable, "-c", START, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", START, str(tmp_path)], env=environment(tmp_path), stderr=subprocess.PIPE, text=True
     )
     end = time.monotonic() + 120
     while not all((tmp_path / rank).exists() for rank in "01"):
@@ -79,6 +89,7 @@ def started(tmp_path: Path) -> Iterator[tuple[psutil.Popen, list[psutil.Process]
         (signal.SIGTERM, 75, "ra3: stopped by SIGTERM; the same command with --resume goes on\n"),
         (signal.SIGINT, 130, "ra3: interrupted\n"),
         (signal.SIGHUP, 128 + signal.SIGHUP, ""),
+        (signal.SIGUSR2, 128 + signal.SIGUSR2, ""),  # which they do not listen to, as to none while they start
         (signal.SIGKILL, -signal.SIGKILL, ""),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
@@ -92,3 +103,9 @@ def test_a_signal_ends_all(
     assert (process.returncode, errors) == (code, said)
     _, left = psutil.wait_procs(children, timeout=10)
     assert not left
+
+
+def test_a_signal_before_there_are_processes_ends_the_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BEFORE + START, str(tmp_path)]
+    ended = subprocess.run(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
