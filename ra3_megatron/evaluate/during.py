@@ -5,7 +5,7 @@ with random numbers of their own (seed, suite, task, number), the same each time
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,22 +91,24 @@ class TrainingSuites:
         settings = self.config.benchmarks
         return phase in settings.phases and (step % settings.interval == 0 or step == steps)
 
-    def evaluate(self, sampling: Sampling, name: str, references: bool) -> dict[str, float]:
+    def evaluate(self, sampling: Sampling, name: str, references: bool, check: Callable[[], None]) -> dict[str, float]:
         found: dict[str, float] = {}
+        spread = _Spread(sampling, check)
         for each in self.suites:
             if references:
+                check()
                 found |= self._references(each)
             for mode in modes_of(each.suite, self.config.benchmarks.mode, self.latents.name):
-                found |= self._mode(each, mode, sampling, name)
+                found |= self._mode(each, mode, spread, name)
         shown = (f"{key} {value:.1%}" for key, value in found.items() if not key.endswith(_BESIDE))
         self.progress.message(f"benchmarks, {name}: {', '.join(shown)}")
         return found
 
-    def _mode(self, each: _Open, mode: Mode, sampling: Sampling, name: str) -> dict[str, float]:
+    def _mode(self, each: _Open, mode: Mode, spread: "_Spread", name: str) -> dict[str, float]:
         title = f"{each.suite.name}, {mode}"
         samples: list[Sample] = []
         settings = self._settings(each.suite)
-        writer = Writer(_Spread(sampling), self.tokenizer, self.latents, self.config.text, each.suite, mode, settings)
+        writer = Writer(spread, self.tokenizer, self.latents, self.config.text, each.suite, mode, settings)
         total = len(each.ids) * self.config.benchmarks.samples
         with self.progress.task(f"{title}: writing", total=total, unit="tokens") as task:
 
@@ -118,6 +120,7 @@ class TrainingSuites:
             writer.write(each.ids, each.prompts, [], on_samples)
         place = {task_id: number for number, task_id in enumerate(each.ids)}
         samples.sort(key=lambda sample: (place[sample.task_id], sample.number or 0))
+        spread.check()
         scores = self._score(each, samples, ours=True, title=title)
         if self.runtime.is_main:
             file = Path(self.config.run_dir) / FOLDER / f"{name}-{each.suite.name}-{mode}.jsonl"
@@ -199,10 +202,11 @@ class _Spread:
 
     piece = 64  # the next one of a sample may be another process's
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, check: Callable[[], None]) -> None:
+        self._sampling, self.check = sampling, check
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        self.check()
         mine = {place: [requests[place]] for place in self._sampling.mine(len(requests))}
         found = self._sampling.generate(mine)()
         return [found[place][0] for place in range(len(requests))]

@@ -17,6 +17,14 @@ from ra3_megatron.mcore.startup import Runtime
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
+class StopAsked(Exception):
+    """Work that takes long was left, because of the signal that it names."""
+
+    def __init__(self, signal: str) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
 class StopRequest:
     """Remembers that a signal came."""
 
@@ -44,6 +52,11 @@ class StopRequest:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
             number = int(seen)
         return signal.Signals(number).name if number else None
+
+    def check(self, runtime: Runtime) -> None:
+        """Raise StopAsked on every process once a signal came to any. Collective."""
+        if (signal := self.agreed(runtime)) is not None:
+            raise StopAsked(signal)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number

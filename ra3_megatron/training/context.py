@@ -1,6 +1,6 @@
 """What every phase of a run shares: configuration, data, processes, and the run folder's writers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -29,8 +29,9 @@ class Benchmarks(Protocol):
         """Whether to evaluate behind `step` of the `steps` updates of a phase."""
         ...
 
-    def evaluate(self, sampling: Sampling, name: str, references: bool) -> dict[str, float]:
-        """Metrics of the weights that `sampling` has; files are called `name`. references: of right solutions, too."""
+    def evaluate(self, sampling: Sampling, name: str, references: bool, check: Callable[[], None]) -> dict[str, float]:
+        """Metrics of the weights that `sampling` has; files are called `name`. references: of right solutions, too.
+        check: collective; it is called often, and what it raises ends the evaluation."""
         ...
 
 

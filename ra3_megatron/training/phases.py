@@ -9,7 +9,7 @@ With `checkpoint.async_save` the checkpoints of the way are written while steps 
 deleted) when it is complete; a kill before that leaves the one before. `final` is always waited for.
 
 A last checkpoint whose files are damaged is left for the one before it. A signal (`mcore/stopping.py`) saves behind the
-step that it came in, and stops the run.
+step that it came in, or that is being evaluated on suites of tasks, and stops the run.
 """
 
 import shutil
@@ -25,6 +25,7 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.stopping import StopAsked
 from ra3_megatron.mcore.trainer import RefusedStep, Trainer
 from ra3_megatron.rollout.sampling import Sampling
 from ra3_megatron.training.alarms import Alarm
@@ -157,11 +158,21 @@ def train_phase(
         }
 
     saves = _Saves(run, folder, model, trainer)
+
+    def evaluate(step: int) -> None:
+        try:
+            benchmarks.behind(step)
+        except StopAsked as asked:
+            if step > first and saves.last != step:
+                saves.begin(f"step_{step:06d}", record_at(step))
+            saves.wait()
+            run.stopped(asked.signal, f"in the evaluation behind step {step} of {phase.key}, which begins again")
+
     times = StepTimes(trainer.clock, run.runtime.device)
     profiler = Profiler(run.config.profile, run.folder.profile, phase.name, phase.key, run.runtime)
     try:
         for step in range(first, steps):
-            benchmarks.behind(step)
+            evaluate(step)
             try:
                 with profiler.step(step + 1, trainer.clock), times.step():
                     metrics = work.step(step)
@@ -195,7 +206,7 @@ def train_phase(
                 saves.wait()
                 run.stopped(signal, f"saved behind step {step + 1} of {phase.key}")
         task.close()
-        benchmarks.behind(steps)
+        evaluate(steps)
         with times.saving():
             saves.wait()
             saves.finish(final, record_at(steps))
@@ -220,7 +231,7 @@ class _Benchmarks:
         self._run.rewind(BENCHMARKS, self._phase.iteration, step, of=self._phase.name)
 
     def behind(self, step: int) -> None:
-        """Evaluate behind so many steps, if that is due."""
+        """Evaluate behind so many steps, if that is due. Raises StopAsked when a signal came meanwhile."""
         run, phase = self._run, self._phase
         if run.benchmarks is None or not run.benchmarks.due(phase.name, step, self._steps):
             return
@@ -233,7 +244,8 @@ class _Benchmarks:
         if sampling is None:
             self._own = sampling = self._own or run.sampling(self._trainer.model)
             sampling.publish(step)
-        found = run.benchmarks.evaluate(sampling, f"{phase.key}-{step:06d}", references=step == 0)
+        name = f"{phase.key}-{step:06d}"
+        found = run.benchmarks.evaluate(sampling, name, step == 0, lambda: run.stop.check(run.runtime))
         run.log(BENCHMARKS, phase.iteration, step, {"of": phase.name, **found, "seconds": time.perf_counter() - begin})
 
 
@@ -243,10 +255,13 @@ class _Saves:
     def __init__(self, run: RunContext, folder: Path, model: torch.nn.Module, trainer: Trainer) -> None:
         self._run, self._folder, self._model, self._trainer = run, folder, model, trainer
         self._pending: checkpoint.PendingSave | None = None
+        self.last: int | None = None
+        """Step of the checkpoint that was begun last."""
 
     def begin(self, name: str, record: dict[str, Any]) -> None:
         """Save a checkpoint of the way, in the background if the run says so."""
         self.wait()
+        self.last = record["step"]
         self._run.sync()
         background = self._run.config.checkpoint.async_save
         with _write_errors():

@@ -21,6 +21,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -104,13 +105,20 @@ def _kill_at(target: str, when: str, call: int, name: str = "SIGKILL") -> None:
         nonlocal calls
         calls += 1
         if calls == call and when == "before":
-            os.kill(os.getpid(), number)
+            _send(number)
         result = function(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), number)
+        if calls == call and when == "after":
+            _send(number)
         return result
 
     setattr(owner, attribute, wrapped)
+
+
+def _send(number: signal.Signals) -> None:
+    if number is signal.SIGKILL:
+        os.kill(os.getpid(), number)
+    else:  # Python may notice much later what another thread of the process was interrupted by
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _multiply_loss(target: str, factors: dict[int, float]) -> None:

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "evaluate"))
 
 from made import ADD, packed, write_rows
 
+from ra3_megatron.config.errors import STOPPED
 from ra3_megatron.rlvr.problems import livecodebench
 
 PROGRAMS = {
@@ -141,6 +142,28 @@ def test_killed_it_ends_as_if_nothing_had_been(
     files = sorted(path.name for path in (whole / "benchmarks").iterdir())
     assert files == sorted(path.name for path in (run / "benchmarks").iterdir())
     assert all((run / "benchmarks" / name).read_text() == (whole / "benchmarks" / name).read_text() for name in files)
+
+
+def test_a_signal_ends_an_evaluation(whole: Path, ra3: Ra3, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Its updates are saved, where they were not before, and it begins again."""
+    run = tmp_path / "run"
+    command = (*arguments, f"run_dir={run}")
+    suites = "ra3_megatron.evaluate.during"
+    places = [
+        (0, f"{suites}:_Spread.generate", "before", 1, "SIGTERM"),
+        (120, f"{suites}:TrainingSuites._mode", "before", 3, "SIGUSR1"),
+        (120, f"{suites}:TrainingSuites._score", "before", 1, "SIGTERM"),
+        (240, f"{suites}:_Spread.generate", "after", 3, "SIGTERM"),
+    ]
+    for number, (step, target, when, call, name) in enumerate(places):
+        resume = ["--resume"] if number else []
+        outcome = ra3(*command, *resume, code=STOPPED, signal=[target, when, call, name])
+        where = f"in the evaluation behind step {step} of warm_start, which begins again"
+        assert outcome.errors == f"ra3: stopped by {name}: {where}; the same command with --resume goes on\n"
+        saved = sorted(path.name for path in (run / "checkpoints" / "warm_start").glob("step_*"))
+        assert saved[-1:] == [f"step_{step:06d}"][: step > 0]
+    ra3(*command, "--resume")
+    assert metrics(run) == metrics(whole)
 
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None
