@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
@@ -86,6 +87,17 @@ def test_a_hanging_process_is_ended(toys: dict[str, Toy]) -> None:
     with pytest.raises(EngineError, match=r"did not answer 'health' within 0.2 s and was given up: process .* SIGKILL"):
         client.call("health")
     assert not client.process.alive()
+
+
+def test_closing_waits_for_no_call(toys: dict[str, Toy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle process that hangs is given the time to close alone, not that of a call."""
+    client = client_for(toys["tokens"], prefix_caching=False)
+    assert client.process is not None and client.call_timeout >= 60
+    monkeypatch.setattr(process_module, "CLOSE_SECONDS", 0.2)
+    os.kill(client.process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    client.close()
+    assert not client.process.alive() and time.monotonic() - begin < 30
 
 
 def test_a_busy_process_is_closed_at_once(toys: dict[str, Toy], monkeypatch: pytest.MonkeyPatch) -> None:

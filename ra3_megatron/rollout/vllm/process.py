@@ -221,7 +221,7 @@ class EngineClient:
         """What the server's `method` returned. Raises EngineError when it refused, failed, died or hung. Threads that
         call at once are answered one after another."""
         with self._turn:
-            return self._exchange(method, *arguments)
+            return self._exchange(self.call_timeout, method, *arguments)
 
     def close(self) -> None:
         """End the engine: in good order if it is not busy, at once if it is."""
@@ -229,7 +229,7 @@ class EngineClient:
             try:
                 if not self._closed:
                     with contextlib.suppress(EngineError):
-                        self._exchange("close")
+                        self._exchange(min(CLOSE_SECONDS, self.call_timeout), "close")
                     self._closed = "the vLLM engine was closed"
                     self._connection.close()
             finally:
@@ -239,17 +239,17 @@ class EngineClient:
         elif self.process is not None:
             self.process.kill()
 
-    def _exchange(self, method: str, *arguments: Any) -> Any:
+    def _exchange(self, timeout: float, method: str, *arguments: Any) -> Any:
         if self._closed:
             raise EngineError(self._closed)
         try:
-            limit(self._connection, self.call_timeout)
+            limit(self._connection, timeout)
             self._connection.send(Call(method, arguments))
-            if not self._connection.poll(self.call_timeout):
+            if not self._connection.poll(timeout):
                 raise BlockingIOError
             reply: Reply = self._connection.recv()
         except BlockingIOError:
-            self._end(f"the vLLM engine did not answer '{method}' within {self.call_timeout:g} s and was given up")
+            self._end(f"the vLLM engine did not answer '{method}' within {timeout:g} s and was given up")
         except (EOFError, OSError) as error:
             self._end(f"the vLLM engine died during '{method}'", error)
         except KeyboardInterrupt:  # the answer to come would be taken for the next call's
