@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tests.gpu.evidence import Evidence
+from tests.gpu.evidence import Evidence, largest
 
 if TYPE_CHECKING:
     from tests.gpu.setting import Setting
@@ -76,7 +76,7 @@ def differences(found: Numbers, expected: Numbers) -> dict[str, float]:
     worst = {}
     for kind, tensors in expected.items():
         pairs = [(found[kind][name].double(), value.double()) for name, value in tensors.items()]
-        worst[kind] = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+        worst[kind] = largest(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     return worst
 
 

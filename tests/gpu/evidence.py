@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,12 @@ class Evidence:
     def _write(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self._begin, 1)
         write_json(self.file, self.content)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Of at least one value; NaN where one is, which Python's `max` passes over."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def line_of(row: Mapping[str, Any]) -> str:

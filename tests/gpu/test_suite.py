@@ -29,7 +29,7 @@ from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.scaling.tables import Architecture, architecture_named
 from tests.gpu import __main__ as runner
-from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, throughput, training
+from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, rollouts, throughput, training
 from tests.gpu.evidence import Evidence
 from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
@@ -195,6 +195,8 @@ def test_a_difference_between_the_sides_is_seen() -> None:
     assert equality.differences(one, other) == {"logits": 0.0, "weights": 0.0}
     other["weights"]["b"] = torch.tensor([1.0, 1.0, 1.001])
     assert equality.differences(one, other)["weights"] > equality.MOST["weights"]
+    other["weights"]["b"] = torch.tensor([1.0, 1.0, math.nan])
+    assert math.isnan(equality.differences(one, other)["weights"])
     del other["weights"]["a"]
     with pytest.raises(ValueError, match="different tensors"):
         equality.differences(one, other)
@@ -233,13 +235,34 @@ def test_products_are_counted_by_what_they_multiply(monkeypatch: pytest.MonkeyPa
 def test_an_fp8_recipe_that_trains_worse_is_told(evidence: Evidence) -> None:
     def curves(end: float, mismatch: float) -> dict[str, list[float]]:
         loss = [4.0, 4.0, 4.0, *[end] * 20]
-        return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [mismatch]}
+        return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [0.01, mismatch]}
 
-    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.25, False)):
+    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.25, False), (2.01, math.nan, False)):
         evidence.content["rows"].clear()
         found = {"bf16": curves(2.0, 0.01), "fp8_tensorwise": curves(end, mismatch)}
         training.judge(evidence, found, "fp8_tensorwise", "bf16")
         assert all(row.get("holds", True) for row in evidence.content["rows"]) is holds
+
+
+def test_a_graph_that_leaves_nan_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    """In any pass behind the one that is recorded."""
+
+    def broken(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        out = function()
+
+        def run_again() -> None:
+            out.fill_(math.nan)
+
+        return out, run_again
+
+    work = rollouts.toy(setting)
+    model = work.model(setting.runtime)
+    for record, holds in ((rollouts.again, True), (broken, False)):
+        monkeypatch.setattr(rollouts, "again", record)
+        rollouts.agree(evidence, setting, "toy", work, model)
+        assert evidence.content["rows"][-1]["holds"] is holds
 
 
 # -- throughput -------------------------------------------------------------------------------------------------------
