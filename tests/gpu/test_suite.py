@@ -29,7 +29,7 @@ from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.scaling.tables import Architecture, architecture_named
 from tests.gpu import __main__ as runner
-from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, rollouts, throughput, training
+from tests.gpu import checkpoints, equality, fp8, kernels, offload, profiles, rates, rollouts, throughput, training
 from tests.gpu.evidence import Evidence
 from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
@@ -263,6 +263,25 @@ def test_a_graph_that_leaves_nan_does_not_pass(
         monkeypatch.setattr(rollouts, "again", record)
         rollouts.agree(evidence, setting, "toy", work, model)
         assert evidence.content["rows"][-1]["holds"] is holds
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_an_offloading_arm_is_never_compared_with_itself(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting, failing: bool
+) -> None:
+    def steps(_: Setting, made: Architecture, keys: dict[str, Any]) -> offload.Found:
+        if failing and not keys:
+            raise ValueError("no memory")
+        return offload.Found({"a": torch.ones(2)}, 1.0, 1.0)
+
+    monkeypatch.setattr(offload, "steps", steps)
+    monkeypatch.setattr(offload, "scorer", lambda *_: None)
+    offload.run(evidence, replace(setting, runtime=replace(setting.runtime, device=torch.device("cuda"))))
+    compared = {row["name"].split(":")[0] for row in evidence.content["rows"] if "holds" in row}
+    named = {entry["name"].split(":")[0] for entry in evidence.content["missing"]}
+    offloading = {name for name, keys in offload.ARMS.items() if keys}
+    assert compared == (set() if failing else offloading | {"nothing, again"})
+    assert named == (offloading if failing else set())
 
 
 # -- throughput -------------------------------------------------------------------------------------------------------
