@@ -143,8 +143,10 @@ def compute() -> Numbers:
 
 
 if __name__ == "__main__":
+    from ra3_megatron.text.lifetime import end_with
     from tests.gpu.part import prepare
 
+    end_with(os.getppid())  # with the part, which nobody may be left to end
     if os.environ.get(WITHOUT):
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     prepare()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import time
@@ -475,6 +476,28 @@ def test_a_part_that_dies_or_hangs_leaves_what_it_had(
     assert runner.is_good(found) is (status == "complete")
     assert bool(found["errors"]) is (status == "crashed")
     assert json.loads((tmp_path / "kernels.json").read_text())["status"] == status
+
+
+@pytest.mark.multiprocess
+def test_a_part_ends_with_a_runner_that_is_killed(tmp_path: Path) -> None:
+    """As the time limit of whoever started the suite kills it: the part is in a session of its own."""
+    code = (
+        "import sys; from pathlib import Path; from tests.gpu.__main__ import run_part;"
+        "run_part('offload', Path(sys.argv[1]), 600.0, True, 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "TMPDIR": str(tmp_path)}
+    runner_ = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    file, end = tmp_path / "offload.json", time.monotonic() + 60
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    (part,) = (int(pid) for pid in Path(f"/proc/{runner_.pid}/task/{runner_.pid}/children").read_text().split())
+    handle = os.pidfd_open(part)
+    runner_.kill()
+    runner_.wait()
+    assert select.select([handle], [], [], 60)[0]
+    os.close(handle)
+    found = json.loads(file.read_text())
+    assert found["status"] == "running" and not found["rows"] + found["errors"], "it did not go on to its next line"
 
 
 @pytest.mark.multiprocess
