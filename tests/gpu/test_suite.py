@@ -416,16 +416,23 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(evidence: Evidence) -> None:
     assert disk()["rows"][1]["value"] == "nan"
 
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
 def test_an_error_loses_nothing_but_one_of_the_gpu_ends_the_part(evidence: Evidence) -> None:
     with evidence.attempt("first"):
         raise ValueError("no good")
     with evidence.attempt("large"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    for number, words in enumerate(("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", CUBLAS)):
+        with evidence.attempt(f"large {number}"):
+            raise RuntimeError(words)
     with pytest.raises(RuntimeError), evidence.attempt("second"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     names = [(entry["name"], entry["error"]) for entry in evidence.content["errors"]]
     assert names[0] == ("first", "ValueError: no good") and names[1][0] == "second"
-    assert evidence.content["missing"] == [{"name": "large", "why": "out of memory"}]
+    large = ["large", *(f"large {number}" for number in range(3))]
+    assert evidence.content["missing"] == [{"name": name, "why": "out of memory"} for name in large]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
