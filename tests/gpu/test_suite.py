@@ -337,6 +337,21 @@ def test_the_device_is_waited_for_before_and_behind_every_repeat() -> None:
     assert order == ["wait", "a", "wait"] * 3 and len(timings["a"].seconds) == 2
 
 
+def test_a_baseline_is_compiled_for_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for any number of rows, because the one before had another one."""
+    symbols: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        symbols.append(any(isinstance(each, torch.SymInt) for each in given))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    for width, rows_ in ((4, 1), (8, 4)):
+        throughput.compiled(torch.nn.Embedding(10, width))(torch.zeros(rows_, 6, dtype=torch.long))
+    assert symbols == [False, False]
+
+
 def test_as_many_layers_as_fit(setting: Setting) -> None:
     case = throughput.Case(architecture_named("llama3.1-8b", 8192), 8192, 1, 2)
     sizes = [throughput.fitting(case, setting, room, None) for room in (1.0, 68.0, 119.0, 1000.0)]
