@@ -190,6 +190,26 @@ def test_a_wrong_optimizer_does_not_pass(evidence: Evidence, setting: Setting) -
     assert differs(torch.optim.Adam) > kernels.ADAM_MOST  # decay that is part of the gradient
 
 
+def test_a_gpu_without_transformer_engine_names_it_as_missing(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    for name in ("megatron", "rotary", "swiglu", "log_probabilities", "events", "documents", "release"):
+        monkeypatch.setattr(kernels, name, nothing)
+    monkeypatch.setattr(kernels, "changes", lambda *_: [torch.ones(2)])
+    monkeypatch.setattr(kernels, "chunks_of", lambda _: [None])
+    monkeypatch.setattr(Setting, "build", nothing)
+    monkeypatch.setattr(Setting, "recipes", lambda *_: [])
+    kernels.run(evidence, replace(setting, runtime=replace(setting.runtime, device=torch.device("cuda"))))
+    assert evidence.content["errors"] == []
+    missing = {"name": "te.Linear and FusedAdam", "why": "Transformer Engine does not load"}
+    assert evidence.content["missing"] == [missing]
+    assert [row["name"].split(",")[0] for row in evidence.content["rows"]] == ["torch's fused AdamW"] * 2
+
+
 def test_a_difference_between_the_sides_is_seen() -> None:
     one: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
     other: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
