@@ -231,6 +231,22 @@ def test_bits_are_compared_as_bits() -> None:
     assert checkpoints.unequal({"a": first["a"]}, first) == 1
 
 
+def test_resumed_runs_are_compared_whatever_becomes_of_the_cpu_processes(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    def late(role: str, folder: Path) -> None:
+        raise subprocess.TimeoutExpired(role, checkpoints.SECONDS)
+
+    resumed: list[str] = []
+    monkeypatch.setattr(checkpoints, "_on_cpu", late)
+    monkeypatch.setattr(checkpoints, "pass_on", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "resume", lambda evidence, setting, precision: resumed.append(precision))
+    checkpoints.run(evidence, setting)
+    assert resumed == ["bf16"]
+    failed = [entry["name"] for entry in evidence.content["errors"]]
+    assert failed[:2] == ["a CPU process that trains and saves", "a CPU process that loads and saves"]
+
+
 class Float8TensorStorage:
     """Called as Transformer Engine's class is, which is no tensor."""
 
