@@ -52,8 +52,15 @@ def rounded(x: Tensor, per_row: bool) -> Tensor:
 
 @torch.no_grad()
 def round_layers(model: nn.Module, inputs: str | None) -> int:
-    """Round the weights of the linear layers, and from now on their inputs (`token`, `tensor`, or not); how many."""
+    """Round the weights of the linear layers, and from now on their inputs (`token`, `tensor`, or not); how many.
+
+    ValueError for Transformer Engine's layers that begin with a norm: what comes in is not what they multiply.
+    """
     layers = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEAR]
+    if any(hasattr(layer, "layer_norm_weight") for layer in layers):
+        raise ValueError(
+            "layers of Transformer Engine hide the inputs of their products: measure on a CPU (CUDA_VISIBLE_DEVICES=)"
+        )
     for layer in layers:
         layer.weight.copy_(rounded(layer.weight, per_row=False))
         if inputs is not None:

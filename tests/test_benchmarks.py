@@ -61,3 +61,11 @@ def test_fp8_rollouts_round_weights_and_inputs_of_the_linear_layers_alone() -> N
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if name != "linear_qkv.weight")
     wanted = torch.nn.functional.linear(rounded(x, per_row=True), weight, before["linear_qkv.bias"])
     assert torch.equal(model["linear_qkv"](x), wanted)
+
+
+def test_fp8_rollouts_refuse_layers_that_begin_with_a_norm() -> None:
+    """As Transformer Engine's do: their inputs are not those of the product."""
+    model = torch.nn.ModuleDict({"linear_qkv": torch.nn.Linear(8, 4)})
+    model["linear_qkv"].layer_norm_weight = torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match="measure on a CPU"):
+        round_layers(model, "token")

@@ -27,6 +27,7 @@ from ra3_megatron.hf.weights import Link
 from ra3_megatron.mcore.startup import Runtime, available_cores
 from ra3_megatron.rollout.engine_sampling import EngineSampling, raise_anywhere
 from ra3_megatron.rollout.latent_sampler import LatentSampler
+from ra3_megatron.rollout.nodes.host import visible_gpus
 from ra3_megatron.rollout.nodes.owner import EngineNodes
 from ra3_megatron.rollout.protocol import RolloutEngine
 from ra3_megatron.rollout.refit.plan import leaders
@@ -196,8 +197,7 @@ class EnginePool:
         """GPUs of this process's engine `number`: those of its replica, or for servers those behind the trainer's."""
         if self.runtime.device.type != "cuda":
             return ()
-        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        present = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        present = visible_gpus()
         size = self.config.rollout.vllm.tensor
         if not self._own_devices:
             return tuple(present[gpu] for gpu in colocated_gpus(self._places, self.runtime.rank, len(present), size))
@@ -208,7 +208,7 @@ class EnginePool:
                 f"{first + size - 1} of this node, which has {len(present)}: use fewer rollout.replicas or "
                 "rollout.vllm.tensor, or rollout.placement=colocated"
             )
-        return tuple(present[first : first + size])
+        return present[first : first + size]
 
     def _connect(self) -> None:
         if self.engines or not self._processes:

@@ -1,7 +1,8 @@
 """Half an hour of one GPU, turned into evidence: `python -m tests.gpu [PART …]` (make gpu).
 
-Each part runs in a process of its own with a limit of its own: what crashes or hangs loses nothing of the others. At
-the end: `results.json`, the table `results.md`, and the exit code 1 when a check did not hold or a part did not end.
+Each part runs in a process of its own with a limit of its own: what crashes or hangs loses nothing of the others. It
+ends with this one, however that ends: it would hold the GPU beside whatever runs next. At the end: `results.json`, the
+table `results.md`, and the exit code 1 when a check did not hold or a part did not end.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def run_part(name: str, out: Path, seconds: float, small: bool, characters: int)
 def command_of(name: str, file: Path, seconds: float, small: bool) -> list[str]:
     """The command of a part's process."""
     command = [sys.executable, "-m", "tests.gpu.part", name, str(file), "--seconds", str(seconds)]
+    command += ["--parent", str(os.getpid())]
     return [*command, "--small"] if small else command
 
 

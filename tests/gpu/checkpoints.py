@@ -37,11 +37,13 @@ def run(evidence: Evidence, setting: Setting) -> None:
     """Round trip, then resumed runs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; deterministic ones need it
     folder = setting.folder
-    _on_cpu("begin", folder)
+    with evidence.attempt("a CPU process that trains and saves"):
+        _on_cpu("begin", folder)
     for precision in PRECISIONS:
         with evidence.attempt(f"CPU - device, {precision}"):
             pass_on(folder / precision / "1", folder / precision / "2", setting.runtime, precision)
-    _on_cpu("pass", folder)
+    with evidence.attempt("a CPU process that loads and saves"):
+        _on_cpu("pass", folder)
     device = "GPU" if setting.cuda else "another process"
     for precision in PRECISIONS:
         with evidence.attempt(f"CPU - device - CPU, {precision}"):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tests.gpu.evidence import Evidence
+from tests.gpu.evidence import Evidence, largest
 
 if TYPE_CHECKING:
     from tests.gpu.setting import Setting
@@ -76,7 +76,7 @@ def differences(found: Numbers, expected: Numbers) -> dict[str, float]:
     worst = {}
     for kind, tensors in expected.items():
         pairs = [(found[kind][name].double(), value.double()) for name, value in tensors.items()]
-        worst[kind] = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+        worst[kind] = largest(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     return worst
 
 
@@ -143,8 +143,10 @@ def compute() -> Numbers:
 
 
 if __name__ == "__main__":
+    from ra3_megatron.text.lifetime import end_with
     from tests.gpu.part import prepare
 
+    end_with(os.getppid())  # with the part, which nobody may be left to end
     if os.environ.get(WITHOUT):
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     prepare()

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from benchmarks.measure import Timing
 
 STICKY = ("CUDA error", "cudaError", "CUBLAS_STATUS", "device-side assert")
 """In the message of an error behind which a process cannot use its GPU any more."""
+NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In the message of one that leaves the GPU as it was. torch's allocator has a class for it; CUDA (modules, graphs),
+cuBLAS, Triton and Transformer Engine have none."""
 DIGITS = 5
 """Significant digits of values."""
 LINE = 300
@@ -111,7 +114,7 @@ class Evidence:
             yield
         except Exception as error:
             traceback.print_exception(error)  # in the part's log file
-            if type(error).__name__ == "OutOfMemoryError":
+            if any(sign in str(error) for sign in NO_MEMORY):
                 self.missing(name, "out of memory")
             else:
                 self.fail(name, error)
@@ -143,6 +146,12 @@ class Evidence:
     def _write(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self._begin, 1)
         write_json(self.file, self.content)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Of at least one value; NaN where one is, which Python's `max` passes over."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def line_of(row: Mapping[str, Any]) -> str:

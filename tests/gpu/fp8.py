@@ -27,7 +27,7 @@ from ra3_megatron.mcore.fp8 import LINEAR, computed, require_computed
 from ra3_megatron.mcore.hardware import hardware_of
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.trainer import Trainer, forward
-from tests.gpu.evidence import Evidence
+from tests.gpu.evidence import Evidence, largest
 from tests.gpu.kernels import BF16, LEAST, MOST
 from tests.gpu.setting import NEEDS_GPU, Setting, full_rows, relative, release, with_precision
 
@@ -121,7 +121,7 @@ def with_option(
     evidence.figure(f"{option.name}: products computed", kinds)
     evidence.series(option.name, found)
     evidence.check(f"{option.name}: loss of step {STEPS} by that of the first", found[-1] / found[0], LEARNED)
-    off = max(abs(a - b) for a, b in zip(found, plain[alone], strict=True)) / found[0]
+    off = largest(abs(a - b) for a, b in zip(found, plain[alone], strict=True)) / found[0]
     evidence.check(f"{option.name}: loss of any step, off the recipe's alone by", off, LOSS_MOST, unit="of the first's")
 
 

@@ -1,4 +1,4 @@
-"""One part in a process of its own: `python -m tests.gpu.part NAME FILE [--seconds N] [--small]`.
+"""One part in a process of its own: `python -m tests.gpu.part NAME FILE [--seconds N] [--small] [--parent PID]`.
 
 Its rows go to FILE as they come; progress to standard output, everything that libraries say to standard error.
 """
@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ra3_megatron.text.lifetime import end_with
 from tests.gpu.evidence import Evidence
 from tests.gpu.parts import PARTS
 
@@ -28,7 +29,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--parent", type=int, help="process that started this one, which ends with it")
     given = parser.parse_args(arguments)
+    if given.parent is not None:
+        end_with(given.parent)
     evidence = Evidence(given.file, given.name, PARTS[given.name], given.small, given.seconds)
     try:
         prepare()

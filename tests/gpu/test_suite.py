@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.mcore.trainer import forward
 from ra3_megatron.scaling.tables import Architecture, architecture_named
 from tests.gpu import __main__ as runner
-from tests.gpu import checkpoints, equality, fp8, kernels, profiles, rates, throughput, training
+from tests.gpu import checkpoints, equality, fp8, kernels, offload, profiles, rates, rollouts, throughput, training
 from tests.gpu.evidence import Evidence
 from tests.gpu.part import setting_of
 from tests.gpu.parts import PARTS
@@ -189,12 +190,34 @@ def test_a_wrong_optimizer_does_not_pass(evidence: Evidence, setting: Setting) -
     assert differs(torch.optim.Adam) > kernels.ADAM_MOST  # decay that is part of the gradient
 
 
+def test_a_gpu_without_transformer_engine_names_it_as_missing(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    for name in ("megatron", "rotary", "swiglu", "log_probabilities", "events", "documents", "release"):
+        monkeypatch.setattr(kernels, name, nothing)
+    monkeypatch.setattr(kernels, "changes", lambda *_: [torch.ones(2)])
+    monkeypatch.setattr(kernels, "chunks_of", lambda _: [None])
+    monkeypatch.setattr(Setting, "build", nothing)
+    monkeypatch.setattr(Setting, "recipes", lambda *_: [])
+    kernels.run(evidence, replace(setting, runtime=replace(setting.runtime, device=torch.device("cuda"))))
+    assert evidence.content["errors"] == []
+    missing = {"name": "te.Linear and FusedAdam", "why": "Transformer Engine does not load"}
+    assert evidence.content["missing"] == [missing]
+    assert [row["name"].split(",")[0] for row in evidence.content["rows"]] == ["torch's fused AdamW"] * 2
+
+
 def test_a_difference_between_the_sides_is_seen() -> None:
     one: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
     other: equality.Numbers = {"logits": {"": torch.ones(100)}, "weights": {"a": torch.ones(3), "b": torch.ones(3)}}
     assert equality.differences(one, other) == {"logits": 0.0, "weights": 0.0}
     other["weights"]["b"] = torch.tensor([1.0, 1.0, 1.001])
     assert equality.differences(one, other)["weights"] > equality.MOST["weights"]
+    other["weights"]["b"] = torch.tensor([1.0, 1.0, math.nan])
+    assert math.isnan(equality.differences(one, other)["weights"])
     del other["weights"]["a"]
     with pytest.raises(ValueError, match="different tensors"):
         equality.differences(one, other)
@@ -206,6 +229,22 @@ def test_bits_are_compared_as_bits() -> None:
     assert checkpoints.unequal({**first, "a": torch.tensor([1.0, math.nan, -0.0])}, first) == 1
     assert checkpoints.unequal({**first, "b": torch.ones(2)}, first) == 1
     assert checkpoints.unequal({"a": first["a"]}, first) == 1
+
+
+def test_resumed_runs_are_compared_whatever_becomes_of_the_cpu_processes(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    def late(role: str, folder: Path) -> None:
+        raise subprocess.TimeoutExpired(role, checkpoints.SECONDS)
+
+    resumed: list[str] = []
+    monkeypatch.setattr(checkpoints, "_on_cpu", late)
+    monkeypatch.setattr(checkpoints, "pass_on", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "resume", lambda evidence, setting, precision: resumed.append(precision))
+    checkpoints.run(evidence, setting)
+    assert resumed == ["bf16"]
+    failed = [entry["name"] for entry in evidence.content["errors"]]
+    assert failed[:2] == ["a CPU process that trains and saves", "a CPU process that loads and saves"]
 
 
 class Float8TensorStorage:
@@ -233,13 +272,53 @@ def test_products_are_counted_by_what_they_multiply(monkeypatch: pytest.MonkeyPa
 def test_an_fp8_recipe_that_trains_worse_is_told(evidence: Evidence) -> None:
     def curves(end: float, mismatch: float) -> dict[str, list[float]]:
         loss = [4.0, 4.0, 4.0, *[end] * 20]
-        return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [mismatch]}
+        return {"M-step loss": loss, "E-step reward": [-1.0], "E-step log_prob_mismatch": [0.01, mismatch]}
 
-    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.25, False)):
+    for end, mismatch, holds in ((2.01, 0.01, True), (2.1, 0.01, False), (2.01, 0.25, False), (2.01, math.nan, False)):
         evidence.content["rows"].clear()
         found = {"bf16": curves(2.0, 0.01), "fp8_tensorwise": curves(end, mismatch)}
         training.judge(evidence, found, "fp8_tensorwise", "bf16")
         assert all(row.get("holds", True) for row in evidence.content["rows"]) is holds
+
+
+def test_a_graph_that_leaves_nan_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting
+) -> None:
+    """In any pass behind the one that is recorded."""
+
+    def broken(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        out = function()
+
+        def run_again() -> None:
+            out.fill_(math.nan)
+
+        return out, run_again
+
+    work = rollouts.toy(setting)
+    model = work.model(setting.runtime)
+    for record, holds in ((rollouts.again, True), (broken, False)):
+        monkeypatch.setattr(rollouts, "again", record)
+        rollouts.agree(evidence, setting, "toy", work, model)
+        assert evidence.content["rows"][-1]["holds"] is holds
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_an_offloading_arm_is_never_compared_with_itself(
+    monkeypatch: pytest.MonkeyPatch, evidence: Evidence, setting: Setting, failing: bool
+) -> None:
+    def steps(_: Setting, made: Architecture, keys: dict[str, Any]) -> offload.Found:
+        if failing and not keys:
+            raise ValueError("no memory")
+        return offload.Found({"a": torch.ones(2)}, 1.0, 1.0)
+
+    monkeypatch.setattr(offload, "steps", steps)
+    monkeypatch.setattr(offload, "scorer", lambda *_: None)
+    offload.run(evidence, replace(setting, runtime=replace(setting.runtime, device=torch.device("cuda"))))
+    compared = {row["name"].split(":")[0] for row in evidence.content["rows"] if "holds" in row}
+    named = {entry["name"].split(":")[0] for entry in evidence.content["missing"]}
+    offloading = {name for name, keys in offload.ARMS.items() if keys}
+    assert compared == (set() if failing else offloading | {"nothing, again"})
+    assert named == (offloading if failing else set())
 
 
 # -- throughput -------------------------------------------------------------------------------------------------------
@@ -292,6 +371,21 @@ def test_the_device_is_waited_for_before_and_behind_every_repeat() -> None:
     order: list[str] = []
     timings = alternate({"a": lambda: order.append("a")}, repeats=2, warm_up=1, wait=lambda: order.append("wait"))
     assert order == ["wait", "a", "wait"] * 3 and len(timings["a"].seconds) == 2
+
+
+def test_a_baseline_is_compiled_for_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for any number of rows, because the one before had another one."""
+    symbols: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        symbols.append(any(isinstance(each, torch.SymInt) for each in given))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    for width, rows_ in ((4, 1), (8, 4)):
+        throughput.compiled(torch.nn.Embedding(10, width))(torch.zeros(rows_, 6, dtype=torch.long))
+    assert symbols == [False, False]
 
 
 def test_as_many_layers_as_fit(setting: Setting) -> None:
@@ -373,16 +467,23 @@ def test_rows_are_on_disk_as_soon_as_they_are_known(evidence: Evidence) -> None:
     assert disk()["rows"][1]["value"] == "nan"
 
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
 def test_an_error_loses_nothing_but_one_of_the_gpu_ends_the_part(evidence: Evidence) -> None:
     with evidence.attempt("first"):
         raise ValueError("no good")
     with evidence.attempt("large"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    for number, words in enumerate(("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", CUBLAS)):
+        with evidence.attempt(f"large {number}"):
+            raise RuntimeError(words)
     with pytest.raises(RuntimeError), evidence.attempt("second"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     names = [(entry["name"], entry["error"]) for entry in evidence.content["errors"]]
     assert names[0] == ("first", "ValueError: no good") and names[1][0] == "second"
-    assert evidence.content["missing"] == [{"name": "large", "why": "out of memory"}]
+    large = ["large", *(f"large {number}" for number in range(3))]
+    assert evidence.content["missing"] == [{"name": name, "why": "out of memory"} for name in large]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
@@ -433,6 +534,28 @@ def test_a_part_that_dies_or_hangs_leaves_what_it_had(
     assert runner.is_good(found) is (status == "complete")
     assert bool(found["errors"]) is (status == "crashed")
     assert json.loads((tmp_path / "kernels.json").read_text())["status"] == status
+
+
+@pytest.mark.multiprocess
+def test_a_part_ends_with_a_runner_that_is_killed(tmp_path: Path) -> None:
+    """As the time limit of whoever started the suite kills it: the part is in a session of its own."""
+    code = (
+        "import sys; from pathlib import Path; from tests.gpu.__main__ import run_part;"
+        "run_part('offload', Path(sys.argv[1]), 600.0, True, 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "TMPDIR": str(tmp_path)}
+    runner_ = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    file, end = tmp_path / "offload.json", time.monotonic() + 60
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    (part,) = (int(pid) for pid in Path(f"/proc/{runner_.pid}/task/{runner_.pid}/children").read_text().split())
+    handle = os.pidfd_open(part)
+    runner_.kill()
+    runner_.wait()
+    assert select.select([handle], [], [], 60)[0]
+    os.close(handle)
+    found = json.loads(file.read_text())
+    assert found["status"] == "running" and not found["rows"] + found["errors"], "it did not go on to its next line"
 
 
 @pytest.mark.multiprocess
