@@ -36,6 +36,11 @@ def test_deviations_are_of_what_the_baseline_is_over() -> None:
     torch.testing.assert_close(found, plain / (REWARDS.std(correction=0) + EPSILON))
 
 
+def test_rewards_that_do_not_deviate_are_not_divided() -> None:
+    same = torch.full((2, 3), 0.5)
+    assert torch.equal(advantages(same, Recipe("none", True, "token")), same)
+
+
 def test_what_has_a_gradient_is_not_left_out() -> None:
     for keys in ({"algorithm": "reinforce"}, {"baseline": "none"}):
         with pytest.raises(ValueError, match="which have a gradient with baseline="):
