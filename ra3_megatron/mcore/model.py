@@ -306,7 +306,8 @@ def build_model(
     bf16 each chunk is wrapped in Float16Module. Raises UserError when `model.precision` asks for FP8 that is not there.
     """
     require_fp8(model, runtime.device)
-    if model.fp8.parameter_gather:  # weights are drawn, or loaded, before they are rounded
+    rounds = model.fp8.parameter_gather and seed is not None
+    if rounds:  # weights are drawn before they are rounded
         rounded = model.model_copy(update={"fp8": model.fp8.model_copy(update={"parameter_gather": False})})
         exact = build_model(rounded, parallel, runtime, vocab_size, sets, seed)
     seed_everything(seed or 0)
@@ -336,7 +337,7 @@ def build_model(
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
         require_fp8_layers(model, chunk)
-    if model.fp8.parameter_gather:
+    if rounds:
         _round(chunks, chunks_of(exact))
     elif seed is not None:
         draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)

@@ -15,10 +15,10 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Fp8Config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, require_fp8, require_fp8_layers
-from ra3_megatron.mcore.model import chunks_of, has_layers_of_transformer_engine, transformer_config
+from ra3_megatron.mcore.model import build_model, chunks_of, has_layers_of_transformer_engine, transformer_config
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
-from tests.mcore.small_models import build
+from tests.mcore.small_models import MODEL, VOCAB, build, token_sets
 
 
 def model(precision: str = "fp8_tensorwise", **keys: Any) -> ModelConfig:
@@ -131,6 +131,24 @@ def test_weights_in_fp8_keep_what_they_were_made_of() -> None:
     value.zero_()
     assert rounded._high_precision_init_val.tolist() == [1.0, 2.0]  # type: ignore[attr-defined]
     assert not hasattr(plain, "_high_precision_init_val")
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_weights_in_fp8_never_see_what_memory_happens_to_hold(
+    monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """The largest value that was written to them decides on their scale for `amax_history` steps."""
+    for check in ("require_fp8", "require_fp8_layers"):
+        monkeypatch.setattr(f"ra3_megatron.mcore.model.{check}", lambda *_: None)
+    parallel = ParallelConfig(threads=1)
+    runtime = initialize(parallel, seed=1)
+    gathered = MODEL.model_copy(update={"precision": "fp8_delayed", "fp8": Fp8Config(parameter_gather=True)})
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        found = build_model(gathered, parallel, runtime, VOCAB, token_sets(), seed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool(weight.isfinite().all()) for weight in found.parameters())
 
 
 def test_a_frozen_model_has_scales_without_a_history() -> None:
