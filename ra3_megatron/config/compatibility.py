@@ -7,11 +7,13 @@ starts.
 from collections.abc import Iterator
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import RECIPES, Fp8Config, Hardware, dotted
+from ra3_megatron.config.precision import ATTENTION_BEFORE, RECIPES, Fp8Config, Hardware, dotted
 
 ATTENTION_CHANNELS = 128
 """Of a head that is trained with FP8 attention: as many on Hopper, at most on Blackwell (Transformer Engine's
 `nvte_get_fused_attn_backend`)."""
+ATTENTION_MULTIPLE = 16
+"""Of which they are a multiple there."""
 
 
 def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -99,14 +101,20 @@ def hardware_problems(model: ModelConfig, hardware: Hardware) -> Iterator[str]:
             f"model.fp8.attention=true with {name}: needs compute capability {dotted(recipe.attention)}, and this one "
             f"({hardware.device}) has {has}; {_with_attention()}"
         )
+    elif model.fp8.attention and recipe.attention is not None and hardware.capability >= ATTENTION_BEFORE:
+        yield (
+            f"model.fp8.attention=true: Transformer Engine does not have it for compute capability {has} "
+            f"({hardware.device}): leave it out"
+        )
     elif model.fp8.attention and recipe.attention is not None:
         channels = model.head_dim or model.hidden_size // model.num_attention_heads
         exactly = hardware.capability < (10, 0)
-        if channels > ATTENTION_CHANNELS or (exactly and channels != ATTENTION_CHANNELS):
+        some = f"{'' if exactly else 'at most '}{ATTENTION_CHANNELS} channels"
+        some += "" if exactly else f" in multiples of {ATTENTION_MULTIPLE}"
+        if channels > ATTENTION_CHANNELS or channels % (ATTENTION_CHANNELS if exactly else ATTENTION_MULTIPLE):
             yield (
-                f"model.fp8.attention=true: compute capability {has} ({hardware.device}) has it for heads of "
-                f"{'' if exactly else 'at most '}{ATTENTION_CHANNELS} channels, and these have {channels} "
-                "(model.head_dim)"
+                f"model.fp8.attention=true: compute capability {has} ({hardware.device}) has it for heads of {some}, "
+                f"and these have {channels} (model.head_dim)"
             )
 
 

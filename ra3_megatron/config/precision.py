@@ -14,6 +14,8 @@ from ra3_megatron.config.base import Section
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"]
 Capability = tuple[int, int]
 """Of a GPU: (9, 0) is Hopper's."""
+ATTENTION_BEFORE: Capability = (12, 0)
+"""The first compute capability that has no FP8 attention any more, whatever the recipe."""
 
 
 class Fp8Config(Section):
@@ -118,7 +120,7 @@ def matrix() -> list[tuple[str, ...]]:
             f"from {dotted(each.cuda)}",
             f"from {dotted(each.transformer_engine)}",
             "yes" if each.layers_in_bf16 else "no",
-            f"from {dotted(each.attention)}" if each.attention else "no",
+            f"from {dotted(each.attention)}, below {dotted(ATTENTION_BEFORE)}" if each.attention else "no",
             "yes" if each.gather_overlapped else "not overlapped",
             f"multiples of {each.multiple}",
         )

@@ -78,6 +78,12 @@ def test_attention_in_fp8_is_refused_where_no_kernel_is() -> None:
         "(H100) has 9.0; FP8 attention: fp8_delayed from 9.0, fp8_tensorwise from 10.0"
     )
     assert not list(hardware_problems(model("fp8_tensorwise", attention=True), B200))
+    for precision in ("fp8_delayed", "fp8_tensorwise"):
+        (said,) = hardware_problems(model(precision, attention=True), ALLOWED["RTX 5090"][0])
+        assert said == (
+            "model.fp8.attention=true: Transformer Engine does not have it for compute capability 12.0 (RTX 5090): "
+            "leave it out"
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,8 @@ def test_attention_in_fp8_is_refused_where_no_kernel_is() -> None:
     [
         (64, H100, "(H100) has it for heads of 128 channels, and these have 64 (model.head_dim)"),
         (256, H100, "(H100) has it for heads of 128 channels, and these have 256 (model.head_dim)"),
-        (256, B200, "(B200) has it for heads of at most 128 channels, and these have 256 (model.head_dim)"),
+        (256, B200, "has it for heads of at most 128 channels in multiples of 16, and these have 256 (model.head_dim)"),
+        (72, B200, "has it for heads of at most 128 channels in multiples of 16, and these have 72 (model.head_dim)"),
     ],
 )
 def test_attention_in_fp8_is_refused_for_heads_that_no_kernel_takes(
