@@ -50,13 +50,14 @@ def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     default = Fp8Config.model_fields["amax_history"].default
     if asked.amax_history != default and model.precision != "fp8_delayed":
         yield f"model.fp8.amax_history={asked.amax_history} is not read with {name}: it goes with fp8_delayed"
-    if asked.parameter_gather and not parallel.distributed_optimizer:
-        yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
-    if asked.parameter_gather and parallel.overlap_param_gather and not recipe.gather_overlapped:
+    if asked.parameter_gather and not recipe.gathered:
+        with_it = ", ".join(other for other, each in RECIPES.items() if each.gathered)
         yield (
-            f"parallel.overlap_param_gather=true does not go with {name} and model.fp8.parameter_gather=true "
-            "(gradient norms become NaN): switch one off"
+            f"model.fp8.parameter_gather=true does not go with {name}: Transformer Engine cannot move such weights to "
+            f"the buffers that are gathered; leave it out, or use {with_it}"
         )
+    elif asked.parameter_gather and not parallel.distributed_optimizer:
+        yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
     if asked.attention and recipe.attention is None:
         yield f"model.fp8.attention=true does not go with {name}: no hardware has it; {_with_attention()}"
     if asked.attention and parallel.context > 1:

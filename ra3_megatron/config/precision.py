@@ -61,8 +61,9 @@ class Recipe:
     """Whether first and last layers may be left in bf16."""
     attention: Capability | None
     """The first compute capability that has its attention; None: none has."""
-    gather_overlapped: bool
-    """Whether FP8 weights may be gathered while the forward pass goes on."""
+    gathered: bool
+    """Whether weights can be kept and gathered in it: in the buffers that Megatron-Core gathers, which Transformer
+    Engine must be able to move them to (`replace_raw_data`)."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -121,7 +122,7 @@ def matrix() -> list[tuple[str, ...]]:
             f"from {dotted(each.transformer_engine)}",
             "yes" if each.layers_in_bf16 else "no",
             f"from {dotted(each.attention)}, below {dotted(ATTENTION_BEFORE)}" if each.attention else "no",
-            "yes" if each.gather_overlapped else "not overlapped",
+            "yes" if each.gathered else "no",
             f"multiples of {each.multiple}",
         )
         for name, each in RECIPES.items()
