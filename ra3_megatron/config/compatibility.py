@@ -4,16 +4,25 @@ Pure functions of the configuration and of what a machine has, so that a combina
 starts.
 """
 
+import math
 from collections.abc import Iterator
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import ATTENTION_BEFORE, RECIPES, Fp8Config, Hardware, dotted
+from ra3_megatron.config.precision import ATTENTION_BEFORE, RECIPES, Fp8Config, Hardware, Recipe, dotted
 
 ATTENTION_CHANNELS = 128
 """Of a head that is trained with FP8 attention: as many on Hopper, at most on Blackwell (Transformer Engine's
 `nvte_get_fused_attn_backend`)."""
 ATTENTION_MULTIPLE = 16
 """Of which they are a multiple there."""
+
+
+def length_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """What the length of a row must be a multiple of, for the layout and for FP8."""
+    multiple, recipe = parallel.sequence_multiple * model.row_multiple, RECIPES.get(model.precision)
+    if recipe is None or not parallel.sequence:
+        return multiple
+    return math.lcm(multiple, parallel.context * parallel.tensor * recipe.gather_multiple)
 
 
 def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -26,7 +35,7 @@ def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
             if value != type(asked).model_fields[key].default:
                 yield f"model.fp8.{key}={_text(value)} is not read with {name}: it goes with {', '.join(RECIPES)}"
         return
-    yield from _dimension_problems(model, parallel, recipe.multiple)
+    yield from _dimension_problems(model, parallel, recipe)
     if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
         yield (
             f"parallel.recompute_modules=[…, layernorm] does not go with {name}: Transformer Engine's norms are part "
@@ -119,23 +128,28 @@ def hardware_problems(model: ModelConfig, hardware: Hardware) -> Iterator[str]:
             )
 
 
-def _dimension_problems(model: ModelConfig, parallel: ParallelConfig, multiple: int) -> Iterator[str]:
-    """Dimensions of FP8 products are multiples of 16 or 32 on each process."""
+def _dimension_problems(model: ModelConfig, parallel: ParallelConfig, recipe: Recipe) -> Iterator[str]:
+    """Dimensions of FP8 products are multiples of 16 or 32 on each process; of what is gathered, of 128 with blocks of
+    that size."""
     head = model.head_dim or model.hidden_size // model.num_attention_heads
+    gathered = recipe.gather_multiple if parallel.sequence else recipe.multiple
     shares = {
-        "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor),
-        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor),
+        "model.hidden_size": (model.hidden_size, 1, gathered),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor, recipe.multiple),
+        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor, recipe.multiple),
         "the channels of queries, keys and values": (
             (model.num_attention_heads + 2 * model.num_query_groups) * head,
             parallel.tensor,
+            recipe.multiple,
         ),
     }
-    for name, (size, parts) in shares.items():
+    for name, (size, parts, multiple) in shares.items():
         if size % (multiple * parts):
+            sequence = " and parallel.sequence=true" if multiple != recipe.multiple else ""
             yield (
                 f"{name}={size} does not go with model.precision={model.precision} and parallel.tensor="
-                f"{parallel.tensor}: a process's share must be a multiple of {multiple} (or use model.precision=bf16)"
+                f"{parallel.tensor}{sequence}: a process's share must be a multiple of {multiple} (or use "
+                "model.precision=bf16)"
             )
 
 

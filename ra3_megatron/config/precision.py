@@ -50,6 +50,8 @@ class Recipe:
     """What one scale is for."""
     multiple: int
     """What the dimensions of products are multiples of."""
+    gather_multiple: int
+    """The same of what is gathered in FP8 under `parallel.sequence`: a process's tokens of a row, and `hidden_size`."""
     capability: Capability
     """The first compute capability that has it."""
     before: Capability | None
@@ -68,16 +70,16 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "fp8_delayed": Recipe(
-        "delayed", "hybrid", "a tensor, from earlier steps", 16, (8, 9), None, (12, 1), (1, 0), False, (9, 0), True
+        "delayed", "hybrid", "a tensor, from earlier steps", 16, 16, (8, 9), None, (12, 1), (1, 0), False, (9, 0), True
     ),
     "fp8_tensorwise": Recipe(
-        "tensorwise", "hybrid", "a tensor, its own", 16, (8, 9), None, (12, 1), (2, 2), True, (10, 0), True
+        "tensorwise", "hybrid", "a tensor, its own", 16, 16, (8, 9), None, (12, 1), (2, 2), True, (10, 0), True
     ),
     "fp8_blockwise": Recipe(
-        "blockwise", "e4m3", "1 x 128 or 128 x 128 values", 16, (9, 0), None, (12, 9), (2, 3), True, None, True
+        "blockwise", "e4m3", "1 x 128 or 128 x 128 values", 16, 128, (9, 0), None, (12, 9), (2, 3), True, None, True
     ),
     "mxfp8": Recipe(
-        "mxfp8", "e4m3", "32 values, a power of two", 32, (10, 0), (12, 0), (12, 8), (2, 1), True, None, False
+        "mxfp8", "e4m3", "32 values, a power of two", 32, 32, (10, 0), (12, 0), (12, 8), (2, 1), True, None, False
     ),
 }
 

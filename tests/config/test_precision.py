@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ra3_megatron.config.compatibility import hardware_problems
+from ra3_megatron.config.compatibility import hardware_problems, length_multiple
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Hardware, matrix
@@ -168,6 +168,23 @@ def test_mxfp8_has_products_of_multiples_of_32() -> None:
     (said,) = layout_problems(asked, ParallelConfig())
     assert said.startswith("model.ffn_hidden_size=720 does not go with") and "a multiple of 32" in said
     assert asked.row_multiple == 32 and model("fp8_delayed").row_multiple == 16 and model("bf16").row_multiple == 1
+
+
+def test_blocks_that_are_gathered_are_whole_on_each_process() -> None:
+    """Under sequence parallelism Transformer Engine gathers inputs in FP8: with fp8_blockwise, 128 x 128 values."""
+    sequence = ParallelConfig(tensor=2, sequence=True)
+    wide = {"hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1024}
+    blockwise = model("fp8_blockwise").model_copy(update={**wide, "context_length": 1024})
+    assert not list(layout_problems(blockwise, sequence))
+    (said,) = layout_problems(blockwise.model_copy(update={"context_length": 1120}), sequence)
+    assert said.startswith("model.context_length=1120 is not a multiple of 256") and "1024 or 1280 would be" in said
+    (said,) = layout_problems(blockwise.model_copy(update={"hidden_size": 576, "head_dim": 64}), sequence)
+    assert said.startswith("model.hidden_size=576 does not go with model.precision=fp8_blockwise and parallel.tensor=2")
+    assert "a multiple of 128" in said
+    assert length_multiple(blockwise, ParallelConfig(tensor=2)) == 16
+    assert length_multiple(blockwise, ParallelConfig(tensor=2, sequence=True, context=2)) == 512
+    for precision, multiple in (("fp8_tensorwise", 32), ("mxfp8", 64), ("bf16", 2)):
+        assert length_multiple(model(precision), sequence) == multiple
 
 
 def test_the_page_has_the_matrix() -> None:

@@ -203,6 +203,9 @@ def test_rows_are_multiples_of_16() -> None:
     runtime = Runtime(device=torch.device("cpu"), rank=0, world_size=1)
     assert Planner(config, config.mstep, runtime).sequence_multiple == 16
     assert Planner(RunConfig(), config.mstep, runtime).sequence_multiple == 1
+    keys["model"]["precision"] = "fp8_blockwise"
+    split = RunConfig.model_validate({**keys, "parallel": {"tensor": 2, "sequence": True}})
+    assert Planner(split, split.mstep, runtime).sequence_multiple == 256
 
 
 @pytest.mark.parametrize(
