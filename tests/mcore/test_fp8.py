@@ -18,7 +18,7 @@ from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, requi
 from ra3_megatron.mcore.model import build_model, chunks_of, has_layers_of_transformer_engine, transformer_config
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
-from tests.mcore.small_models import MODEL, VOCAB, build, token_sets
+from tests.mcore.small_models import MODEL, VOCAB, build, make_trainer, token_sets
 
 
 def model(precision: str = "fp8_tensorwise", **keys: Any) -> ModelConfig:
@@ -149,6 +149,19 @@ def test_weights_in_fp8_never_see_what_memory_happens_to_hold(
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(bool(weight.isfinite().all()) for weight in found.parameters())
+
+
+def test_weights_in_fp8_that_were_gathered_at_once_have_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transposed ones, which the backward pass multiplies: else they would be those of an earlier update."""
+    overlapped = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    parallel = ParallelConfig.model_validate({"threads": 1, **overlapped})
+    trainer = make_trainer(parallel, initialize(parallel, seed=1))
+    rounded = dict(trainer.model.named_parameters())["0.module.decoder.layers.0.mlp.linear_fc1.weight"]
+    renewed: list[torch.Tensor] = []
+    monkeypatch.setattr("ra3_megatron.mcore.trainer.is_float8tensor", lambda parameter: parameter is rounded)
+    monkeypatch.setattr("ra3_megatron.mcore.trainer.post_all_gather_processing", renewed.extend)
+    trainer.synchronize()
+    assert len(renewed) == 1 and renewed[0] is rounded
 
 
 def test_a_frozen_model_has_scales_without_a_history() -> None:
