@@ -160,11 +160,11 @@ def _parts(hardware: Hardware) -> Iterator[Part]:
     )
     if cuda:
         yield Part(
-            "a C compiler",
+            "a C compiler with Python's headers",
             "works" if has_compiler() else None,
             "kernels of our own in Triton: log-softmax, rotary positions, SwiGLU",
             "each is several of torch's kernels: slower",
-            "apt-get install gcc",
+            "apt-get install gcc python3-dev",
         )
         version, why = cudnn_version()  # behind Transformer Engine, which may have brought another one
         yield Part(
