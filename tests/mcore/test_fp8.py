@@ -15,7 +15,13 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Fp8Config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, require_fp8, require_fp8_layers
-from ra3_megatron.mcore.model import build_model, chunks_of, has_layers_of_transformer_engine, transformer_config
+from ra3_megatron.mcore.model import (
+    build_model,
+    chunks_of,
+    has_layers_of_transformer_engine,
+    require_recompute,
+    transformer_config,
+)
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
 from tests.mcore.small_models import MODEL, VOCAB, build, make_trainer, token_sets
@@ -181,6 +187,19 @@ def test_layers_in_fp32_multiply_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not has_layers_of_transformer_engine(model("fp32"), cuda)
     assert has_layers_of_transformer_engine(model("bf16"), cuda) and has_layers_of_transformer_engine(model(), cuda)
     assert not has_layers_of_transformer_engine(model("bf16"), torch.device("cpu"))
+
+
+def test_norms_inside_of_products_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ra3_megatron.mcore.model.has_transformer_engine", lambda device: device.type == "cuda")
+    asked = ParallelConfig(recompute="selective", recompute_modules=["mlp", "layernorm"])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(UserError, match=r"^parallel.recompute_modules=\[…, layernorm\] does nothing here"):
+        require_recompute(model("bf16"), asked, cuda)
+    for other in (model("bf16"), model("fp32")):
+        require_recompute(other, asked, cpu)
+    require_recompute(model("fp32"), asked, cuda)
+    require_recompute(model("bf16", num_experts=2), asked, cuda)
+    require_recompute(model("bf16"), ParallelConfig(recompute="selective", recompute_modules=["mlp"]), cuda)
 
 
 def test_keys_of_fp8_reach_megatron() -> None:
