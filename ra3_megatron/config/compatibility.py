@@ -4,14 +4,25 @@ Pure functions of the configuration and of what a machine has, so that a combina
 starts.
 """
 
+import math
 from collections.abc import Iterator
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
-from ra3_megatron.config.precision import RECIPES, Fp8Config, Hardware, dotted
+from ra3_megatron.config.precision import ATTENTION_BEFORE, RECIPES, Fp8Config, Hardware, Recipe, dotted
 
 ATTENTION_CHANNELS = 128
 """Of a head that is trained with FP8 attention: as many on Hopper, at most on Blackwell (Transformer Engine's
 `nvte_get_fused_attn_backend`)."""
+ATTENTION_MULTIPLE = 16
+"""Of which they are a multiple there."""
+
+
+def length_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """What the length of a row must be a multiple of, for the layout and for FP8."""
+    multiple, recipe = parallel.sequence_multiple * model.row_multiple, RECIPES.get(model.precision)
+    if recipe is None or not parallel.sequence:
+        return multiple
+    return math.lcm(multiple, parallel.context * parallel.tensor * recipe.gather_multiple)
 
 
 def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -24,7 +35,7 @@ def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
             if value != type(asked).model_fields[key].default:
                 yield f"model.fp8.{key}={_text(value)} is not read with {name}: it goes with {', '.join(RECIPES)}"
         return
-    yield from _dimension_problems(model, parallel, recipe.multiple)
+    yield from _dimension_problems(model, parallel, recipe)
     if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
         yield (
             f"parallel.recompute_modules=[…, layernorm] does not go with {name}: Transformer Engine's norms are part "
@@ -48,13 +59,14 @@ def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     default = Fp8Config.model_fields["amax_history"].default
     if asked.amax_history != default and model.precision != "fp8_delayed":
         yield f"model.fp8.amax_history={asked.amax_history} is not read with {name}: it goes with fp8_delayed"
-    if asked.parameter_gather and not parallel.distributed_optimizer:
-        yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
-    if asked.parameter_gather and parallel.overlap_param_gather and not recipe.gather_overlapped:
+    if asked.parameter_gather and not recipe.gathered:
+        with_it = ", ".join(other for other, each in RECIPES.items() if each.gathered)
         yield (
-            f"parallel.overlap_param_gather=true does not go with {name} and model.fp8.parameter_gather=true "
-            "(gradient norms become NaN): switch one off"
+            f"model.fp8.parameter_gather=true does not go with {name}: Transformer Engine cannot move such weights to "
+            f"the buffers that are gathered; leave it out, or use {with_it}"
         )
+    elif asked.parameter_gather and not parallel.distributed_optimizer:
+        yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
     if asked.attention and recipe.attention is None:
         yield f"model.fp8.attention=true does not go with {name}: no hardware has it; {_with_attention()}"
     if asked.attention and parallel.context > 1:
@@ -99,34 +111,45 @@ def hardware_problems(model: ModelConfig, hardware: Hardware) -> Iterator[str]:
             f"model.fp8.attention=true with {name}: needs compute capability {dotted(recipe.attention)}, and this one "
             f"({hardware.device}) has {has}; {_with_attention()}"
         )
+    elif model.fp8.attention and recipe.attention is not None and hardware.capability >= ATTENTION_BEFORE:
+        yield (
+            f"model.fp8.attention=true: Transformer Engine does not have it for compute capability {has} "
+            f"({hardware.device}): leave it out"
+        )
     elif model.fp8.attention and recipe.attention is not None:
         channels = model.head_dim or model.hidden_size // model.num_attention_heads
         exactly = hardware.capability < (10, 0)
-        if channels > ATTENTION_CHANNELS or (exactly and channels != ATTENTION_CHANNELS):
+        some = f"{'' if exactly else 'at most '}{ATTENTION_CHANNELS} channels"
+        some += "" if exactly else f" in multiples of {ATTENTION_MULTIPLE}"
+        if channels > ATTENTION_CHANNELS or channels % (ATTENTION_CHANNELS if exactly else ATTENTION_MULTIPLE):
             yield (
-                f"model.fp8.attention=true: compute capability {has} ({hardware.device}) has it for heads of "
-                f"{'' if exactly else 'at most '}{ATTENTION_CHANNELS} channels, and these have {channels} "
-                "(model.head_dim)"
+                f"model.fp8.attention=true: compute capability {has} ({hardware.device}) has it for heads of {some}, "
+                f"and these have {channels} (model.head_dim)"
             )
 
 
-def _dimension_problems(model: ModelConfig, parallel: ParallelConfig, multiple: int) -> Iterator[str]:
-    """Dimensions of FP8 products are multiples of 16 or 32 on each process."""
+def _dimension_problems(model: ModelConfig, parallel: ParallelConfig, recipe: Recipe) -> Iterator[str]:
+    """Dimensions of FP8 products are multiples of 16 or 32 on each process; of what is gathered, of 128 with blocks of
+    that size."""
     head = model.head_dim or model.hidden_size // model.num_attention_heads
+    gathered = recipe.gather_multiple if parallel.sequence else recipe.multiple
     shares = {
-        "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor),
-        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor),
+        "model.hidden_size": (model.hidden_size, 1, gathered),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, parallel.tensor, recipe.multiple),
+        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, parallel.tensor, recipe.multiple),
         "the channels of queries, keys and values": (
             (model.num_attention_heads + 2 * model.num_query_groups) * head,
             parallel.tensor,
+            recipe.multiple,
         ),
     }
-    for name, (size, parts) in shares.items():
+    for name, (size, parts, multiple) in shares.items():
         if size % (multiple * parts):
+            sequence = " and parallel.sequence=true" if multiple != recipe.multiple else ""
             yield (
                 f"{name}={size} does not go with model.precision={model.precision} and parallel.tensor="
-                f"{parallel.tensor}: a process's share must be a multiple of {multiple} (or use model.precision=bf16)"
+                f"{parallel.tensor}{sequence}: a process's share must be a multiple of {multiple} (or use "
+                "model.precision=bf16)"
             )
 
 

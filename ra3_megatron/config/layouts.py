@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
-from ra3_megatron.config.compatibility import key_problems
+from ra3_megatron.config.compatibility import key_problems, length_multiple
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.training import PackedTraining
 from ra3_megatron.config.yaml_io import scalar_text
@@ -215,7 +215,7 @@ def _stages(number: int) -> str:
 
 
 def _sequence_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    multiple = parallel.sequence_multiple * model.row_multiple
+    multiple = length_multiple(model, parallel)
     if model.context_length % multiple:
         needs = [f"parallel.context={parallel.context}"] if parallel.context > 1 else []
         needs += [f"parallel.sequence=true with parallel.tensor={parallel.tensor}"] if parallel.sequence else []

@@ -14,6 +14,8 @@ from ra3_megatron.config.base import Section
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"]
 Capability = tuple[int, int]
 """Of a GPU: (9, 0) is Hopper's."""
+ATTENTION_BEFORE: Capability = (12, 0)
+"""The first compute capability that has no FP8 attention any more, whatever the recipe."""
 
 
 class Fp8Config(Section):
@@ -48,6 +50,8 @@ class Recipe:
     """What one scale is for."""
     multiple: int
     """What the dimensions of products are multiples of."""
+    gather_multiple: int
+    """The same of what is gathered in FP8 under `parallel.sequence`: a process's tokens of a row, and `hidden_size`."""
     capability: Capability
     """The first compute capability that has it."""
     before: Capability | None
@@ -59,22 +63,23 @@ class Recipe:
     """Whether first and last layers may be left in bf16."""
     attention: Capability | None
     """The first compute capability that has its attention; None: none has."""
-    gather_overlapped: bool
-    """Whether FP8 weights may be gathered while the forward pass goes on."""
+    gathered: bool
+    """Whether weights can be kept and gathered in it: in the buffers that Megatron-Core gathers, which Transformer
+    Engine must be able to move them to (`replace_raw_data`)."""
 
 
 RECIPES: dict[str, Recipe] = {
     "fp8_delayed": Recipe(
-        "delayed", "hybrid", "a tensor, from earlier steps", 16, (8, 9), None, (12, 1), (1, 0), False, (9, 0), True
+        "delayed", "hybrid", "a tensor, from earlier steps", 16, 16, (8, 9), None, (12, 1), (1, 0), False, (9, 0), True
     ),
     "fp8_tensorwise": Recipe(
-        "tensorwise", "hybrid", "a tensor, its own", 16, (8, 9), None, (12, 1), (2, 2), True, (10, 0), True
+        "tensorwise", "hybrid", "a tensor, its own", 16, 16, (8, 9), None, (12, 1), (2, 2), True, (10, 0), True
     ),
     "fp8_blockwise": Recipe(
-        "blockwise", "e4m3", "1 x 128 or 128 x 128 values", 16, (9, 0), None, (12, 9), (2, 3), True, None, True
+        "blockwise", "e4m3", "1 x 128 or 128 x 128 values", 16, 128, (9, 0), None, (12, 9), (2, 3), True, None, True
     ),
     "mxfp8": Recipe(
-        "mxfp8", "e4m3", "32 values, a power of two", 32, (10, 0), (12, 0), (12, 8), (2, 1), True, None, False
+        "mxfp8", "e4m3", "32 values, a power of two", 32, 32, (10, 0), (12, 0), (12, 8), (2, 1), True, None, False
     ),
 }
 
@@ -118,8 +123,8 @@ def matrix() -> list[tuple[str, ...]]:
             f"from {dotted(each.cuda)}",
             f"from {dotted(each.transformer_engine)}",
             "yes" if each.layers_in_bf16 else "no",
-            f"from {dotted(each.attention)}" if each.attention else "no",
-            "yes" if each.gather_overlapped else "not overlapped",
+            f"from {dotted(each.attention)}, below {dotted(ATTENTION_BEFORE)}" if each.attention else "no",
+            "yes" if each.gathered else "no",
             f"multiples of {each.multiple}",
         )
         for name, each in RECIPES.items()

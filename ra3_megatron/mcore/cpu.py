@@ -11,13 +11,16 @@ What changes, and why:
   CPU in the modules' code objects at import: no cost at run time.
 - `@jit_fuser` (torch.compile) is a no-op during the import, else each process compiles for 10 s.
 - The CUDA RNG tracker keeps the states of the CPU default generator.
-- `WrappedTorchNorm` marks its parameters `sequence_parallel`, so that their gradients are reduced.
 - Gathering and reduce-scattering shares of unequal size (tokens of experts that are split by tensors) pads them:
   gloo knows equal sizes only.
 - Rotary positions under context parallelism do without `pin_memory=True`, which CPU builds refuse.
 
-Three fixes concern every machine without Transformer Engine, GPU or not, and are always applied there:
+Other fixes concern GPUs, too, and are always applied: the first where layers are Megatron-Core's own, the others where
+Transformer Engine is missing.
 
+- `WrappedTorchNorm` refuses sequence parallelism. Here it marks its parameters `sequence_parallel`, so that their
+  gradients are reduced.
+- The last norm is apex's where that is installed, and apex's is no RMSNorm: it is torch's.
 - Recomputing norms: "no FP8" is passed on as False, taken for "FP8", and a name of Transformer Engine is missing.
 - MoE: `te_general_gemm` is a name left undefined without Transformer Engine.
 - The distributed optimizer, when it is loaded, looks for the `step` of torch's Adam among the loaded tensors: KeyError.
@@ -263,9 +266,6 @@ def _fix_recompute(module: Any) -> None:
 
 
 def _fix_norm(module: Any) -> None:
-    if torch.cuda.is_available():
-        return
-
     class WrappedTorchNorm:
         """torch's LayerNorm or RMSNorm, also under sequence parallelism."""
 
@@ -279,6 +279,13 @@ def _fix_norm(module: Any) -> None:
             return norm
 
     module.WrappedTorchNorm = WrappedTorchNorm
+
+
+def _fix_block(module: Any) -> None:
+    if module.HAVE_APEX and not module.HAVE_TE:
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+        module.LayerNormImpl = WrappedTorchNorm
 
 
 def _fix_rope(module: Any) -> None:
@@ -353,6 +360,7 @@ _FIXES: dict[str, tuple[Any, ...]] = {
     "megatron.core.tensor_parallel.mappings": (_fix_mappings,),
     "megatron.core.tensor_parallel.random": (_fix_random, _fix_recompute),
     "megatron.core.transformer.torch_norm": (_fix_norm,),
+    "megatron.core.transformer.transformer_block": (_fix_block,),
     "megatron.core.models.common.embeddings.rope_utils": (_fix_rope,),
     "megatron.core.transformer.moe.moe_utils": (_fix_moe,),
     "megatron.core.optimizer.distrib_optimizer": (_fix_distributed_optimizer,),

@@ -5,8 +5,10 @@ import importlib.metadata
 import os
 import re
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -56,8 +58,13 @@ def numbers(version: str | None) -> tuple[int, int] | None:
 
 @cache
 def has_compiler() -> bool:
-    """Whether there is a C compiler, which kernels that torch compiles for a GPU are started through."""
-    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name)
+    """Whether there is a C compiler, and Python's headers, which kernels that torch compiles for a GPU are started
+    through: looked for where Triton does, which fails where one of them is missing."""
+    named = os.environ.get("CC")
+    compilers = ("gcc", "clang") if named is None else (named,)
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme=scheme)["include"])
+    return any(map(shutil.which, compilers)) and (headers / "Python.h").is_file()
 
 
 @cache

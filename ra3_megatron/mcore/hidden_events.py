@@ -84,6 +84,7 @@ class _HiddenEvents(torch.autograd.Function):
             rows = (events.numerator[part], events.denominator[part], events.merged[part])
             found[:, part] = event_statistics(logits, shard.sets, *rows, events.temperature, shard.real)
             at_target[part] = at_columns(logits, local[part]) / events.temperature
+        at_target.masked_fill_(_excluded(events, local, shard), -torch.inf)
         top, total, weighted, total_m, weighted_m, top_a, total_a = _over_ranks(found, shard).unbind()
         if shard.group is not None:
             dist.all_reduce(at_target, op=dist.ReduceOp.SUM, group=shard.group)
@@ -126,6 +127,12 @@ class _HiddenEvents(torch.autograd.Function):
             )
 
         return (*ctx.logits_of.backward(hidden, weight, differentiate), None, None, None, None)
+
+
+def _excluded(events: EventRows, local: Tensor, shard: VocabularyShard) -> Tensor:
+    """Whether the target is in this share of the vocabulary, and not in B. local: columns of the targets, or -1."""
+    in_b = shard.sets[events.denominator.clamp_min(0), local.clamp_min(0)]
+    return (events.denominator != NO_SET) & (local >= 0) & ~in_b
 
 
 def _over_ranks(found: Tensor, shard: VocabularyShard) -> Tensor:

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore import elementwise
 from ra3_megatron.mcore.attention import CachedAttention
@@ -303,10 +304,13 @@ def build_model(
 
     vocab_size: tokens of the tokenizer; sets: token sets of the latent format, bool [R, vocab_size]; seed: of the
     initial weights, which are the same in every layout; None: weights are left as they happen to be, to be loaded. In
-    bf16 each chunk is wrapped in Float16Module. Raises UserError when `model.precision` asks for FP8 that is not there.
+    bf16 each chunk is wrapped in Float16Module. Raises UserError when `model.precision` asks for FP8 that is not there,
+    or `parallel.recompute_modules` for norms that are not computed again.
     """
     require_fp8(model, runtime.device)
-    if model.fp8.parameter_gather:  # weights are drawn, or loaded, before they are rounded
+    require_recompute(model, parallel, runtime.device)
+    rounds = model.fp8.parameter_gather and seed is not None
+    if rounds:  # weights are drawn before they are rounded
         rounded = model.model_copy(update={"fp8": model.fp8.model_copy(update={"parameter_gather": False})})
         exact = build_model(rounded, parallel, runtime, vocab_size, sets, seed)
     seed_everything(seed or 0)
@@ -336,7 +340,7 @@ def build_model(
         chunk.vocabulary = shard_sets(table, size, runtime.tensor_rank, runtime.tensor_size, group)
         chunks.append(chunk)
         require_fp8_layers(model, chunk)
-    if model.fp8.parameter_gather:
+    if rounds:
         _round(chunks, chunks_of(exact))
     elif seed is not None:
         draw_weights(chunks, seed, model.init_std, model.num_layers, vocab_size, SHARDING)
@@ -382,6 +386,16 @@ def _round(chunks: list[LanguageModel], exact: list[LanguageModel]) -> None:
 def has_layers_of_transformer_engine(model: ModelConfig, device: torch.device) -> bool:
     """Whether the layers of this model are Transformer Engine's. In fp32 they are not: it would multiply in TF32."""
     return model.precision != "fp32" and has_transformer_engine(device)
+
+
+def require_recompute(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raise UserError when norms are to be computed again, and there are none by themselves: nothing would be."""
+    asked = parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules
+    if asked and model.num_experts is None and has_layers_of_transformer_engine(model, device):
+        raise UserError(
+            "parallel.recompute_modules=[…, layernorm] does nothing here: the layers are Transformer Engine's, whose "
+            "norms are part of the products behind them; leave it out (recompute=full computes them again)"
+        )
 
 
 def _layer_spec(model: ModelConfig, device: torch.device) -> ModuleSpec:

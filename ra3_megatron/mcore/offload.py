@@ -89,7 +89,8 @@ class Parking:
 
 def optimizer_tensors(optimizer: Any, model: torch.nn.Module) -> Iterator[Tensor]:
     """Moments and fp32 weights of a Megatron optimizer: all that are not memory of the model itself."""
-    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = (parameter for parameter in model.parameters() if parameter.dtype == torch.float32)
+    held = {parameter.untyped_storage().data_ptr() for parameter in own}  # weights in FP8 have no such storage
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if inner is None:  # a rank without parameters

@@ -73,12 +73,20 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def packing_of(segments: Tensor) -> Packing:
     """The documents of packed rows. segments: long [b, s], runs of one number are documents, negative ones padding.
 
-    The answer is kept as long as the tensor, whose values must not change.
+    The answer is kept as long as the tensor, whose values must not change. It is also that of other tensors in the same
+    memory: layers that are computed again are given such.
     """
     found: Packing | None = _known.get(segments)
     if found is None:
-        found = _known[segments] = read_packing(segments)
+        found = next((packing for known, packing in _known.items() if _is_same(known, segments)), None)
+        found = _known[segments] = read_packing(segments) if found is None else found
     return found
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, seen alike."""
+    seen = ((x.device, x.dtype, x.shape, x.stride(), x.data_ptr()) for x in (one, other))
+    return next(seen) == next(seen)
 
 
 def remember(segments: Tensor, packing: Packing) -> None:

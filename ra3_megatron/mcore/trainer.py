@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -218,6 +219,11 @@ class Trainer:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+                # the copies of weights in FP8 that backward passes multiply: Megatron's hooks make them of what they
+                # themselves have waited for alone
+                rounded = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+                if rounded:
+                    post_all_gather_processing(rounded)
 
 
 def global_counts(batches: Sequence[TokenBatch], runtime: Runtime) -> Counts:

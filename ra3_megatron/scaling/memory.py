@@ -148,9 +148,28 @@ def _fp8_copies(stage: Stage, model: ModelConfig, parallel: ParallelConfig, work
     `model.fp8.parameter_gather` they are there instead of these."""
     if work.precision != "fp8" or model.fp8.parameter_gather:
         return 0
+    return FP8_COPIES * _multiplied(stage, model, parallel)
+
+
+def _multiplied(stage: Stage, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Weights of the layers' products."""
     layer = Layer.of(model)
     products = stage.layers * (layer.dense(parallel.tensor) - layer.small - layer.bias // parallel.tensor)
-    return FP8_COPIES * (products + stage.sparse)
+    return products + stage.sparse
+
+
+def frozen_gib(model: ModelConfig, vocab_size: int, parallel: ParallelConfig, work: Work) -> float:
+    """GiB of a frozen model (the E-step's scorer) on the GPU that holds the most of it.
+
+    It gathers no weights in FP8, and is multiplied forward alone: beside its weights, which `parallel.offload_scorer`
+    takes to host memory, is one copy in FP8, which stays.
+    """
+    weights = 0 if parallel.offload_scorer else work.element_bytes
+    copies = 1 if work.precision == "fp8" else 0
+    return max(
+        (weights * stage.parameters + copies * _multiplied(stage, model, parallel)) / GIB
+        for stage in stages(model, vocab_size, parallel)
+    )
 
 
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig, chunks: Sequence[int]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ra3_megatron.config.compatibility import length_multiple
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.corpus.packing import pack
 from ra3_megatron.mcore.batch import TokenBatch
@@ -133,7 +134,7 @@ class Planner:
         self.section = section
         self.runtime = runtime
         self.cost = DocumentCost.of(config.model)
-        self.sequence_multiple = config.parallel.sequence_multiple * config.model.row_multiple
+        self.sequence_multiple = length_multiple(config.model, config.parallel)
 
     def plan(self, sequences: Sequence[Tokens], rows: Sequence[Sequence[int]] | None = None) -> Plan:
         """The plan of these sequences; rows: indices of each row of `micro_batch_size` rows, if chosen already."""

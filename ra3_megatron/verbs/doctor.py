@@ -160,11 +160,11 @@ def _parts(hardware: Hardware) -> Iterator[Part]:
     )
     if cuda:
         yield Part(
-            "a C compiler",
+            "a C compiler with Python's headers",
             "works" if has_compiler() else None,
             "kernels of our own in Triton: log-softmax, rotary positions, SwiGLU",
             "each is several of torch's kernels: slower",
-            "apt-get install gcc",
+            "apt-get install gcc python3-dev",
         )
         version, why = cudnn_version()  # behind Transformer Engine, which may have brought another one
         yield Part(
@@ -246,13 +246,18 @@ def _problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """Why the configuration cannot run on this machine."""
     import torch
 
+    from ra3_megatron.mcore.model import require_recompute
     from ra3_megatron.mcore.offload import require_offload
     from ra3_megatron.rlvr.sandbox import Isolation, require_bubblewrap
     from ra3_megatron.rollout.decode_graphs import require_cuda_graphs
 
     yield from hardware_problems(config.model, hardware)
     device = torch.device("cpu" if hardware.capability is None else "cuda")
-    for require in (partial(require_offload, config.parallel), partial(require_cuda_graphs, config.rollout)):
+    for require in (
+        partial(require_offload, config.parallel),
+        partial(require_recompute, config.model, config.parallel),
+        partial(require_cuda_graphs, config.rollout),
+    ):
         try:
             require(device)
         except UserError as error:

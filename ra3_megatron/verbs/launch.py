@@ -20,7 +20,7 @@ from ra3_megatron.corpus.sources import check_sources
 from ra3_megatron.scaling import em
 from ra3_megatron.scaling.counts import total_parameters
 from ra3_megatron.scaling.em import Thinking
-from ra3_megatron.scaling.memory import GIB, Memory, Work
+from ra3_megatron.scaling.memory import GIB, Memory, Work, frozen_gib
 from ra3_megatron.scaling.search import Planned, describe, evaluate
 from ra3_megatron.scaling.tables import Architecture, Gpu, gpu_named
 from ra3_megatron.verbs.run_dir import write_out
@@ -123,8 +123,8 @@ def expectation(config: RunConfig, gpu: Gpu) -> Expected:
     work = Work(config.model.context_length, batch.global_batch_size, batch.micro_batch_size, kind)
     planned = evaluate(made, config.parallel, work, gpu, _engine_gib(config, made))
     thinks = config.method == "ra3" and not math.isinf(config.estep.latent_price)
-    scores = thinks and not config.parallel.offload_scorer
-    held = replace(planned.memory, scorer=planned.memory.weights if scores else 0.0)
+    scorer = frozen_gib(made.model, made.vocab_size, config.parallel, work) if thinks else 0.0
+    held = replace(planned.memory, scorer=scorer)
     iterations, gpus = config.em.iterations, config.parallel.world_size
     tokens = float(iterations * batch.steps * work.global_batch * work.sequence)
     thinking = replace(THINKING, documents=config.estep.documents_per_step, group=config.estep.group_size)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ra3_megatron.config.compatibility import hardware_problems
+from ra3_megatron.config.compatibility import hardware_problems, length_multiple
 from ra3_megatron.config.layouts import layout_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Hardware, matrix
@@ -78,6 +78,12 @@ def test_attention_in_fp8_is_refused_where_no_kernel_is() -> None:
         "(H100) has 9.0; FP8 attention: fp8_delayed from 9.0, fp8_tensorwise from 10.0"
     )
     assert not list(hardware_problems(model("fp8_tensorwise", attention=True), B200))
+    for precision in ("fp8_delayed", "fp8_tensorwise"):
+        (said,) = hardware_problems(model(precision, attention=True), ALLOWED["RTX 5090"][0])
+        assert said == (
+            "model.fp8.attention=true: Transformer Engine does not have it for compute capability 12.0 (RTX 5090): "
+            "leave it out"
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,8 @@ def test_attention_in_fp8_is_refused_where_no_kernel_is() -> None:
     [
         (64, H100, "(H100) has it for heads of 128 channels, and these have 64 (model.head_dim)"),
         (256, H100, "(H100) has it for heads of 128 channels, and these have 256 (model.head_dim)"),
-        (256, B200, "(B200) has it for heads of at most 128 channels, and these have 256 (model.head_dim)"),
+        (256, B200, "has it for heads of at most 128 channels in multiples of 16, and these have 256 (model.head_dim)"),
+        (72, B200, "has it for heads of at most 128 channels in multiples of 16, and these have 72 (model.head_dim)"),
     ],
 )
 def test_attention_in_fp8_is_refused_for_heads_that_no_kernel_takes(
@@ -127,8 +134,8 @@ DISTRIBUTED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "over
         (
             "mxfp8",
             {"parameter_gather": True},
-            DISTRIBUTED,
-            "parallel.overlap_param_gather=true does not go with model.",
+            {"distributed_optimizer": True},
+            "model.fp8.parameter_gather=true does not go with model.precision=mxfp8: Transformer Engine cannot move su",
         ),
         ("fp8_blockwise", {"attention": True}, {}, "model.fp8.attention=true does not go with model.precision=fp8_blo"),
         (
@@ -149,7 +156,6 @@ def test_keys_that_do_not_go_together(precision: str, fp8: dict[str, Any], paral
     [
         ("fp8_tensorwise", {"first_layers_bf16": 1, "last_layers_bf16": 1}, {"pipeline": 2}),
         ("fp8_blockwise", {"parameter_gather": True}, DISTRIBUTED),
-        ("mxfp8", {"parameter_gather": True}, {**DISTRIBUTED, "overlap_param_gather": False}),
         ("fp8_delayed", {"amax_history": 16, "attention": True}, {"tensor": 2}),
     ],
 )
@@ -162,6 +168,23 @@ def test_mxfp8_has_products_of_multiples_of_32() -> None:
     (said,) = layout_problems(asked, ParallelConfig())
     assert said.startswith("model.ffn_hidden_size=720 does not go with") and "a multiple of 32" in said
     assert asked.row_multiple == 32 and model("fp8_delayed").row_multiple == 16 and model("bf16").row_multiple == 1
+
+
+def test_blocks_that_are_gathered_are_whole_on_each_process() -> None:
+    """Under sequence parallelism Transformer Engine gathers inputs in FP8: with fp8_blockwise, 128 x 128 values."""
+    sequence = ParallelConfig(tensor=2, sequence=True)
+    wide = {"hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1024}
+    blockwise = model("fp8_blockwise").model_copy(update={**wide, "context_length": 1024})
+    assert not list(layout_problems(blockwise, sequence))
+    (said,) = layout_problems(blockwise.model_copy(update={"context_length": 1120}), sequence)
+    assert said.startswith("model.context_length=1120 is not a multiple of 256") and "1024 or 1280 would be" in said
+    (said,) = layout_problems(blockwise.model_copy(update={"hidden_size": 576, "head_dim": 64}), sequence)
+    assert said.startswith("model.hidden_size=576 does not go with model.precision=fp8_blockwise and parallel.tensor=2")
+    assert "a multiple of 128" in said
+    assert length_multiple(blockwise, ParallelConfig(tensor=2)) == 16
+    assert length_multiple(blockwise, ParallelConfig(tensor=2, sequence=True, context=2)) == 512
+    for precision, multiple in (("fp8_tensorwise", 32), ("mxfp8", 64), ("bf16", 2)):
+        assert length_multiple(model(precision), sequence) == multiple
 
 
 def test_the_page_has_the_matrix() -> None:

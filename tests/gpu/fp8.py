@@ -74,7 +74,7 @@ WIDE_HEADS = (("num_attention_heads", 8), ("num_query_groups", 4))
 OPTIONS = (
     Option("fp8_tensorwise", {"first_layers_bf16": 1, "last_layers_bf16": 1}, {}),
     Option("fp8_blockwise", {"first_layers_bf16": 1, "last_layers_bf16": 0}, {}),
-    *(Option(precision, *GATHER) for precision in RECIPES),
+    *(Option(precision, *GATHER) for precision, recipe in RECIPES.items() if recipe.gathered),
     Option("fp8_delayed", {"attention": True}, {}, WIDE_HEADS),
     Option("fp8_tensorwise", {"attention": True}, {}, WIDE_HEADS),
 )

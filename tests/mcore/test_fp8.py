@@ -15,10 +15,16 @@ from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES, Fp8Config
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.fp8 import computed, keep_exact, require_computed, require_fp8, require_fp8_layers
-from ra3_megatron.mcore.model import chunks_of, has_layers_of_transformer_engine, transformer_config
+from ra3_megatron.mcore.model import (
+    build_model,
+    chunks_of,
+    has_layers_of_transformer_engine,
+    require_recompute,
+    transformer_config,
+)
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
-from tests.mcore.small_models import build
+from tests.mcore.small_models import MODEL, VOCAB, build, make_trainer, token_sets
 
 
 def model(precision: str = "fp8_tensorwise", **keys: Any) -> ModelConfig:
@@ -133,6 +139,37 @@ def test_weights_in_fp8_keep_what_they_were_made_of() -> None:
     assert not hasattr(plain, "_high_precision_init_val")
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_weights_in_fp8_never_see_what_memory_happens_to_hold(
+    monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """The largest value that was written to them decides on their scale for `amax_history` steps."""
+    for check in ("require_fp8", "require_fp8_layers"):
+        monkeypatch.setattr(f"ra3_megatron.mcore.model.{check}", lambda *_: None)
+    parallel = ParallelConfig(threads=1)
+    runtime = initialize(parallel, seed=1)
+    gathered = MODEL.model_copy(update={"precision": "fp8_delayed", "fp8": Fp8Config(parameter_gather=True)})
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        found = build_model(gathered, parallel, runtime, VOCAB, token_sets(), seed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool(weight.isfinite().all()) for weight in found.parameters())
+
+
+def test_weights_in_fp8_that_were_gathered_at_once_have_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transposed ones, which the backward pass multiplies: else they would be those of an earlier update."""
+    overlapped = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    parallel = ParallelConfig.model_validate({"threads": 1, **overlapped})
+    trainer = make_trainer(parallel, initialize(parallel, seed=1))
+    rounded = dict(trainer.model.named_parameters())["0.module.decoder.layers.0.mlp.linear_fc1.weight"]
+    renewed: list[torch.Tensor] = []
+    monkeypatch.setattr("ra3_megatron.mcore.trainer.is_float8tensor", lambda parameter: parameter is rounded)
+    monkeypatch.setattr("ra3_megatron.mcore.trainer.post_all_gather_processing", renewed.extend)
+    trainer.synchronize()
+    assert len(renewed) == 1 and renewed[0] is rounded
+
+
 def test_a_frozen_model_has_scales_without_a_history() -> None:
     delayed = model("fp8_delayed", fp8={"attention": True, "amax_history": 16, "parameter_gather": True})
     assert delayed.frozen.precision == "fp8_tensorwise" and delayed.frozen.fp8 == Fp8Config()
@@ -150,6 +187,19 @@ def test_layers_in_fp32_multiply_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not has_layers_of_transformer_engine(model("fp32"), cuda)
     assert has_layers_of_transformer_engine(model("bf16"), cuda) and has_layers_of_transformer_engine(model(), cuda)
     assert not has_layers_of_transformer_engine(model("bf16"), torch.device("cpu"))
+
+
+def test_norms_inside_of_products_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ra3_megatron.mcore.model.has_transformer_engine", lambda device: device.type == "cuda")
+    asked = ParallelConfig(recompute="selective", recompute_modules=["mlp", "layernorm"])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(UserError, match=r"^parallel.recompute_modules=\[…, layernorm\] does nothing here"):
+        require_recompute(model("bf16"), asked, cuda)
+    for other in (model("bf16"), model("fp32")):
+        require_recompute(other, asked, cpu)
+    require_recompute(model("fp32"), asked, cuda)
+    require_recompute(model("bf16", num_experts=2), asked, cuda)
+    require_recompute(model("bf16"), ParallelConfig(recompute="selective", recompute_modules=["mlp"]), cuda)
 
 
 def test_keys_of_fp8_reach_megatron() -> None:
@@ -185,6 +235,9 @@ def test_rows_are_multiples_of_16() -> None:
     runtime = Runtime(device=torch.device("cpu"), rank=0, world_size=1)
     assert Planner(config, config.mstep, runtime).sequence_multiple == 16
     assert Planner(RunConfig(), config.mstep, runtime).sequence_multiple == 1
+    keys["model"]["precision"] = "fp8_blockwise"
+    split = RunConfig.model_validate({**keys, "parallel": {"tensor": 2, "sequence": True}})
+    assert Planner(split, split.mstep, runtime).sequence_multiple == 256
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ra3_megatron.mcore import libraries
+from ra3_megatron.mcore.hardware import has_compiler
 from ra3_megatron.mcore.libraries import cudnn_version, loaded_from, share_cudnn
 
 MAPS = """\
@@ -77,3 +78,33 @@ def test_the_version_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
     assert cudnn_version() == (None, "cuDNN version incompatibility: PyTorch was compiled against 9.19")
+
+
+@pytest.mark.parametrize(
+    ("commands", "named", "headers", "works"),
+    [
+        (("gcc",), None, True, True),
+        (("clang",), None, True, True),
+        (("gcc",), None, False, False),
+        (("cc",), None, True, False),
+        (("gcc",), "nowhere/icc", True, False),
+        (("icc",), "icc", True, True),
+    ],
+)
+def test_a_compiler_is_one_that_triton_can_use(
+    commands: tuple[str, ...],
+    named: str | None,
+    headers: bool,
+    works: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes CC, gcc or clang, and includes Python.h, which Debian and others have in a package of its own."""
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("shutil.which", lambda command: f"/usr/bin/{command}" if command in commands else None)
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.delenv("CC", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    assert has_compiler.__wrapped__() is works

@@ -6,6 +6,8 @@ On a CPU the device is the host itself: what is tested is everything but the spe
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,31 @@ def test_an_offloaded_optimizer_makes_the_same_steps(model: ModelConfig, distrib
     assert len(set(results)) == 1
     first, *others = (weights(trainer.model, runtime) for trainer in (expected, found, *later))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+class Quantized(torch.Tensor):
+    """A weight without a storage of its own, as Transformer Engine's in FP8 are."""
+
+    @staticmethod
+    def __new__(cls) -> Quantized:
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, (2, 2), dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        found: Quantized = wrapper
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is torch.ops.aten.detach.default
+        return cls()
+
+
+def test_the_optimizer_of_weights_in_fp8_is_offloaded() -> None:
+    """Their fp32 originals are its own, and the fp32 weights of the model are not."""
+    model = torch.nn.Module()
+    model.rounded, model.plain = torch.nn.Parameter(Quantized()), torch.nn.Parameter(torch.zeros(3))
+    original = torch.ones(4)
+    adam = torch.optim.AdamW([original, model.plain.data[1:]])
+    found = list(optimizer_tensors(SimpleNamespace(optimizer=adam), model))
+    assert len(found) == 1 and found[0] is original
 
 
 def test_a_parked_model_is_there_while_it_is_needed() -> None:

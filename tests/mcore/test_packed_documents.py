@@ -16,8 +16,8 @@ from ra3_megatron.mcore.attention import CachedAttention
 from ra3_megatron.mcore.fp8_attention import Fp8Attention
 from ra3_megatron.mcore.model import chunks_of
 from ra3_megatron.mcore.packing import packing_of, read_packing, remember
-from ra3_megatron.mcore.startup import Runtime
-from tests.mcore.small_models import build, make_documents, micro_batches, put_in_rows
+from ra3_megatron.mcore.startup import Runtime, initialize
+from tests.mcore.small_models import build, make_documents, make_trainer, micro_batches, put_in_rows
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1, 1]]
 
@@ -143,3 +143,17 @@ def test_what_a_batch_says_of_itself_is_what_the_model_would_find(runtime: Runti
         assert (moved.documents is None) == (placed.documents is None) and moved.plain == placed.plain
         with pytest.raises(ValueError, match="before it is"):
             placed.share(0, 2)
+
+
+@pytest.mark.parametrize("keys", [{"recompute": "full"}, {"recompute": "selective"}])
+def test_layers_that_are_computed_again_know_where_documents_stand(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it on a GPU would wait for all work before, in each layer."""
+    parallel = ParallelConfig.model_validate({"threads": 1, **keys})
+    trainer = make_trainer(parallel, initialize(parallel, seed=1))
+    batches = micro_batches(put_in_rows(make_documents(8, 1)), trainer.runtime, 2)
+    read: list[Tensor] = []
+    monkeypatch.setattr("ra3_megatron.mcore.packing.read_packing", lambda rows: read.append(rows) or read_packing(rows))
+    trainer.step(batches)  # read on the host, where batches are placed
+    assert not read

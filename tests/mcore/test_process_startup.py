@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.model import ParallelConfig
+from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.launch import SLURM, launched
 from ra3_megatron.mcore.startup import Runtime, available_cores, initialize, seed_everything
@@ -191,6 +193,41 @@ def test_imports_are_quiet_and_leave_the_process_alone() -> None:
     done = python(code, PYTHONWARNINGS="default")
     assert done.returncode == 0, done.stderr
     assert "not installed" not in done.stderr
+
+
+def test_norms_of_megatron_core_are_split_over_sequences_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers are those of fp32 models there, and of all where Transformer Engine is missing."""
+    from megatron.core.transformer import torch_norm
+
+    from ra3_megatron.mcore import cpu
+    from ra3_megatron.mcore.model import transformer_config
+
+    fresh = types.ModuleType(torch_norm.__name__)
+    assert isinstance(torch_norm.__loader__, cpu._Loader)
+    torch_norm.__loader__.inner.exec_module(fresh)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        cpu._fix_norm(fresh)
+    config = transformer_config(ModelConfig(), ParallelConfig(tensor=2, sequence=True))
+    norm = fresh.WrappedTorchNorm(config, 8)
+    assert isinstance(norm, torch.nn.RMSNorm) and norm.weight.sequence_parallel  # type: ignore[attr-defined]
+
+
+def test_a_model_is_built_where_apex_is_installed(tmp_path: Path) -> None:
+    """Megatron-Core would take its norm for the last one, which is a LayerNorm."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    code = (
+        "import ra3_megatron.mcore\n"
+        "from ra3_megatron.config.model import ParallelConfig\n"
+        "from ra3_megatron.mcore.startup import initialize\n"
+        "from tests.mcore.small_models import build\n"
+        "parallel = ParallelConfig(threads=1)\n"
+        "print(type(build(parallel, initialize(parallel, seed=1))[0].decoder.final_layernorm).__name__)\n"
+    )
+    done = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), os.getcwd()]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["RMSNorm"]
 
 
 def _main_is_slow() -> tuple[float, str]:

@@ -16,7 +16,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore.hidden_events import EventRows, hidden_events
 from ra3_megatron.mcore.startup import initialize
 from ra3_megatron.mcore.vocab_parallel import event_log_probs, shard_sets
-from tests.mcore.test_event_log_probs import PADDED, Case, make_case
+from tests.mcore.test_event_log_probs import PADDED, VOCAB, Case, make_case
 from tests.processes import run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +104,9 @@ def share_of_events() -> list[Tensor]:
 
 def check_events() -> None:
     """Raises AssertionError when kernels and torch's operations differ."""
-    for plain, temperature, keep in ((False, 1.0, True), (True, 0.7, False)):
+    for plain, temperature, keep, shift in ((False, 1.0, True, 0), (True, 0.7, False, 0), (False, 0.7, True, 1)):
         case = make_case(2, plain=plain)
+        case.targets.add_(shift).remainder_(VOCAB)  # shifted: some are not in B
         for one, other in zip(events_of(case, temperature, keep), expected(case, temperature), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-6)
     for found in run_processes(2, share_of_events):

@@ -5,7 +5,7 @@ import pytest
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.scaling.calibration import FITTED, Published, fit, published
-from ra3_megatron.scaling.memory import GIB, Work, memory
+from ra3_megatron.scaling.memory import GIB, Work, frozen_gib, memory
 from ra3_megatron.scaling.rates import RATES
 from ra3_megatron.scaling.step import group_bandwidth, step_time
 from ra3_megatron.scaling.tables import architecture_named, gpu_named
@@ -82,6 +82,21 @@ def test_weights_in_fp8_come_beside_those_in_bf16() -> None:
     assert eight.weights - plain.weights == pytest.approx(2 * products / 2**30)
     gathered = made.model.model_copy(update={"fp8": made.model.fp8.model_copy(update={"parameter_gather": True})})
     assert memory(gathered, made.vocab_size, parallel, Work(8192, 1, 1, "fp8")).weights == plain.weights
+
+
+def test_a_frozen_model_has_one_copy_in_fp8_and_gathers_none() -> None:
+    """Also where its weights are in host memory, and where the trained model's are kept in FP8."""
+    made = architecture_named("llama3.1-8b", 8192)
+    gathered = made.model.model_copy(update={"fp8": made.model.fp8.model_copy(update={"parameter_gather": True})})
+    parallel, eight = ParallelConfig(), Work(8192, 1, 1, "fp8")
+    away = parallel.model_copy(update={"offload_scorer": True})
+    plain = memory(made.model, made.vocab_size, parallel, Work(8192, 1, 1)).weights
+    copy = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336) / 2**30
+    assert frozen_gib(made.model, made.vocab_size, parallel, Work(8192, 1, 1)) == pytest.approx(plain)
+    assert frozen_gib(made.model, made.vocab_size, away, Work(8192, 1, 1)) == 0.0
+    for model in (made.model, gathered):
+        assert frozen_gib(model, made.vocab_size, parallel, eight) == pytest.approx(plain + copy)
+        assert frozen_gib(model, made.vocab_size, away, eight) == pytest.approx(copy)
 
 
 def test_logits_are_kept_or_computed_again() -> None:
