@@ -202,7 +202,8 @@ class Sandbox:
         assert self._folder is not None
         bubblewrap = self.isolation is Isolation.BUBBLEWRAP
         kind = FUNCTIONS if isinstance(program.tests, FunctionTests) else SCRIPTS
-        argv = runner_command(kind, self.limits.cpu_bound, PLACE if bubblewrap else str(self._folder))
+        folder = PLACE if bubblewrap else str(self._folder)
+        argv = runner_command(kind, self.limits.cpu_bound, _most_cpu_seconds(program, self.limits), folder)
         prefix = interpreter()[0]
         ended = attempt(
             argv,
@@ -232,6 +233,12 @@ def _stopped(ended: Ended) -> bool:
 def _total(program: Program) -> int:
     tests = program.tests
     return len(tests.tests) if isinstance(tests, FunctionTests) else len(tests.cases)
+
+
+def _most_cpu_seconds(program: Program, limits: Limits) -> int:
+    """CPU time of each process of the program: a whole program runs anew for each test."""
+    functions = isinstance(program.tests, FunctionTests)
+    return limits.cpu_bound_of(_total(program)) if functions else limits.cpu_bound
 
 
 def _task(program: Program, secret: str, limits: Limits) -> dict[str, object]:
@@ -271,7 +278,7 @@ def _judge(program: Program, ended: Ended, secret: str, limits: Limits) -> Outco
     elif failures:
         verdict = VERDICTS[failures[0][1]]
         if failures[0][1] == "ended" and end is not None and end[1] == str(int(signal.SIGXCPU)):
-            verdict, detail = Verdict.TIMEOUT, f"more than {limits.cpu_bound} seconds of CPU time"
+            verdict, detail = Verdict.TIMEOUT, f"more than {_most_cpu_seconds(program, limits)} seconds of CPU time"
     elif end is not None and passed == total:
         verdict = Verdict.PASSED
     else:

@@ -213,6 +213,7 @@ def test_limits_are_the_tasks_own() -> None:
     assert codeforces.limits({**SPLIT, "memory_limit": 1024.0}).memory_mib == 1280
     more = livecodebench.limits({**ADD, "private_test_cases": ADD["public_test_cases"]})
     assert more == livecodebench.limits(ADD)
+    assert more.cpu_seconds == 6.0 and more.seconds > 2 * 6.0 and more.cpu_bound_of(2) >= 2 * 6, "a test has 6 seconds"
     assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
 
 

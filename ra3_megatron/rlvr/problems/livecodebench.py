@@ -171,6 +171,6 @@ def _call(function: str, test: dict[str, str]) -> str:
 
 
 def limits(row: dict[str, Any]) -> Limits:
-    """For all tests of a program together."""
+    """For all tests of a program together; CPU time is that of one, as in LiveCodeBench."""
     count = sum(len(decode_tests(row[key])) for key in ("public_test_cases", "private_test_cases"))
     return Limits(seconds=STARTING + SECONDS * count, cpu_seconds=SECONDS, memory_mib=1024, output_kib=4096)

@@ -6,6 +6,7 @@ import builtins
 import sys
 
 from .channel import Broken
+from .clock import CpuClock
 from .remote import Remote
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
@@ -19,7 +20,7 @@ ONLY_AST = 0x400
 
 
 class Failure(Exception):
-    """Why a test failed: its kind (wrong, raised, memory, ended) and what to show a reader."""
+    """Why a test failed: its kind (wrong, raised, memory, cpu, ended) and what to show a reader."""
 
     def __init__(self, kind: str, detail: str) -> None:
         self.kind = kind
@@ -48,19 +49,23 @@ def failure_of(error: BaseException, where: str) -> Failure:
 class FunctionRunner:
     """Runs the tests one by one. entry_points: names that the candidate defines; none: what is left undefined."""
 
-    def __init__(self, remote: Remote, setup: str, tests: tuple[str, ...], entry_points: tuple[str, ...]) -> None:
+    def __init__(
+        self, remote: Remote, clock: CpuClock, setup: str, tests: tuple[str, ...], entry_points: tuple[str, ...]
+    ) -> None:
         self.remote = remote
+        self.clock = clock
         self.setup = setup
         self.tests = tests
         self.entry_points = entry_points
         self.namespace: dict[str, Any] = {"__name__": "tests"}
 
     def prepare(self, code: str) -> None:
-        """Load the candidate and the setup. Raises Failure."""
+        """Load the candidate and the setup, in the time of one test. Raises Failure."""
+        self.clock.begin()
         try:
             self.remote.load(code)
         except BaseException as error:
-            raise failure_of(error, "loading the program") from None
+            raise self._failure(error, "loading the program") from None
         try:
             compiled = compile(self.setup, "<setup>", "exec", dont_inherit=True)
             undefined, modules = names_used([self.setup, *self.tests])
@@ -72,18 +77,24 @@ class FunctionRunner:
             exec(compiled, self.namespace)
             self.namespace.update({name: found[name] for name in self.entry_points if name in found})
         except BaseException as error:
-            raise failure_of(error, "the setup of the tests") from None
+            raise self._failure(error, "the setup of the tests") from None
 
     def run(self, number: int) -> None:
         """Run one test. Raises Failure."""
         test = self.tests[number]
         where = f"test {number + 1}: {' '.join(test.split())[:200]}"
+        self.clock.begin()
         try:
             exec(compile(test, "<test>", "exec", dont_inherit=True), self.namespace)
         except BaseException as error:
-            raise failure_of(error, where) from None
-        if self.remote.broken is not None:
-            raise Failure("ended", self.remote.broken)
+            raise self._failure(error, where) from None
+        if self.clock.over() or self.remote.broken is not None:
+            raise self._failure(Broken(self.remote.broken), where)
+
+    def _failure(self, error: BaseException, where: str) -> Failure:
+        """Why a test failed: for its time, whatever came of that, or for what was raised."""
+        failure = failure_of(error, where)  # its text may be the program's, which computes it
+        return Failure("cpu", f"{self.clock.told} in {where}") if self.clock.over() else failure
 
 
 def names_used(sources: list[str]) -> tuple[list[str], list[str]]:
