@@ -68,8 +68,8 @@ class FunctionRunner:
             raise self._failure(error, "loading the program") from None
         try:
             compiled = compile(self.setup, "<setup>", "exec", dont_inherit=True)
-            undefined, modules = names_used([self.setup, *self.tests])
-            self.namespace.update({name: __import__(name) for name in modules if name not in self.entry_points})
+            undefined, modules = names_used([self.setup, *self.tests], modules_only=bool(self.entry_points))
+            self.namespace.update(_imported([name for name in modules if name not in self.entry_points]))
             names = list(self.entry_points) or undefined
             found = self.remote.request("names", names)
             found = {name: found[name] for name in names if name in found}
@@ -97,23 +97,51 @@ class FunctionRunner:
         return Failure("cpu", f"{self.clock.told} in {where}") if self.clock.over() else failure
 
 
-def names_used(sources: list[str]) -> tuple[list[str], list[str]]:
+def _imported(names: list[str]) -> dict[str, Any]:
+    """Modules by name. One that this system lacks is not there: a test may have a variable of its name."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = __import__(name)
+        except ImportError:
+            continue
+    return found
+
+
+def names_used(sources: list[str], modules_only: bool) -> tuple[list[str], list[str]]:
     """Names that the sources use and Python does not define, and modules of the standard library among them.
 
+    modules_only: the names are not asked for; a source without the name of a module need not be parsed then.
     A module never comes from the candidate: `math.isclose(result, 3)` would show it what is expected.
     """
     names: dict[str, None] = {}
     with_attributes: set[str] = set()
-    waiting: list[Any] = [compile(source, "<tests>", "exec", ONLY_AST) for source in sources]
-    while waiting:
-        node = waiting.pop()
-        kind = type(node).__name__
-        if kind == "Name":
-            names[node.id] = None
-        if kind == "Attribute" and type(node.value).__name__ == "Name":
-            with_attributes.add(node.value.id)
-        for field in node._fields:
-            value = getattr(node, field, None)
-            waiting += [part for part in (value if isinstance(value, list) else [value]) if hasattr(part, "_fields")]
+    for source in sources:  # one tree at a time: they take many times the memory of their sources
+        if modules_only and not _may_name_a_module(source):
+            continue
+        waiting: list[Any] = [compile(source, "<tests>", "exec", ONLY_AST)]
+        while waiting:
+            node = waiting.pop()
+            kind = type(node).__name__
+            if kind == "Name":
+                names[node.id] = None
+            if kind == "Attribute" and type(node.value).__name__ == "Name":
+                with_attributes.add(node.value.id)
+            for field in node._fields:
+                value = getattr(node, field, None)
+                parts = value if isinstance(value, list) else [value]
+                waiting += [part for part in parts if hasattr(part, "_fields")]
     modules = [name for name in names if name in with_attributes and name in sys.stdlib_module_names]
     return [name for name in names if not hasattr(builtins, name) and name not in modules], modules
+
+
+_WORDS = bytes(byte if chr(byte).isalnum() or byte == 95 else 32 for byte in range(128)) + bytes([32] * 128)
+"""Keeps the letters of names, for bytes.translate."""
+
+
+def _may_name_a_module(source: str) -> bool:
+    """False: no name in it is one of a module. Other letters than ASCII's may become some (NFKC)."""
+    if not source.isascii():
+        return True
+    words = set(source.encode().translate(_WORDS).split())
+    return any(name.encode() in words for name in sys.stdlib_module_names)
