@@ -27,6 +27,7 @@ from typing import Self
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandboxing.bwrap import Mounts, interpreter
 from ra3_megatron.rlvr.sandboxing.command import Infrastructure, attempt, require_bubblewrap, retried, run_command
+from ra3_megatron.rlvr.sandboxing.inside.codec import MAX_TEXT
 from ra3_megatron.rlvr.sandboxing.inside.main import FUNCTIONS, SCRIPTS, STARTED
 from ra3_megatron.rlvr.sandboxing.limits import Ended, Isolation, Limits, SandboxError
 from ra3_megatron.rlvr.sandboxing.programs import PLACE, compile_programs, runner_command
@@ -118,10 +119,15 @@ class StdinTests:
         if not self.cases:
             raise UserError("tests of a whole program: there is no case")
         for number, case in enumerate(self.cases, 1):
-            try:
-                "".join(case).encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"case {number} of a whole program: {error}") from None
+            for what, text in zip(("input", "output"), case, strict=True):
+                try:
+                    size = len(text.encode())
+                except UnicodeEncodeError as error:
+                    raise UserError(f"case {number} of a whole program: {error}") from None
+                if size > MAX_TEXT:
+                    raise UserError(
+                        f"case {number} of a whole program: an {what} of {size} bytes, the sandbox can pass {MAX_TEXT}"
+                    )
         if self.checker is not None and "check" not in _check_source(self.checker, "checker of outputs").co_names:
             raise UserError("checker of outputs: it defines no function check(input, expected, output)")
 
@@ -252,7 +258,7 @@ def _task(program: Program, secret: str, limits: Limits) -> dict[str, object]:
         }
     else:
         cases = tuple((str(data), str(expected)) for data, expected in tests.cases)
-        most = limits.output_kib * 1024
+        most = min(limits.output_kib * 1024, MAX_TEXT)
         what = {"cases": cases, "checker": tests.checker, "most": most, "tolerance": float(tests.tolerance)}
     return {"secret": secret, "code": program.code, **what}
 

@@ -8,7 +8,7 @@ defines `check(input, expected, output) -> bool`.
 from __future__ import annotations
 
 from .channel import Broken, Channel
-from .codec import Decoder, Encoder, Malformed, no_handle
+from .codec import Decoder, Encoder, Malformed, Unsendable, no_handle
 from .tests import Failure
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
@@ -37,7 +37,10 @@ class CaseRunner:
             namespace: dict[str, Any] = {"__name__": "checker"}
             exec(compile(checker, "<checker>", "exec", dont_inherit=True), namespace)
             self.check = namespace["check"]
-        self._send(code)
+        try:
+            self._send(code)
+        except Unsendable as error:
+            raise Failure("raised", f"the program: {error}") from None
 
     def _send(self, value: Any) -> None:
         self.channel.send(Encoder(no_handle, [], keep=False).encode(value))
