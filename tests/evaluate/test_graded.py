@@ -217,6 +217,21 @@ def test_limits_are_the_tasks_own() -> None:
     assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
 
 
+def test_large_tests_have_room() -> None:
+    """For what is expected, and beside the program: the runner holds the tests."""
+    case = {"input": "x" * 3 * 2**20, "output": "7" * 9 * 2**20, "testtype": "stdin"}
+    for module, row in (
+        (livecodebench, {**ADD, "public_test_cases": json.dumps([case, case])}),
+        (codeforces, {**SPLIT, "official_tests": [case, case]}),
+    ):
+        limits = module.limits(row)
+        few = module.limits(ADD if module is livecodebench else SPLIT)
+        assert limits.output_kib > 18 * 1024 and limits.memory_mib == few.memory_mib + 2 * 24
+
+
+NESTED = "[" * 120 + "]" * 120
+
+
 @pytest.mark.parametrize(
     ("suite", "row", "why"),
     [
@@ -225,6 +240,21 @@ def test_limits_are_the_tasks_own() -> None:
             "livecodebench",
             {key: '[{"input": "", "output": "", "testtype": "oral"}]' for key in ADD if key.endswith("_test_cases")},
             "livecodebench, made_a: tests of kind oral are not graded",
+        ),
+        (
+            "livecodebench",
+            {"public_test_cases": json.dumps([{"input": "x" * 40 * 2**20, "output": "", "testtype": "stdin"}])},
+            "livecodebench, made_a: case 1 of a whole program: an input of 41943040 bytes, the sandbox can pass 334",
+        ),
+        (
+            "livecodebench",
+            {**PAIRS, "public_test_cases": json.dumps([{"input": NESTED, "output": "0", "testtype": "functional"}])},
+            "livecodebench, made_b: the sandbox cannot pass a value nested more than 100 deep",
+        ),
+        (
+            "codeforces",
+            {"official_tests": [{"input": "", "output": "x" * 40 * 2**20}]},
+            "codeforces, 2/B: case 1 of a whole program: an output of 41943040 bytes, the sandbox can pass 33488896",
         ),
         ("livecodebench", {"question_content": None}, "question_content: must be there and be a text"),
         ("codeforces", {"official_tests": [{"input": "1"}]}, "codeforces, 2/B: official_tests need input and output"),
