@@ -125,6 +125,16 @@ def test_the_largest_inputs_and_outputs(bubblewrap: Isolation) -> None:
         assert large.verdict is Verdict.CRASHED and "the program: a value of more than 32 MiB" in large.detail, large
 
 
+def test_what_it_takes_to_feed_a_program_is_not_its_cpu_time(bubblewrap: Isolation) -> None:
+    """Forty cases of 10 MiB each, a bound of one second for each."""
+    cases = [("x" * 10 * 2**20, str(10 * 2**20))] * 40
+    with Sandbox(bubblewrap, Limits(seconds=120, cpu_seconds=1, memory_mib=1500), 1) as sandbox:
+        outcome = sandbox.grade_one(script("print(len(input()))", *cases))
+        assert outcome.verdict is Verdict.PASSED, outcome
+        slow = sandbox.grade_one(script("while input():\n    pass", ("x\n\n", ""), ("x\n" * 10**7, "")))
+    assert (slow.verdict, slow.passed) == (Verdict.TIMEOUT, 1), slow
+
+
 def test_output_that_is_not_text(sandbox: Sandbox) -> None:
     code = "import sys\nsys.stdout.buffer.write(b'\\xff\\0\\n')"
     assert sandbox.grade_one(script(code, ("", "\ufffd\0"))).verdict is Verdict.PASSED

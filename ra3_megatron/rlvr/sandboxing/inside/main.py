@@ -18,7 +18,7 @@ from .candidate import add_exits, serve_functions, silence
 from .channel import Broken, Channel
 from .clock import CpuClock
 from .codec import Decoder, no_handle
-from .protection import protect
+from .protection import bound_cpu_time, protect
 from .tests import Failure
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
@@ -61,9 +61,8 @@ def main(kind: str, cpu_seconds: int, most_cpu_seconds: int) -> None:
 
 def worker(channel: Channel, kind: str, most_cpu_seconds: int, isolated: bool) -> None:
     """The other process: what the runner says first is the code."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (most_cpu_seconds, most_cpu_seconds + 1))
+    if kind == FUNCTIONS:
+        bound_cpu_time(most_cpu_seconds)
     silence((channel.read, channel.write))
     add_exits()
     try:
@@ -75,7 +74,7 @@ def worker(channel: Channel, kind: str, most_cpu_seconds: int, isolated: bool) -
     else:
         from .scripts import serve_scripts
 
-        serve_scripts(channel, code, isolated)
+        serve_scripts(channel, code, most_cpu_seconds, isolated)
 
 
 class Report:
