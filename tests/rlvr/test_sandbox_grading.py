@@ -115,6 +115,41 @@ def test_objects_stay_with_the_program(sandbox: Sandbox, test: str) -> None:
     assert outcome.verdict is Verdict.PASSED, outcome
 
 
+COUNTED = """
+class Large:
+    alive = []
+    def __init__(self):
+        self.held = [0] * (4 << 20)
+        Large.alive.append(self.number)
+    number = property(id)
+    def __del__(self):
+        Large.alive.remove(self.number)
+    def same(self, x):
+        return x
+    def itself(self):
+        return [self, self]
+    def __iter__(self):
+        return iter([self])
+kept = Large()
+"""
+
+
+def test_objects_that_no_test_holds_any_more_are_gone(sandbox: Sandbox) -> None:
+    """Sixteen of them pass the memory of the sandbox; those that a test or the program holds stay what they are."""
+    tests = [f"assert Large().same({number}) == {number}" for number in range(40)]
+    tests += [
+        "x = Large()\ny = x.itself()\nz = [e for e in y[0]]",
+        "del y\nassert len(Large.alive) == 2 and x.same(1) == z[0].same(1) == kept.same(1) == 1",
+        "del x\nassert len(Large.alive) == 2 and z[0].same(2) == 2",
+        "del z, kept\nassert len(Large.alive) == 1",
+        "for n in range(3000):\n    Large.same",
+        "assert [e.same(3) for n in range(20) for e in Large()] == [3] * 20 and len(Large.alive) <= 2",
+        "assert len(Large.alive) == 1",
+    ]
+    outcome = sandbox.grade_one(functions(COUNTED, *tests))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
 @pytest.mark.parametrize(
     ("error", "caught"),
     [

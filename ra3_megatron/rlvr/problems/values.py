@@ -5,6 +5,7 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandboxing.inside.codec import Encoder, Unsendable, no_handle
+from ra3_megatron.rlvr.sandboxing.inside.remote import MOST_DROPPED
 
 LONG = 20_000
 """Letters of a value from which on it stands in a test as a text of JSON: Python takes twenty times as long, and much
@@ -24,7 +25,9 @@ def source_of(value: Any) -> str:
     """An expression that gives the value. Raises UserError for one that the sandbox cannot pass to a program, or get
     from it: nobody could pass such a test."""
     try:
-        Encoder(no_handle, [], keep=False).encode([[[value]]])  # a call and what it changed stand around it
+        encoder = Encoder(no_handle, [], keep=False)
+        encoder.nodes = 2 * MOST_DROPPED
+        encoder.encode([[[value]]])  # a call stands around it
     except Unsendable as error:
         raise UserError(f"the sandbox cannot pass {error}") from None
     text = repr(value)
