@@ -75,11 +75,13 @@ def test_a_checker(sandbox: Sandbox) -> None:
 def check(data, expected, output):
     if output == "raise":
         raise ValueError(output)
+    if output == "exit":
+        exit(output)
     return 1 if output == "one" else sorted(output.split()) == sorted(expected.split())
 """
-    cases = (("2 1", "1 2"), ("one", "1"), ("raise", "1"), ("1 1", "1 2"))
+    cases = (("2 1", "1 2"), ("one", "1"), ("raise", "1"), ("1 1", "1 2"), ("exit", "1"), ("3 3", "3 3"))
     outcome = sandbox.grade_one(script(ECHO, *cases, checker=checker))
-    assert (outcome.verdict, outcome.passed) == (Verdict.WRONG, 1) and "case 2" in outcome.detail
+    assert (outcome.verdict, outcome.passed) == (Verdict.WRONG, 2) and "case 2" in outcome.detail
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class CaseRunner:
         text = output.decode("utf-8", "replace")
         try:
             right = self.check(data, expected, text) if self.check else same(expected, text, self.tolerance)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Failure("wrong", f"{type(error).__name__}: {error} in the checker, {where}") from None
         if right is not True:
             raise Failure("wrong", f"wrong output in {where}: {text[:200]!r}")
