@@ -20,7 +20,7 @@ from ra3_megatron.evaluate.data import Tasks, load_tasks
 from ra3_megatron.evaluate.generation import Writer
 from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample, Score
-from ra3_megatron.evaluate.scorers import scorer_for
+from ra3_megatron.evaluate.scorers import GradedScorer, scorer_for
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
@@ -54,6 +54,21 @@ def test_livecodebench_programs(tmp_path: Path) -> None:
     assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], [s.detail for s in found]
     assert found[2].detail.startswith("wrong") and "case 2" in found[2].detail, "the private test"
     assert found[4].detail.startswith("crashed")
+
+
+def test_tests_are_read_once_for_all_samples_of_a_task(tmp_path: Path) -> None:
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [ADD, PAIRS])
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    read: list[str] = []
+
+    def program(row: dict[str, Any], code: str) -> Program:
+        read.append(row["question_id"])
+        return livecodebench.program(row, code)
+
+    scorer = GradedScorer(tasks, Isolation.BUBBLEWRAP, 1, livecodebench.prompt, program, livecodebench.limits)
+    texts = [("made_b", PAIRS_RIGHT), ("made_a", "print(3)"), ("made_b", "1 /"), ("made_b", PAIRS_RIGHT + "#")]
+    found = scorer.score([Sample(name, completion=text) for name, text in texts], True, lambda _: None)
+    assert [s.scores["passed"] for s in found] == [1.0, 0.0, 0.0, 1.0] and sorted(read) == ["made_a", "made_b"]
 
 
 def test_livecodebench_compares_as_its_own_code_does(tmp_path: Path) -> None:
