@@ -232,6 +232,13 @@ def test_limits_are_the_tasks_own() -> None:
     assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
 
 
+def test_texts_that_no_utf8_can_hold_are_arguments_as_others(tmp_path: Path) -> None:
+    test = {"input": '["\ud800"]\nfalse', "output": "[]", "testtype": "functional"}
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [{**PAIRS, "public_test_cases": json.dumps([test])}])
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    assert [s.scores["passed"] for s in score(tasks, ("made_b", PAIRS_RIGHT))] == [1.0]
+
+
 def test_large_tests_have_room() -> None:
     """For what is expected, and beside the program: the runner holds the tests."""
     case = {"input": "x" * 3 * 2**20, "output": "7" * 9 * 2**20, "testtype": "stdin"}

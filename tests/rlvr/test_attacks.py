@@ -185,10 +185,13 @@ def test_cpu_time_is_that_of_a_test(bubblewrap: Isolation) -> None:
         patient = sandbox.grade_one(functions(BUSY, *tests))
         hasty = sandbox.grade_one(functions(BUSY, *tests[:2], "assert busy(30)", *tests))
         loading = sandbox.grade_one(functions(BUSY + "busy(30)", *tests))
+        forgiving = "try:\n    busy(1.5)\nexcept BaseException:\n    pass"
+        setup = sandbox.grade_one(functions(BUSY, *tests, setup=forgiving, entry_points=("busy",)))
     assert patient.verdict is Verdict.PASSED, patient
     assert (hasty.verdict, hasty.passed) == (Verdict.TIMEOUT, 2), hasty
     assert hasty.detail.startswith("more than 1 seconds of CPU time in test 3: assert busy(30)")
     assert (loading.verdict, loading.passed) == (Verdict.TIMEOUT, 0) and "loading the program" in loading.detail
+    assert (setup.verdict, setup.passed) == (Verdict.TIMEOUT, 0) and "the setup of the tests" in setup.detail
     assert max(hasty.seconds, loading.seconds) < 28
 
 

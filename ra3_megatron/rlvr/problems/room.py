@@ -11,7 +11,7 @@ MIB = 2**20
 def with_room(limits: Limits, cases: Iterable[tuple[str, str]]) -> Limits:
     """With room for twice the longest output that is expected, and for what the runner holds: all cases, and all
     once more while it reads them."""
-    sizes = [(len(given.encode()), len(expected.encode())) for given, expected in cases]
+    sizes = [[len(text.encode("utf-8", "surrogatepass")) for text in case] for case in cases]
     longest = max((expected for _, expected in sizes), default=0)
     held = 2 * sum(map(sum, sizes)) // MIB
     return replace(

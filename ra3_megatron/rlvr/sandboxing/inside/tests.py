@@ -78,6 +78,8 @@ class FunctionRunner:
             self.namespace.update({name: found[name] for name in self.entry_points if name in found})
         except BaseException as error:
             raise self._failure(error, "the setup of the tests") from None
+        if self.clock.over():
+            raise self._failure(Broken(), "the setup of the tests")
 
     def run(self, number: int) -> None:
         """Run one test. Raises Failure."""
