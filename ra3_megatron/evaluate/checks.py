@@ -72,6 +72,6 @@ def _check_program(suite: Suite, row: Row, place: str) -> None:
         kind.prompt(row)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{place}: {suite.name}: cannot be graded ({type(error).__name__}: {said})") from error

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class GradedScorer:
     workers: int
     prompt: Callable[[dict[str, Any]], str]
     program: Callable[[dict[str, Any], str], Program]
+    """Of a row and the code that ends the program."""
     limits: Callable[[dict[str, Any]], Limits]
 
     def prompts(self) -> list[str]:
@@ -46,7 +47,8 @@ class GradedScorer:
             with Sandbox(self.isolation, limits, self.workers) as sandbox:
                 for name in names:
                     texts = [_code(samples[place]) for place in by_task[name]]
-                    outcomes = sandbox.grade([self.program(rows[name], text) for text in texts])
+                    empty = self.program(rows[name], "")  # its tests are read once: they may take seconds
+                    outcomes = sandbox.grade([replace(empty, code=empty.code + text) for text in texts])
                     for place, outcome in zip(by_task[name], outcomes, strict=True):
                         passed = outcome.verdict is Verdict.PASSED
                         detail = f"{outcome.verdict}: {outcome.detail}".rstrip(": ")

@@ -27,6 +27,7 @@ from typing import Self
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandboxing.bwrap import Mounts, interpreter
 from ra3_megatron.rlvr.sandboxing.command import Infrastructure, attempt, require_bubblewrap, retried, run_command
+from ra3_megatron.rlvr.sandboxing.inside.codec import MAX_TEXT
 from ra3_megatron.rlvr.sandboxing.inside.main import FUNCTIONS, SCRIPTS, STARTED
 from ra3_megatron.rlvr.sandboxing.limits import Ended, Isolation, Limits, SandboxError
 from ra3_megatron.rlvr.sandboxing.programs import PLACE, compile_programs, runner_command
@@ -118,10 +119,15 @@ class StdinTests:
         if not self.cases:
             raise UserError("tests of a whole program: there is no case")
         for number, case in enumerate(self.cases, 1):
-            try:
-                "".join(case).encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"case {number} of a whole program: {error}") from None
+            for what, text in zip(("input", "output"), case, strict=True):
+                try:
+                    size = len(text.encode())
+                except UnicodeEncodeError as error:
+                    raise UserError(f"case {number} of a whole program: {error}") from None
+                if size > MAX_TEXT:
+                    raise UserError(
+                        f"case {number} of a whole program: an {what} of {size} bytes, the sandbox can pass {MAX_TEXT}"
+                    )
         if self.checker is not None and "check" not in _check_source(self.checker, "checker of outputs").co_names:
             raise UserError("checker of outputs: it defines no function check(input, expected, output)")
 
@@ -202,7 +208,8 @@ class Sandbox:
         assert self._folder is not None
         bubblewrap = self.isolation is Isolation.BUBBLEWRAP
         kind = FUNCTIONS if isinstance(program.tests, FunctionTests) else SCRIPTS
-        argv = runner_command(kind, self.limits.cpu_bound, PLACE if bubblewrap else str(self._folder))
+        folder = PLACE if bubblewrap else str(self._folder)
+        argv = runner_command(kind, self.limits.cpu_bound, _most_cpu_seconds(program, self.limits), folder)
         prefix = interpreter()[0]
         ended = attempt(
             argv,
@@ -234,6 +241,12 @@ def _total(program: Program) -> int:
     return len(tests.tests) if isinstance(tests, FunctionTests) else len(tests.cases)
 
 
+def _most_cpu_seconds(program: Program, limits: Limits) -> int:
+    """CPU time of each process of the program: a whole program runs anew for each test."""
+    functions = isinstance(program.tests, FunctionTests)
+    return limits.cpu_bound_of(_total(program)) if functions else limits.cpu_bound
+
+
 def _task(program: Program, secret: str, limits: Limits) -> dict[str, object]:
     """What the runner reads: see `inside/main.py`."""
     tests = program.tests
@@ -245,7 +258,7 @@ def _task(program: Program, secret: str, limits: Limits) -> dict[str, object]:
         }
     else:
         cases = tuple((str(data), str(expected)) for data, expected in tests.cases)
-        most = limits.output_kib * 1024
+        most = min(limits.output_kib * 1024, MAX_TEXT)
         what = {"cases": cases, "checker": tests.checker, "most": most, "tolerance": float(tests.tolerance)}
     return {"secret": secret, "code": program.code, **what}
 
@@ -271,7 +284,7 @@ def _judge(program: Program, ended: Ended, secret: str, limits: Limits) -> Outco
     elif failures:
         verdict = VERDICTS[failures[0][1]]
         if failures[0][1] == "ended" and end is not None and end[1] == str(int(signal.SIGXCPU)):
-            verdict, detail = Verdict.TIMEOUT, f"more than {limits.cpu_bound} seconds of CPU time"
+            verdict, detail = Verdict.TIMEOUT, f"more than {_most_cpu_seconds(program, limits)} seconds of CPU time"
     elif end is not None and passed == total:
         verdict = Verdict.PASSED
     else:

@@ -20,7 +20,7 @@ from ra3_megatron.evaluate.data import Tasks, load_tasks
 from ra3_megatron.evaluate.generation import Writer
 from ra3_megatron.evaluate.modes import Mode
 from ra3_megatron.evaluate.samples import Sample, Score
-from ra3_megatron.evaluate.scorers import scorer_for
+from ra3_megatron.evaluate.scorers import GradedScorer, scorer_for
 from ra3_megatron.evaluate.suites import SUITES
 from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.problems import codeforces, livecodebench
@@ -54,6 +54,21 @@ def test_livecodebench_programs(tmp_path: Path) -> None:
     assert [s.scores["passed"] for s in found] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], [s.detail for s in found]
     assert found[2].detail.startswith("wrong") and "case 2" in found[2].detail, "the private test"
     assert found[4].detail.startswith("crashed")
+
+
+def test_tests_are_read_once_for_all_samples_of_a_task(tmp_path: Path) -> None:
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [ADD, PAIRS])
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    read: list[str] = []
+
+    def program(row: dict[str, Any], code: str) -> Program:
+        read.append(row["question_id"])
+        return livecodebench.program(row, code)
+
+    scorer = GradedScorer(tasks, Isolation.BUBBLEWRAP, 1, livecodebench.prompt, program, livecodebench.limits)
+    texts = [("made_b", PAIRS_RIGHT), ("made_a", "print(3)"), ("made_b", "1 /"), ("made_b", PAIRS_RIGHT + "#")]
+    found = scorer.score([Sample(name, completion=text) for name, text in texts], True, lambda _: None)
+    assert [s.scores["passed"] for s in found] == [1.0, 0.0, 0.0, 1.0] and sorted(read) == ["made_a", "made_b"]
 
 
 def test_livecodebench_compares_as_its_own_code_does(tmp_path: Path) -> None:
@@ -213,7 +228,30 @@ def test_limits_are_the_tasks_own() -> None:
     assert codeforces.limits({**SPLIT, "memory_limit": 1024.0}).memory_mib == 1280
     more = livecodebench.limits({**ADD, "private_test_cases": ADD["public_test_cases"]})
     assert more == livecodebench.limits(ADD)
+    assert more.cpu_seconds == 6.0 and more.seconds > 2 * 6.0 and more.cpu_bound_of(2) >= 2 * 6, "a test has 6 seconds"
     assert codeforces.prompt(SPLIT).endswith("Example 1, output\n2 3\n\n### Answer\n\n")
+
+
+def test_texts_that_no_utf8_can_hold_are_arguments_as_others(tmp_path: Path) -> None:
+    test = {"input": '["\ud800"]\nfalse', "output": "[]", "testtype": "functional"}
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [{**PAIRS, "public_test_cases": json.dumps([test])}])
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    assert [s.scores["passed"] for s in score(tasks, ("made_b", PAIRS_RIGHT))] == [1.0]
+
+
+def test_large_tests_have_room() -> None:
+    """For what is expected, and beside the program: the runner holds the tests."""
+    case = {"input": "x" * 3 * 2**20, "output": "7" * 9 * 2**20, "testtype": "stdin"}
+    for module, row in (
+        (livecodebench, {**ADD, "public_test_cases": json.dumps([case, case])}),
+        (codeforces, {**SPLIT, "official_tests": [case, case]}),
+    ):
+        limits = module.limits(row)
+        few = module.limits(ADD if module is livecodebench else SPLIT)
+        assert limits.output_kib > 18 * 1024 and limits.memory_mib == few.memory_mib + 2 * 24
+
+
+NESTED = "[" * 120 + "]" * 120
 
 
 @pytest.mark.parametrize(
@@ -224,6 +262,21 @@ def test_limits_are_the_tasks_own() -> None:
             "livecodebench",
             {key: '[{"input": "", "output": "", "testtype": "oral"}]' for key in ADD if key.endswith("_test_cases")},
             "livecodebench, made_a: tests of kind oral are not graded",
+        ),
+        (
+            "livecodebench",
+            {"public_test_cases": json.dumps([{"input": "x" * 40 * 2**20, "output": "", "testtype": "stdin"}])},
+            "livecodebench, made_a: case 1 of a whole program: an input of 41943040 bytes, the sandbox can pass 334",
+        ),
+        (
+            "livecodebench",
+            {**PAIRS, "public_test_cases": json.dumps([{"input": NESTED, "output": "0", "testtype": "functional"}])},
+            "livecodebench, made_b: the sandbox cannot pass a value nested more than 100 deep",
+        ),
+        (
+            "codeforces",
+            {"official_tests": [{"input": "", "output": "x" * 40 * 2**20}]},
+            "codeforces, 2/B: case 1 of a whole program: an output of 41943040 bytes, the sandbox can pass 33488896",
         ),
         ("livecodebench", {"question_content": None}, "question_content: must be there and be a text"),
         ("codeforces", {"official_tests": [{"input": "1"}]}, "codeforces, 2/B: official_tests need input and output"),

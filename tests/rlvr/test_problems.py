@@ -18,7 +18,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.tasks import TasksConfig
 from ra3_megatron.corpus.generated import Tasks
 from ra3_megatron.corpus.sources import iter_texts
-from ra3_megatron.rlvr.problems.competition import competition_problems
+from ra3_megatron.rlvr.problems.competition import competition_problems, contest_problem
 from ra3_megatron.rlvr.problems.decontamination import TOKENS, decontaminate, tokens_of
 from ra3_megatron.rlvr.problems.generated import SAME, generated_problems
 from ra3_megatron.rlvr.problems.jsonl import jsonl_problems
@@ -247,6 +247,11 @@ def test_livecodebench_and_codeforces_rows(tmp_path: Path, sandbox: Sandbox) -> 
             "tests of a function that nothing names",
         ),
         ({"problem": "x", "tests": "[" * 100000}, "recursion"),
+        ({"problem": "x", "tests": {"inputs": ["x" * 40 * 2**20], "outputs": ["1"]}}, "an input of 41943041 bytes"),
+        (
+            {"problem": "x", "tests": {"fn_name": "f", "inputs": [[json.loads("[" * 99 + "]" * 99)]], "outputs": [1]}},
+            "the sandbox cannot pass a value nested more than 100 deep",
+        ),
     ],
 )
 def test_rows_that_are_none(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -348,6 +353,18 @@ def test_arguments_may_hold_other_ends_of_lines(tmp_path: Path, sandbox: Sandbox
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     problems, *_ = competition_problems(str(file), "deepcoder", None, 0)
     assert verdicts(sandbox, problems, ["def f(a, b): return f'{a}{b}'"]) == [Verdict.PASSED]
+
+
+@pytest.mark.parametrize("starter", ["", "class Solution:\n    def f(self, x):"])
+def test_long_values_are_parsed_and_not_compiled(starter: str, sandbox: Sandbox) -> None:
+    """Of data of 100,000 numbers; floats, texts and what JSON has beyond its standard come through as they are."""
+    given = [*range(20_000), 0.1, 1e300, float("inf"), -0.0, "\ud800'\"\\\n", None, True, {"a": [2]}]
+    problem = contest_problem("long", "p", "f", [([given], given), ([[1]], [1])], starter)
+    assert isinstance(problem.tests, FunctionTests)
+    assert [test.count("_value(") for test in problem.tests.tests] == [2, 0]
+    code = f"def f({'self, ' if starter else ''}x):\n    return x"
+    code = f"class Solution:\n    {code}".replace("\n    return", "\n        return") if starter else code
+    assert verdicts(sandbox, [problem] * 2, [code, code + "[::-1]"]) == [Verdict.PASSED, Verdict.WRONG]
 
 
 def test_long_outputs_that_are_expected_are_no_flood(bubblewrap: Isolation) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,21 @@ def test_failures_of_the_sandbox_that_stay(bubblewrap: Isolation, how: str, monk
             sandbox.grade_one(RIGHT)
         with pytest.raises(SandboxError, match="4 times"):
             run_command(python("pass"), Limits(), bubblewrap)
+
+
+def test_what_is_unsafe_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several at once, too."""
+    said: list[str] = []
+
+    def slowly(message: str, *_: object) -> None:
+        time.sleep(0.3)
+        said.append(message)
+
+    monkeypatch.setattr(command.logger, "warning", slowly)
+    command._warn.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run_command(["/bin/true"], Limits(), Isolation.UNSAFE), range(4)))
+    assert len(said) == 1
 
 
 def test_a_killed_runner_is_no_verdict(bubblewrap: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.sandbox import FunctionTests, Isolation, Limits, Program, Sandbox, StdinTests, Verdict
+from ra3_megatron.rlvr.sandboxing.inside.tests import names_used
 from tests.rlvr.programs import RIGHT, functions, script
 
 pytestmark = pytest.mark.multiprocess
@@ -112,6 +115,41 @@ def test_objects_stay_with_the_program(sandbox: Sandbox, test: str) -> None:
     assert outcome.verdict is Verdict.PASSED, outcome
 
 
+COUNTED = """
+class Large:
+    alive = []
+    def __init__(self):
+        self.held = [0] * (4 << 20)
+        Large.alive.append(self.number)
+    number = property(id)
+    def __del__(self):
+        Large.alive.remove(self.number)
+    def same(self, x):
+        return x
+    def itself(self):
+        return [self, self]
+    def __iter__(self):
+        return iter([self])
+kept = Large()
+"""
+
+
+def test_objects_that_no_test_holds_any_more_are_gone(sandbox: Sandbox) -> None:
+    """Sixteen of them pass the memory of the sandbox; those that a test or the program holds stay what they are."""
+    tests = [f"assert Large().same({number}) == {number}" for number in range(40)]
+    tests += [
+        "x = Large()\ny = x.itself()\nz = [e for e in y[0]]",
+        "del y\nassert len(Large.alive) == 2 and x.same(1) == z[0].same(1) == kept.same(1) == 1",
+        "del x\nassert len(Large.alive) == 2 and z[0].same(2) == 2",
+        "del z, kept\nassert len(Large.alive) == 1",
+        "for n in range(3000):\n    Large.same",
+        "assert [e.same(3) for n in range(20) for e in Large()] == [3] * 20 and len(Large.alive) <= 2",
+        "assert len(Large.alive) == 1",
+    ]
+    outcome = sandbox.grade_one(functions(COUNTED, *tests))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
 @pytest.mark.parametrize(
     ("error", "caught"),
     [
@@ -192,6 +230,43 @@ def test_entry_points(sandbox: Sandbox) -> None:
     assert sandbox.grade_one(functions(code, test, setup=setup, entry_points=("f",))).verdict is Verdict.PASSED
     assert sandbox.grade_one(functions(code, "assert sum(2, 3) == 6")).verdict is Verdict.CRASHED
     assert sandbox.grade_one(functions(code, "assert sum(2, 3) == 6", entry_points=("sum",))).verdict is Verdict.PASSED
+
+
+def test_a_variable_with_the_name_of_a_module_that_is_not_here(sandbox: Sandbox) -> None:
+    """`nt` is Windows' own."""
+    outcome = sandbox.grade_one(functions(SAME, "nt = [1]\nnt.append(2)\nassert same(nt) == [1, 2]"))
+    assert outcome.verdict is Verdict.PASSED, outcome
+
+
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        ("assert f(1.5) == 'math' and x.math", []),
+        ("math.pi", ["math"]),
+        ("f(math . \\\n pi)", ["math"]),
+        ("f'{math.pi}'", ["math"]),
+        ("(\nmath\n#\n.pi)", ["math"]),
+        ("\uff4d\u1d43th.pi", ["math"]),  # as Python reads names: NFKC
+        ("_thread.x\nbase64.y", ["_thread", "base64"]),
+    ],
+)
+def test_modules_of_tests_are_found_with_and_without_the_names(source: str, modules: list[str]) -> None:
+    assert [sorted(names_used(["g(h)", source], only)[1]) for only in (True, False)] == [modules] * 2
+
+
+def test_names_are_read_from_one_tree_at_a_time() -> None:
+    """Of large tests all trees together passed the memory of a sandbox."""
+
+    def peak(count: int, modules_only: bool) -> int:
+        tracemalloc.start()
+        assert names_used([source] * count, modules_only)[1] == []
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    source = f"assert f({list(range(5000))}) == 1"
+    assert peak(6, False) < 1.5 * peak(1, False)
+    assert peak(6, True) < peak(1, False) / 3, "no tree where no module can be"
 
 
 def test_strings_hash_alike(sandbox: Sandbox) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ra3_megatron.rlvr.sandbox import Sandbox, Verdict
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.sandbox import Isolation, Limits, Sandbox, Verdict
+from ra3_megatron.rlvr.sandboxing.inside.codec import MAX_TEXT
 from tests.rlvr.programs import script
 
 pytestmark = pytest.mark.multiprocess
@@ -73,11 +75,13 @@ def test_a_checker(sandbox: Sandbox) -> None:
 def check(data, expected, output):
     if output == "raise":
         raise ValueError(output)
+    if output == "exit":
+        exit(output)
     return 1 if output == "one" else sorted(output.split()) == sorted(expected.split())
 """
-    cases = (("2 1", "1 2"), ("one", "1"), ("raise", "1"), ("1 1", "1 2"))
+    cases = (("2 1", "1 2"), ("one", "1"), ("raise", "1"), ("1 1", "1 2"), ("exit", "1"), ("3 3", "3 3"))
     outcome = sandbox.grade_one(script(ECHO, *cases, checker=checker))
-    assert (outcome.verdict, outcome.passed) == (Verdict.WRONG, 1) and "case 2" in outcome.detail
+    assert (outcome.verdict, outcome.passed) == (Verdict.WRONG, 2) and "case 2" in outcome.detail
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,33 @@ def test_large_inputs_and_outputs(sandbox: Sandbox) -> None:
     assert sandbox.grade_one(script(ECHO, (text, text))).verdict is Verdict.PASSED
     assert sandbox.grade_one(script("print(3)", ("x" * 5_000_000, "3"))).verdict is Verdict.PASSED
     assert sandbox.grade_one(script("import os\nos.close(0)\nprint(3)", (text, "3"))).verdict is Verdict.PASSED
+
+
+def test_the_largest_inputs_and_outputs(bubblewrap: Isolation) -> None:
+    """What cannot be passed to a program is refused, and no verdict on it; what it prints beyond that is a flood."""
+    with pytest.raises(
+        UserError, match=r"^case 2 of a whole program: an input of 33488897 bytes, the sandbox can pass"
+    ):
+        script("", ("", ""), ("x" * (MAX_TEXT + 1), ""))
+    with pytest.raises(UserError, match=r"^case 1 of a whole program: an output of"):
+        script("", ("", "é" * (MAX_TEXT // 2 + 1)))
+    with Sandbox(bubblewrap, Limits(seconds=60, memory_mib=1024, output_kib=40 * 1024), 1) as sandbox:
+        length = "import sys\nprint(len(sys.stdin.read()))"
+        assert sandbox.grade_one(script(length, ("x" * MAX_TEXT, str(MAX_TEXT)))).verdict is Verdict.PASSED
+        outcome = sandbox.grade_one(script("for _ in range(36):\n    print('x' * 2**20)", ("", "x")))
+        assert outcome.verdict is Verdict.FLOOD and f"{MAX_TEXT} bytes" in outcome.detail, outcome
+        large = sandbox.grade_one(script("x = '" + "x" * MAX_TEXT * 2 + "'", ("", "")))
+        assert large.verdict is Verdict.CRASHED and "the program: a value of more than 32 MiB" in large.detail, large
+
+
+def test_what_it_takes_to_feed_a_program_is_not_its_cpu_time(bubblewrap: Isolation) -> None:
+    """Forty cases of 10 MiB each, a bound of one second for each."""
+    cases = [("x" * 10 * 2**20, str(10 * 2**20))] * 40
+    with Sandbox(bubblewrap, Limits(seconds=120, cpu_seconds=1, memory_mib=1500), 1) as sandbox:
+        outcome = sandbox.grade_one(script("print(len(input()))", *cases))
+        assert outcome.verdict is Verdict.PASSED, outcome
+        slow = sandbox.grade_one(script("while input():\n    pass", ("x\n\n", ""), ("x\n" * 10**7, "")))
+    assert (slow.verdict, slow.passed) == (Verdict.TIMEOUT, 1), slow
 
 
 def test_output_that_is_not_text(sandbox: Sandbox) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.rlvr.problems.checks import syntax_error
+from ra3_megatron.rlvr.problems.room import with_room
 from ra3_megatron.rlvr.sandbox import Limits, Program, StdinTests
 
 STARTING = 10.0
@@ -94,7 +95,10 @@ def program(row: dict[str, Any], code: str) -> Program:
         raise UserError(f"codeforces, {row.get('id')}: generated_checker: must be a text or null")
     if source and (said := syntax_error(source, "generated_checker")):
         raise UserError(f"codeforces, {row.get('id')}: generated_checker: must be Python ({said})")
-    return Program(code, StdinTests(cases, checker=_CHECKER.format(source=source) if source else None))
+    try:
+        return Program(code, StdinTests(cases, checker=_CHECKER.format(source=source) if source else None))
+    except UserError as error:
+        raise UserError(f"codeforces, {row.get('id')}: {error}") from error
 
 
 def limits(row: dict[str, Any]) -> Limits:
@@ -102,4 +106,5 @@ def limits(row: dict[str, Any]) -> Limits:
     seconds = SLOWER * float(row.get("time_limit") or DEFAULT_SECONDS)
     memory = int(float(row.get("memory_limit") or DEFAULT_MEGABYTES)) + 256  # the interpreter and the runner
     total = STARTING + seconds * len(row["official_tests"])
-    return Limits(seconds=total, cpu_seconds=seconds, memory_mib=max(memory, 512), disk_mib=64, output_kib=16384)
+    found = Limits(seconds=total, cpu_seconds=seconds, memory_mib=max(memory, 512), disk_mib=64, output_kib=16384)
+    return with_room(found, ((test["input"], test["output"]) for test in row["official_tests"]))

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.rlvr.problems import codeforces, livecodebench
+from ra3_megatron.rlvr.problems import codeforces, livecodebench, values
 from ra3_megatron.rlvr.problems.checks import require_parsed
 from ra3_megatron.rlvr.problems.problem import Problem
 from ra3_megatron.rlvr.sandbox import FunctionTests, StdinTests
 
-SAME = """
-from math import inf, nan
-
+SAME = (
+    values.SETUP
+    + """
 def _plain(value):
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -53,6 +53,7 @@ def _equal(found, expected):
 def _same(found, expected):
     return any([_equal(_plain(found), _plain(value)) for value in expected])
 """
+)
 """JSON knows neither tuples nor keys that are no strings; where a float is expected, as near as numpy.allclose has it,
 which DeepCoder's graders take. (They take it for integers too, so that a count of a billion may be wrong by thousands.)
 expected: all values that are right."""
@@ -188,7 +189,7 @@ def contest_problem(
     """The problem with its instructions; the answer is a program, in a fenced block or as it is.
 
     function: what is called (a method of `Solution`, if the starter code has that class); None: whole programs.
-    Raises ValueError for tests that cannot be written.
+    Raises ValueError for tests that cannot be written, UserError for those that the sandbox cannot pass to a program.
     """
     if not cases:
         raise ValueError("there are no tests")
@@ -200,8 +201,9 @@ def contest_problem(
     called = f"Solution().{function}" if "class Solution" in starter else function
     tests = []
     for given, expected in cases:
-        arguments = ", ".join(repr(value) for value in _arguments(given))
-        tests.append(f"assert _same({called}({arguments}), {_values(expected, isinstance(given, str))!r})")
+        arguments = values.source_of(_arguments(given))
+        wanted = ", ".join(map(values.source_of, _values(expected, isinstance(given, str))))
+        tests.append(f"assert _same({called}(*{arguments}), [{wanted}])")
     require_parsed(SAME, tests)
     instructions = INSTRUCTIONS["function"].format(starter=starter.strip() or f"def {function}(…):")
     entry = "Solution" if "class Solution" in starter else function

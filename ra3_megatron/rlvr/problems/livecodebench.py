@@ -14,6 +14,8 @@ import zlib
 from typing import Any
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.rlvr.problems import values
+from ra3_megatron.rlvr.problems.room import with_room
 from ra3_megatron.rlvr.sandbox import FunctionTests, Limits, Program, StdinTests
 
 LARGEST = 512 * 2**20
@@ -46,12 +48,13 @@ PRELUDE = "".join(f"from {name} import *\n" for name in MODULES) + (
 STOPS = ("###",)
 """A section of the prompt's form begins, as LiveCodeBench's runner for base models has it."""
 
-_SETUP = """
-from math import inf, nan
-
+_SETUP = (
+    values.SETUP
+    + """
 def same(found, wanted):
     return (list(found) if isinstance(found, tuple) else found) == wanted
 """
+)
 _CHECKER = """
 from decimal import Decimal, InvalidOperation
 
@@ -146,20 +149,22 @@ def program(row: dict[str, Any], code: str) -> Program:
     name = row.get("question_id")
     try:
         tests = [test for key in ("public_test_cases", "private_test_cases") for test in decode_tests(row[key])]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"livecodebench, {name}: tests cannot be read: {error}") from error
     kinds = {test["testtype"] for test in tests}
-    if kinds == {"stdin"}:
-        cases = tuple((test["input"], test["output"]) for test in tests)
-        return Program(PRELUDE + code, StdinTests(cases, checker=_CHECKER))
-    if kinds != {"functional"}:
-        raise UserError(f"livecodebench, {name}: tests of kind {', '.join(sorted(kinds)) or 'none'} are not graded")
     try:
+        if kinds == {"stdin"}:
+            cases = tuple((test["input"], test["output"]) for test in tests)
+            return Program(PRELUDE + code, StdinTests(cases, checker=_CHECKER))
+        if kinds != {"functional"}:
+            raise UserError(f"tests of kind {', '.join(sorted(kinds)) or 'none'} are not graded")
         function = json.loads(row["metadata"])["func_name"]
         calls = tuple(_call(function, test) for test in tests)
-    except (KeyError, TypeError, ValueError) as error:
+        return Program(PRELUDE + code, FunctionTests(setup=_SETUP, tests=calls, entry_points=("Solution",)))
+    except UserError as error:
+        raise UserError(f"livecodebench, {name}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"livecodebench, {name}: a functional task needs func_name and JSON tests ({error})") from error
-    return Program(PRELUDE + code, FunctionTests(setup=_SETUP, tests=calls, entry_points=("Solution",)))
 
 
 def _call(function: str, test: dict[str, str]) -> str:
@@ -167,10 +172,12 @@ def _call(function: str, test: dict[str, str]) -> str:
     if not function.isidentifier():
         raise ValueError(f"func_name {function!r}")
     arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
-    return f"assert same(Solution().{function}(*{arguments!r}), {json.loads(test['output'])!r})"
+    wanted = values.source_of(json.loads(test["output"]))
+    return f"assert same(Solution().{function}(*{values.source_of(arguments)}), {wanted})"
 
 
 def limits(row: dict[str, Any]) -> Limits:
-    """For all tests of a program together."""
-    count = sum(len(decode_tests(row[key])) for key in ("public_test_cases", "private_test_cases"))
-    return Limits(seconds=STARTING + SECONDS * count, cpu_seconds=SECONDS, memory_mib=1024, output_kib=4096)
+    """For all tests of a program together; CPU time is that of one, as in LiveCodeBench."""
+    tests = [test for key in ("public_test_cases", "private_test_cases") for test in decode_tests(row[key])]
+    found = Limits(seconds=STARTING + SECONDS * len(tests), cpu_seconds=SECONDS, memory_mib=1024, output_kib=4096)
+    return with_room(found, ((test["input"], test["output"]) for test in tests))

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -87,7 +88,8 @@ def attempt(
     output_bytes = limits.output_kib * 1024 if output_bytes is None else output_bytes
     try:
         if isolation is Isolation.UNSAFE:
-            _warn()
+            with _warning:  # of several programs at once the first one says it
+                _warn()
             with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
                 found = {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder, **env}
                 line = limited(argv, limits, processes=False)
@@ -182,6 +184,9 @@ def _hint() -> str:
         if file.exists() and file.read_text().strip() == forbids:
             return f" User name spaces are disabled: {name.replace('/', '.')}={forbids}."
     return " In a container, user name spaces and mounts must be allowed." if Path("/.dockerenv").exists() else ""
+
+
+_warning = threading.Lock()
 
 
 @cache

@@ -23,7 +23,7 @@ class Limits:
     seconds: float = 10.0
     """Wall clock."""
     cpu_seconds: float | None = None
-    """CPU time of each process; None: seconds + 1."""
+    """CPU time of each process of a command, and of each test of a program; None: seconds + 1."""
     memory_mib: int = 512
     """All processes together with their temporary files, and the address space of each process."""
     processes: int = 16
@@ -47,6 +47,10 @@ class Limits:
     def cpu_bound(self) -> int:
         """Whole seconds of CPU time, at least one."""
         return max(1, math.ceil(self.seconds + 1 if self.cpu_seconds is None else self.cpu_seconds))
+
+    def cpu_bound_of(self, tests: int) -> int:
+        """Of a process that loads a program and lives for so many tests: not more than the wall clock allows it."""
+        return max(self.cpu_bound, min(self.cpu_bound * (tests + 1), math.ceil(self.seconds + 1)))
 
 
 class SandboxError(RuntimeError):

@@ -24,10 +24,11 @@ def compile_programs(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def runner_command(kind: str, cpu_seconds: int, folder: str = PLACE) -> list[str]:
-    """The command line of the runner; `folder`: where it sees the copy. kind: see `inside/main.py`.
+def runner_command(kind: str, cpu_seconds: int, most_cpu_seconds: int, folder: str = PLACE) -> list[str]:
+    """The command line of the runner; `folder`: where it sees the copy. The others: see `inside/main.py`.
 
     Not -I: that would ignore PYTHONHASHSEED. The environment is ours, so nothing else can come in with it.
     """
-    start = f"import sys; sys.path.insert(0, {folder!r}); from inside.main import main; main({kind!r}, {cpu_seconds})"
+    call = f"main({kind!r}, {cpu_seconds}, {most_cpu_seconds})"
+    start = f"import sys; sys.path.insert(0, {folder!r}); from inside.main import main; {call}"
     return [interpreter()[1], "-P", "-s", "-S", "-c", start]

@@ -69,14 +69,18 @@ class Answers:
     """Answers to requests, and the objects that the runner holds handles of."""
 
     def __init__(self) -> None:
-        self.objects: list[Any] = []
+        self.objects: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
+        self.met = 0
 
     def to(self, request: bytes, namespace: dict[str, Any]) -> bytes:
         """V and a value with the changed arguments; S when an iterator has ended; X and what was raised."""
         originals: list[Any] = []
         try:
-            operation, *operands = Decoder(request, self.objects.__getitem__, originals, keep=True).decode()
+            operation, dropped, *operands = Decoder(request, self.objects.__getitem__, originals, keep=True).decode()
+            for number in dropped:
+                del self.numbers[id(self.objects[number])]
+                del self.objects[number]
             before = [_parts(container) for container in originals]
             if operation == "next":
                 try:
@@ -100,8 +104,9 @@ class Answers:
         """The number of an object that stays here."""
         number = self.numbers.get(id(value))
         if number is None:
-            number = self.numbers[id(value)] = len(self.objects)
-            self.objects.append(value)
+            number = self.numbers[id(value)] = self.met
+            self.objects[number] = value
+            self.met += 1
         return number
 
     def value(self, value: Any, originals: list[Any] | None = None, changed: list[int] | None = None) -> bytes:

@@ -8,7 +8,7 @@ defines `check(input, expected, output) -> bool`.
 from __future__ import annotations
 
 from .channel import Broken, Channel
-from .codec import Decoder, Encoder, Malformed, no_handle
+from .codec import Decoder, Encoder, Malformed, Unsendable, no_handle
 from .tests import Failure
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
@@ -37,7 +37,10 @@ class CaseRunner:
             namespace: dict[str, Any] = {"__name__": "checker"}
             exec(compile(checker, "<checker>", "exec", dont_inherit=True), namespace)
             self.check = namespace["check"]
-        self._send(code)
+        try:
+            self._send(code)
+        except Unsendable as error:
+            raise Failure("raised", f"the program: {error}") from None
 
     def _send(self, value: Any) -> None:
         self.channel.send(Encoder(no_handle, [], keep=False).encode(value))
@@ -62,7 +65,7 @@ class CaseRunner:
         text = output.decode("utf-8", "replace")
         try:
             right = self.check(data, expected, text) if self.check else same(expected, text, self.tolerance)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Failure("wrong", f"{type(error).__name__}: {error} in the checker, {where}") from None
         if right is not True:
             raise Failure("wrong", f"wrong output in {where}: {text[:200]!r}")

@@ -6,6 +6,10 @@ import os
 
 from .codec import MAX_BYTES
 
+TYPE_CHECKING = False  # importing typing takes longer than most tests
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 LARGEST = MAX_BYTES + 2**20
 """Bytes of the largest message: the largest value and what stands around it."""
 
@@ -18,11 +22,12 @@ class Broken(BaseException):
 
 
 class Channel:
-    """One end of the pair. `read` and `write` are file descriptors."""
+    """One end of the pair. read, write: file descriptors. wait: comes back when there is something to read."""
 
-    def __init__(self, read: int, write: int) -> None:
+    def __init__(self, read: int, write: int, wait: Callable[[int], None] | None = None) -> None:
         self.read = read
         self.write = write
+        self.wait = wait
 
     def send(self, message: bytes) -> None:
         """Raises Broken when nobody reads any more."""
@@ -43,6 +48,8 @@ class Channel:
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
+            if self.wait is not None:
+                self.wait(self.read)
             try:
                 piece = os.read(self.read, min(count - len(data), 65536))
             except OSError:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 100
 MAX_NODES = 2_000_000
 MAX_BYTES = 32 * 2**20
+MAX_TEXT = MAX_BYTES - 2**16
+"""Bytes of the largest input or output of a whole program: other things stand beside it."""
 
 
 class Malformed(Exception):

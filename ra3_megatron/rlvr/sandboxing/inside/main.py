@@ -16,8 +16,9 @@ import time
 
 from .candidate import add_exits, serve_functions, silence
 from .channel import Broken, Channel
+from .clock import CpuClock
 from .codec import Decoder, no_handle
-from .protection import protect
+from .protection import bound_cpu_time, protect
 from .tests import Failure
 
 TYPE_CHECKING = False  # importing typing takes longer than most tests
@@ -28,13 +29,14 @@ STARTED = b"started\n"
 FUNCTIONS, SCRIPTS = "functions", "scripts"
 
 
-def main(kind: str, cpu_seconds: int) -> None:
-    """kind: functions or scripts. cpu_seconds: CPU time of each process of the candidate."""
+def main(kind: str, cpu_seconds: int, most_cpu_seconds: int) -> None:
+    """kind: functions or scripts. cpu_seconds: CPU time of a test. most_cpu_seconds: of each process of the candidate,
+    over all tests that it lives for."""
     isolated = os.getpid() == 1
     requests, answers = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        worker(Channel(requests[0], answers[1]), kind, cpu_seconds, isolated)
+        worker(Channel(requests[0], answers[1]), kind, most_cpu_seconds, isolated)
         os._exit(0)
     os.close(requests[0])
     os.close(answers[1])
@@ -47,7 +49,8 @@ def main(kind: str, cpu_seconds: int) -> None:
     report = Report(out, task["secret"])
     try:
         if kind == FUNCTIONS:
-            run_functions(Channel(answers[0], requests[1]), task, report)
+            clock = CpuClock(child, cpu_seconds, isolated)
+            run_functions(Channel(answers[0], requests[1], clock.wait), clock, task, report)
         else:
             run_scripts(Channel(answers[0], requests[1]), task, report)
     except Failure as failure:
@@ -56,11 +59,10 @@ def main(kind: str, cpu_seconds: int) -> None:
     os._exit(0)
 
 
-def worker(channel: Channel, kind: str, cpu_seconds: int, isolated: bool) -> None:
+def worker(channel: Channel, kind: str, most_cpu_seconds: int, isolated: bool) -> None:
     """The other process: what the runner says first is the code."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+    if kind == FUNCTIONS:
+        bound_cpu_time(most_cpu_seconds)
     silence((channel.read, channel.write))
     add_exits()
     try:
@@ -72,7 +74,7 @@ def worker(channel: Channel, kind: str, cpu_seconds: int, isolated: bool) -> Non
     else:
         from .scripts import serve_scripts
 
-        serve_scripts(channel, code, isolated)
+        serve_scripts(channel, code, most_cpu_seconds, isolated)
 
 
 class Report:
@@ -113,12 +115,12 @@ class Report:
             data = data[os.write(self.out, data) :]
 
 
-def run_functions(channel: Channel, task: dict[str, Any], report: Report) -> None:
+def run_functions(channel: Channel, clock: CpuClock, task: dict[str, Any], report: Report) -> None:
     """Each assertion against the functions of the program."""
     from .remote import Remote
     from .tests import FunctionRunner
 
-    runner = FunctionRunner(Remote(channel), task["setup"], task["tests"], task["entry_points"])
+    runner = FunctionRunner(Remote(channel), clock, task["setup"], task["tests"], task["entry_points"])
     runner.prepare(task["code"])
     for number in range(len(task["tests"])):
         try:

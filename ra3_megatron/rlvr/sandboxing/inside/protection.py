@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal itself imports enum
+import resource
 
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 
@@ -26,6 +27,11 @@ def adopt() -> None:
     """Processes below this one whose parents have ended are its children from here on, instead of the first process's:
     it can wait for them. Until somebody does, they count."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def bound_cpu_time(seconds: int) -> None:
+    """Of this process, and of each one that is forked from it."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def _prctl(option: int, value: int) -> None:

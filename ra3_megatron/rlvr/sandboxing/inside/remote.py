@@ -23,6 +23,10 @@ EXCEPTIONS = {
 """What the candidate can make a test see as raised; SystemExit and its like arrive as ProgramEnded."""
 
 
+MOST_DROPPED = 1000
+"""Objects of the candidate that one request lets go of."""
+
+
 class ProgramEnded(Exception):
     """The program called exit, or raised what is no Exception, when a test called it."""
 
@@ -34,6 +38,10 @@ class Remote:
         self.channel = channel
         self.broken: str | None = None
         """Why the process answers no more."""
+        self.held: dict[int, int] = {}
+        """How many handles there are of each object."""
+        self.let_go: list[int] = []
+        """Numbers whose handles may all be gone."""
 
     def load(self, code: str) -> None:
         """Send the code. Raises what it raised; Broken when it ended."""
@@ -45,10 +53,15 @@ class Remote:
         if self.broken is not None:
             raise Broken(self.broken)
         originals: list[Any] = []
+        asked = self.let_go[:MOST_DROPPED]
+        dropped = tuple({number for number in asked if not self.held.get(number, 1)})
         try:
-            message = Encoder(_number, originals, keep=True).encode((operation, *operands))
+            message = Encoder(_number, originals, keep=True).encode((operation, dropped, *operands))
         except Unsendable as error:
             raise TypeError(f"the sandbox cannot pass this to the program: {error}") from None
+        del self.let_go[: len(asked)]
+        for number in dropped:
+            del self.held[number]
         self._send(message)
         try:
             return self._answer(originals)
@@ -115,6 +128,13 @@ class Handle:
     def __init__(self, remote: Remote, number: int) -> None:
         object.__setattr__(self, "_handle_remote", remote)
         object.__setattr__(self, "_handle_number", number)
+        remote.held[number] = remote.held.get(number, 0) + 1
+
+    def __del__(self) -> None:
+        remote, number = self._handle_remote, self._handle_number
+        remote.held[number] -= 1
+        if not remote.held[number]:
+            remote.let_go.append(number)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._handle_remote.request("call", self, args, kwargs)

@@ -14,17 +14,18 @@ import sys
 from .candidate import FILE, become_module
 from .channel import Broken, Channel
 from .codec import Decoder, Encoder, no_handle
-from .protection import adopt, protect, unprotect
+from .protection import adopt, bound_cpu_time, protect, unprotect
 
 TAIL = 2000
 """Bytes of a case's stderr that are reported."""
 
 
-def serve_scripts(channel: Channel, code: str, isolated: bool) -> None:
+def serve_scripts(channel: Channel, code: str, cpu_seconds: int, isolated: bool) -> None:
     """Run a case for each message (its input and the most bytes of output) until the runner closes the channel.
 
-    An answer is (ended, output, stderr's tail): ended is "exit N", "signal N" or "flood". isolated: this is a process
-    namespace of its own, in which everything but the runner may be killed.
+    An answer is (ended, output, stderr's tail): ended is "exit N", "signal N" or "flood". cpu_seconds: of each process
+    of a case; what this process takes to feed them is not the program's. isolated: this is a process namespace of its
+    own, in which everything but the runner may be killed.
     """
     protect()
     if isolated:
@@ -34,16 +35,18 @@ def serve_scripts(channel: Channel, code: str, isolated: bool) -> None:
             data, most = Decoder(channel.receive(), no_handle, [], keep=False).decode()
         except Broken:
             return
-        answer = run_case(channel, code, data, most, isolated)
+        answer = run_case(channel, code, data, most, cpu_seconds, isolated)
         channel.send(Encoder(no_handle, [], keep=False).encode(answer))
 
 
-def run_case(channel: Channel, code: str, data: bytes, most: int, isolated: bool) -> tuple[str, bytes, bytes]:
+def run_case(
+    channel: Channel, code: str, data: bytes, most: int, cpu_seconds: int, isolated: bool
+) -> tuple[str, bytes, bytes]:
     """One case in a process of its own."""
     pipes = [os.pipe() for _ in range(3)]
     child = os.fork()
     if child == 0:
-        become_script(code, channel, pipes)
+        become_script(code, cpu_seconds, pipes)
     for (read, write), mine in zip(pipes, ("write", "read", "read"), strict=True):
         os.close(read if mine == "write" else write)
     stdin, stdout, stderr = pipes[0][1], pipes[1][0], pipes[2][0]
@@ -60,8 +63,10 @@ def run_case(channel: Channel, code: str, data: bytes, most: int, isolated: bool
     _, status = os.waitpid(child, 0)
     if isolated:
         _wait_for_all()
+    if flooded:  # what was read of it may be more than can be passed on
+        return "flood", b"", b""
     ended = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
-    return "flood" if flooded else ended, bytes(outputs[stdout]), bytes(outputs[stderr][-TAIL:])
+    return ended, bytes(outputs[stdout]), bytes(outputs[stderr][-TAIL:])
 
 
 def relay(child: int, data: bytes, stdin: int, outputs: dict[int, bytearray], most: int) -> bool:
@@ -129,9 +134,10 @@ def _kill_group(leader: int) -> None:
         pass
 
 
-def become_script(code: str, channel: Channel, pipes: list[tuple[int, int]]) -> None:
+def become_script(code: str, cpu_seconds: int, pipes: list[tuple[int, int]]) -> None:
     """Execute the code as `__main__` and end the process as the interpreter would."""
     unprotect()
+    bound_cpu_time(cpu_seconds)
     os.setsid()
     for number, (read, write) in enumerate(pipes):
         os.dup2(read if number == 0 else write, number)
