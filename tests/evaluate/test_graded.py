@@ -56,6 +56,20 @@ def test_livecodebench_programs(tmp_path: Path) -> None:
     assert found[4].detail.startswith("crashed")
 
 
+def test_livecodebench_calls_one_object_or_a_function(tmp_path: Path) -> None:
+    """As its own harness does: what a test leaves in the object is there in the next one."""
+    write_rows(tmp_path / "livecodebench" / "test.jsonl", [PAIRS])
+    keeps = (
+        "class Solution:\n    def __init__(self):\n        self.kept = []\n\n    def pairs(self, row, twice):\n"
+        "        self.kept += [[a, b] for a, b in zip(row, row[1:])]\n        return self.kept\n"
+    )
+    function = "def pairs(row, twice):\n    return [[a, b] for a, b in zip(row, row[1:])]\n"
+    tasks = load_tasks(SUITES["livecodebench"], tmp_path)
+    found = score(tasks, *(("made_b", text) for text in (PAIRS_RIGHT, keeps, function, function + "class Solution: 0")))
+    assert [s.scores["passed"] for s in found] == [1.0, 0.0, 1.0, 0.0], [s.detail for s in found]
+    assert "test 2" in found[1].detail, "the first is right"
+
+
 def test_tests_are_read_once_for_all_samples_of_a_task(tmp_path: Path) -> None:
     write_rows(tmp_path / "livecodebench" / "test.jsonl", [ADD, PAIRS])
     tasks = load_tasks(SUITES["livecodebench"], tmp_path)

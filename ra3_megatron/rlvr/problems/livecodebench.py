@@ -51,7 +51,7 @@ STOPS = ("###",)
 _SETUP = (
     values.SETUP
     + """
-def same(found, wanted):
+def _same(found, wanted):
     return (list(found) if isinstance(found, tuple) else found) == wanted
 """
 )
@@ -159,21 +159,21 @@ def program(row: dict[str, Any], code: str) -> Program:
         if kinds != {"functional"}:
             raise UserError(f"tests of kind {', '.join(sorted(kinds)) or 'none'} are not graded")
         function = json.loads(row["metadata"])["func_name"]
-        calls = tuple(_call(function, test) for test in tests)
-        return Program(PRELUDE + code, FunctionTests(setup=_SETUP, tests=calls, entry_points=("Solution",)))
+        if not function.isidentifier():
+            raise ValueError(f"func_name {function!r}")
+        setup = f"{_SETUP}\n_method = Solution().{function} if 'Solution' in globals() else {function}\n"
+        return Program(PRELUDE + code, FunctionTests(setup, tuple(map(_call, tests)), ("Solution", function)))
     except UserError as error:
         raise UserError(f"livecodebench, {name}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"livecodebench, {name}: a functional task needs func_name and JSON tests ({error})") from error
 
 
-def _call(function: str, test: dict[str, str]) -> str:
-    """An assertion: arguments are JSON, one a line."""
-    if not function.isidentifier():
-        raise ValueError(f"func_name {function!r}")
+def _call(test: dict[str, str]) -> str:
+    """An assertion: arguments are JSON, one a line. All tests call the method of one object, or else a function."""
     arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
     wanted = values.source_of(json.loads(test["output"]))
-    return f"assert same(Solution().{function}(*{values.source_of(arguments)}), {wanted})"
+    return f"assert _same(_method(*{values.source_of(arguments)}), {wanted})"
 
 
 def limits(row: dict[str, Any]) -> Limits:
