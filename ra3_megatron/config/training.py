@@ -244,7 +244,7 @@ class MonitorConfig(Section):
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """An update whose loss or gradient is NaN or infinite: `stop` the run, or `skip` the update. A skipped one
-    leaves weights and optimizer as they were; data and learning rate go on."""
+    leaves weights, optimizer and scales of FP8 as they were; data and learning rate go on."""
 
     spike: Literal["off", "skip", "stop"] = "off"
     """An update whose gradient norm is above `spike_factor` times the median of the last `spike_window` updates of its

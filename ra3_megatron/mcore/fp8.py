@@ -121,6 +121,23 @@ def keep_exact(parameter: Tensor, value: Tensor) -> None:
         setattr(parameter, _EXACT, value.detach().to("cpu", copy=True))
 
 
+class DelayedScales:
+    """The scales of `fp8_delayed` as they are now, with the largest values of earlier passes that they are made of.
+
+    A pass over values out of all proportion would leave scales under which, for `model.fp8.amax_history` steps, usual
+    values round to 0.
+    """
+
+    def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
+        every: Iterator[Any] = (module for chunk in chunks for module in chunk.modules())
+        self._kept = [(m, m.get_fp8_meta_tensors()) for m in every if hasattr(m, "get_fp8_meta_tensors")]
+
+    def restore(self) -> None:
+        """Put them back as they were; a module that had none then gets those that it begins with."""
+        for module, kept in self._kept:
+            module.reset_fp8_meta_tensors(kept)
+
+
 def _products(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[int, str, Any]]:
     for chunk in chunks:
         for name, layer in chunk.named_modules():

@@ -27,6 +27,7 @@ from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore import optimizer_step, watchdog
 from ra3_megatron.mcore.batch import TokenBatch
+from ra3_megatron.mcore.fp8 import DelayedScales
 from ra3_megatron.mcore.loss import MAXIMA, Counts, PolicyLoss, Stat, local_counts, stream_loss
 from ra3_megatron.mcore.model import STREAMS
 from ra3_megatron.mcore.offload import Parking, optimizer_tensors
@@ -102,6 +103,9 @@ class Trainer:
         self.clock = StepClock(runtime.device)
         """Says where the seconds of a step went, to whoever opens one on it."""
         self.judge: Judge = refuse_nonfinite
+        self.may_skip = False
+        """Whether `judge` may skip a step."""
+        self._delayed_scales = config.fp8 is not None and config.fp8_recipe == "delayed"
         self.chunks = [
             # as Megatron does it: only the first chunk's gradients are worth reducing in parts
             DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
@@ -156,13 +160,15 @@ class Trainer:
     def step(self, batches: Sequence[TokenBatch], policy: PolicyLoss | None = None) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches (as many on every rank, of one shape).
 
-        Every process asks `judge` the same question. When it skips the step, weights and optimizer are as if the step
-        had not been, and the learning rate goes on; when it raises RefusedStep, that does not either.
+        Every process asks `judge` the same question. When it skips the step, weights, optimizer and scales of FP8 (with
+        `may_skip`) are as if the step had not been, and the learning rate goes on; when it raises RefusedStep, that
+        does not either.
         """
         with self.clock.part("data"):
             shares = _shares(batches, self.runtime)
         counts = global_counts(shares, self.runtime)
         self.model.train()
+        scales = DelayedScales(self.chunks) if self.may_skip and self._delayed_scales else None
         with self.clock.part("optimizer"):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
@@ -188,6 +194,8 @@ class Trainer:
             if not skipped:
                 with self.clock.part("optimizer"):
                     optimizer_step.move(self.optimizer, grad_norm)
+            elif scales is not None:
+                scales.restore()
         return StepResult(stats[Stat.LOSS], grad_norm, float(learning_rate), stats, skipped)
 
     def passes(self, batches: Sequence[TokenBatch], policy: PolicyLoss, count: int) -> list[StepResult]:

@@ -129,7 +129,7 @@ def train_phase(
         checkpoint.load(start, model, run.runtime, verify=run.config.checkpoint.verify)
     trainer = Trainer(model, optimizer, run.config.parallel, run.runtime, steps * updates_per_step)
     spikes = Spikes(run.config.monitors)
-    trainer.judge = spikes.judge
+    trainer.judge, trainer.may_skip = spikes.judge, spikes.may_skip
     work = make_steps(trainer)
     first, seconds, tokens = 0, 0.0, 0
     if latest is not None:

@@ -37,6 +37,7 @@ class Spikes:
 
     def __init__(self, config: MonitorConfig) -> None:
         self._config = config
+        self.may_skip = "skip" in (config.nonfinite, config.spike)
         self._norms: list[float] = []
         self._in_a_row = 0
         self._skipped: list[str] = []

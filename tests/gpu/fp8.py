@@ -23,6 +23,7 @@ from ra3_megatron.config.compatibility import hardware_problems
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.precision import RECIPES
 from ra3_megatron.config.training import OptimizerConfig
+from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.fp8 import LINEAR, computed, require_computed
 from ra3_megatron.mcore.hardware import hardware_of
 from ra3_megatron.mcore.model import chunks_of
@@ -151,6 +152,25 @@ def witnesses(evidence: Evidence, setting: Setting, model: ModelConfig, precisio
     kinds = ", ".join(f"{count} x {' * '.join(operands)}" for operands, count in seen.most_common())
     evidence.check(f"{precision}: products of the layers in FP8", eight, wanted, wanted, f"of {total}", note=kinds)
     scales(evidence, trainer, precision)
+    if precision == "fp8_delayed":
+        skipped(evidence, trainer, batches, precision)
+
+
+def skipped(evidence: Evidence, trainer: Trainer, batches: list[TokenBatch], precision: str) -> None:
+    """A skipped step leaves scales and their history as they were; one that is taken does not."""
+    module = chunks_of(trainer.model)[0].decoder.layers[0].self_attention.linear_qkv
+
+    def changed() -> int:
+        before = module.get_fp8_meta_tensors()
+        trainer.step(batches)
+        after = module.get_fp8_meta_tensors()
+        return sum(not torch.equal(a, b) for key in before for a, b in zip(before[key], after[key], strict=True))
+
+    taken, judge = changed(), trainer.judge
+    trainer.may_skip, trainer.judge = True, lambda *_: "a check of this suite"
+    evidence.check(f"{precision}: tensors of scales that a step changes, first layer", taken, at_least=1)
+    evidence.check(f"{precision}: tensors of scales that a skipped step changes, first layer", changed(), 0)
+    trainer.judge = judge
 
 
 def scales(evidence: Evidence, trainer: Trainer, precision: str) -> None:

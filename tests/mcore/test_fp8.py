@@ -24,7 +24,16 @@ from ra3_megatron.mcore.model import (
 )
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.training.rows import Planner
-from tests.mcore.small_models import MODEL, VOCAB, build, make_trainer, token_sets
+from tests.mcore.small_models import (
+    MODEL,
+    VOCAB,
+    build,
+    make_documents,
+    make_trainer,
+    micro_batches,
+    put_in_rows,
+    token_sets,
+)
 
 
 def model(precision: str = "fp8_tensorwise", **keys: Any) -> ModelConfig:
@@ -254,3 +263,27 @@ def test_rows_are_multiples_of_16() -> None:
 def test_what_fp8_does_not_go_with(keys: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(("precision", "may_skip"), [("delayed", True), ("delayed", False), ("tensorwise", True)])
+def test_a_skipped_update_leaves_delayed_scales_as_they_were(
+    precision: str, may_skip: bool, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what Transformer Engine's modules have for it; a forward pass changes their scales."""
+    trainer = make_trainer(ParallelConfig(threads=1), runtime)
+    trainer.may_skip, trainer._delayed_scales = may_skip, precision == "delayed"
+    module = chunks_of(trainer.model)[0].decoder.layers[0].self_attention.linear_qkv
+    scale, fresh = torch.ones(2), torch.ones(2)
+    monkeypatch.setattr(module, "get_fp8_meta_tensors", scale.clone, raising=False)
+    monkeypatch.setattr(module, "reset_fp8_meta_tensors", scale.copy_, raising=False)
+
+    def halve(*_: Any) -> None:
+        scale.div_(2)
+
+    module.register_forward_hook(halve)
+    batches = micro_batches(put_in_rows(make_documents(4, seed=1)), runtime, 2)
+    for judge, kept in ((lambda *_: "a spike", may_skip and precision == "delayed"), (lambda *_: "", False)):
+        trainer.judge = judge
+        trainer.step(batches)
+        assert torch.equal(scale, fresh) == kept
+        scale.fill_(1)
