@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 import psutil
@@ -89,15 +89,22 @@ def test_a_hanging_process_is_ended(toys: dict[str, Toy]) -> None:
     assert not client.process.alive()
 
 
-def test_closing_waits_for_no_call(toys: dict[str, Toy], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle process that hangs is given the time to close alone, not that of a call."""
-    client = client_for(toys["tokens"], prefix_caching=False)
-    assert client.process is not None and client.call_timeout >= 60
+def test_closing_waits_for_no_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that answers nothing is given the time to close alone, not that of a call."""
     monkeypatch.setattr(process_module, "CLOSE_SECONDS", 0.2)
-    os.kill(client.process.pid, signal.SIGSTOP)
-    begin = time.monotonic()
-    client.close()
-    assert not client.process.alive() and time.monotonic() - begin < 30
+    place, key = str(tmp_path / "socket"), b"a key"
+    with Listener(place, authkey=key) as listener:
+        held: list[Connection] = []
+        thread = threading.Thread(target=lambda: held.append(listener.accept()))
+        thread.start()
+        client = EngineClient(place, key, call_timeout=120)
+        thread.join()
+        begin = time.monotonic()
+        client.close()
+        assert held and time.monotonic() - begin < 60
+        with pytest.raises(EngineError, match="was closed"):
+            client.call("health")
+        held[0].close()
 
 
 def test_a_busy_process_is_closed_at_once(toys: dict[str, Toy], monkeypatch: pytest.MonkeyPatch) -> None:
