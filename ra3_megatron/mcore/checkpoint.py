@@ -269,10 +269,7 @@ def _no_checkpoint(folder: Path) -> str:
 
 def check_architecture(name: str, record: dict[str, Any], architecture: dict[str, Any]) -> None:
     """UserError unless the record is that of a model with this architecture. name: what the user called it."""
-    experts = architecture.get("model.num_experts") is not None
     for key, wanted in architecture.items():
-        if key == "model.ffn_hidden_size" and experts:  # every layer is one of experts, which have a width of their own
-            continue
         held = record["architecture"].get(key)
         if held != wanted:
             raise UserError(f"{name}: holds a model with {key}={held}, but this model has {key}={wanted}")

@@ -368,8 +368,9 @@ def architecture_of(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     keys["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
     if model.num_experts is None:
         keys["experts_per_token"] = keys["expert_ffn_hidden_size"] = keys["normalize_expert_weights"] = None
-    elif model.expert_ffn_hidden_size is None:
-        keys["expert_ffn_hidden_size"] = model.ffn_hidden_size
+    else:
+        dense = keys.pop("ffn_hidden_size")  # which no layer has
+        keys["expert_ffn_hidden_size"] = model.expert_ffn_hidden_size or dense
     return {f"model.{key}": value for key, value in keys.items()} | {"vocabulary": vocab_size}
 
 

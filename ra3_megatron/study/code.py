@@ -15,9 +15,11 @@ from ra3_megatron.study.results import Finished, arms_only, by_group
 KINDS_FILE = "kinds.json"
 _KINDS: tuple[tuple[str, str], ...] = (
     ("definition", r"(async\s+)?(def|class)\b|@"),
-    ("control", r"(async\s+)?(if|elif|else|for|while|with|try|except|finally)\b"),
-    # names elsewhere
-    ("control", r"(match|case)\s+(?![=.,)\]:<>!]|(is|in|and|or|if|else|for|not\s+in)\b).*:\s*(#.*)?$"),
+    (
+        "control",
+        r"(async\s+)?(if|elif|else|for|while|with|try|except|finally)\b"
+        r"|(match|case)\s+(?![=.,)\]:<>!]|(is|in|and|or|if|else|for|not\s+in)\b).*:\s*(#.*)?$",  # names elsewhere
+    ),
     ("return or raise", r"(return|raise|yield|assert|break|continue|pass)\b"),
     ("import", r"(import|from|global|nonlocal)\b"),
     ("docstring", r"[rbuRBU]{0,2}(\"\"\"|''')"),
@@ -53,7 +55,7 @@ def kinds(runs: Sequence[Sequence[LineFigures]]) -> dict[str, Kind]:
             groups.setdefault(kind_of(line.text), []).append(line)
         split.append(groups)
     found = {}
-    for kind in [*dict.fromkeys(name for name, _ in _KINDS), OTHER]:
+    for kind in [*(name for name, _ in _KINDS), OTHER]:
         there = [groups[kind] for groups in split if kind in groups]
         share = estimate([len(groups.get(kind, [])) / len(lines) for groups, lines in zip(split, runs, strict=True)])
         rate = estimate([_mean(group, lambda line: float(line.thought is not None)) for group in there])
