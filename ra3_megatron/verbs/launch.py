@@ -119,9 +119,9 @@ def expectation(config: RunConfig, gpu: Gpu) -> Expected:
         raise UserError("model.vocab_size is not known: give model.hf (RA3_MODEL), so that the job can be planned")
     made = Architecture(config.model.hf or "model", config.model, config.model.vocab_size)
     batch = config.mstep
-    kind = "fp8" if config.model.fp8_recipe else "bf16"
+    kind = "fp8" if config.model.fp8_recipe else config.model.precision
     work = Work(config.model.context_length, batch.global_batch_size, batch.micro_batch_size, kind)
-    planned = evaluate(made, config.parallel, work, gpu, _engine_gib(config, made))
+    planned = evaluate(made, config.parallel, work, gpu, _engine_gib(config, made, work.element_bytes))
     thinks = config.method == "ra3" and not math.isinf(config.estep.latent_price)
     scorer = frozen_gib(made.model, made.vocab_size, config.parallel, work) if thinks else 0.0
     held = replace(planned.memory, scorer=scorer)
@@ -139,12 +139,12 @@ def expectation(config: RunConfig, gpu: Gpu) -> Expected:
     return Expected(planned, held, update, estep, infusion, msteps)
 
 
-def _engine_gib(config: RunConfig, made: Architecture) -> float:
+def _engine_gib(config: RunConfig, made: Architecture, element_bytes: int) -> float:
     """What a vLLM engine on the trainer's GPUs holds of each."""
     rollout = config.rollout
     if rollout.engine != "vllm" or rollout.placement != "colocated" or math.isinf(config.estep.latent_price):
         return 0.0
-    weights = 2 * total_parameters(made.model, made.vocab_size) / GIB / rollout.vllm.tensor
+    weights = element_bytes * total_parameters(made.model, made.vocab_size) / GIB / rollout.vllm.tensor
     return float(weights + rollout.vllm.kv_cache_gib)
 
 

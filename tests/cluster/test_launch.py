@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from ra3_megatron.cli import app
 from ra3_megatron.cluster.job_script import Job, directives, find_script, read_job, render
 from ra3_megatron.config.load import load_config
+from ra3_megatron.scaling.tables import gpu_named
+from ra3_megatron.verbs.launch import expectation
 
 ROOT = Path(__file__).parents[2]
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -90,6 +92,20 @@ def launch(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["launch", *arguments])
     assert result.exit_code == code, result.output
     return result.output
+
+
+def test_fp32_is_planned_as_such() -> None:
+    """Weights, logits and the engine's weights of 4 bytes, no second copy of the weights, products at the fp32 peak."""
+    job = read_job(find_script("1b"), {}, [])
+    settings = [*job.settings, "model.vocab_size=128256", "rollout.vllm.kv_cache_gib=1"]
+    gpu = gpu_named("h100")
+    bf16, fp32 = (
+        expectation(load_config(job.config, [*settings, f"model.precision={name}"]), gpu) for name in ("bf16", "fp32")
+    )
+    for part, ratio in {"weights": 2, "scorer": 2, "gradients": 1, "optimizer": 8 / 12, "activations": 2}.items():
+        assert getattr(fp32.memory, part) == pytest.approx(ratio * getattr(bf16.memory, part)), part
+    assert fp32.memory.rollouts - 1 == pytest.approx(2 * (bf16.memory.rollouts - 1))
+    assert fp32.planned.step.matmul == pytest.approx(989 / 67 * bf16.planned.step.matmul)
 
 
 @pytest.mark.parametrize("name", MODELS)
