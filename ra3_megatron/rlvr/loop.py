@@ -10,13 +10,15 @@ import torch
 from ra3_megatron.corpus.sampler import DocumentSampler
 from ra3_megatron.mcore import checkpoint, watchdog
 from ra3_megatron.mcore.offload import park
+from ra3_megatron.mcore.stopping import StopAsked
 from ra3_megatron.mcore.trainer import Trainer
 from ra3_megatron.report.responses import write_responses
 from ra3_megatron.rlvr.cutting import Cuts
 from ra3_megatron.rlvr.grpo import GRPO
 from ra3_megatron.rlvr.problems.sources import Problems
 from ra3_megatron.rlvr.records import records_of
-from ra3_megatron.rlvr.rewards import Grader
+from ra3_megatron.rlvr.responses import Response
+from ra3_megatron.rlvr.rewards import Graded, Grader, joined
 from ra3_megatron.rlvr.sampling import Responder, ResponseQueue
 from ra3_megatron.rlvr.sandbox import Sandbox
 from ra3_megatron.rlvr.steps import RlvrSteps
@@ -108,21 +110,21 @@ class Rlvr:
         checkpoint.load(final_of(run, PHASE), model, run.runtime, verify=run.config.checkpoint.verify)
         sampling = run.sampling(model)
         sampling.publish(steps)
-        self._evaluate(self._responder(sampling, self.held_out_prompts, self.held_out_cuts), steps)
+        try:
+            self._evaluate(self._responder(sampling, self.held_out_prompts, self.held_out_cuts), steps)
+        except StopAsked as asked:
+            run.stopped(asked.signal, f"in the evaluation of {PHASE.key}'s end, which begins again")
 
     def _responder(self, sampling: Sampling, prompts: Prompts, cuts: Cuts) -> Responder:
         return Responder(sampling, prompts, cuts, self.run.config, self.allowed)
 
     def _evaluate(self, responder: Responder, step: int) -> None:
-        """Figures of the published weights on the held-out problems, logged once."""
+        """Figures of the published weights on the held-out problems, logged once. Raises StopAsked when a signal came
+        meanwhile."""
         run, samples = self.run, self.run.config.rlvr.evaluation_samples
         if not self.held_out:
             return
-        watchdog.touch()
-        key = (run.config.seed, Stream.HELD_OUT)  # the same draws every time: differences are the weights'
-        responses = responder.begin(range(len(self.held_out)), key, samples)()
-        grader = Grader(self.sandbox, self.held_out, self.held_out_cuts, run.runtime)
-        graded = grader.grade(responses)
+        responses, graded = self._graded(responder, samples)
         rewards = np.array(graded.rewards).reshape(-1, samples)
         values = {
             "pass_at_1": float(rewards.mean()),
@@ -140,6 +142,23 @@ class Rlvr:
         if run.runtime.is_main:  # one of each problem
             records = records_of(self.held_out, responses, graded, step, run.tokenizer, every=samples)
             write_responses(run.folder.path, f"held-out-{step:06d}", records)
+
+    def _graded(self, responder: Responder, samples: int) -> tuple[list[Response], Graded]:
+        """Responses to the held-out problems, about as many at a time as an update takes, and what became of them."""
+        run, settings = self.run, self.run.config.rlvr
+        key = (run.config.seed, Stream.HELD_OUT)  # the same draws every time: differences are the weights'
+        grader = Grader(self.sandbox, self.held_out, self.held_out_cuts, run.runtime)
+        count = max(1, settings.problems_per_step * settings.group_size // samples)
+        responses: list[Response] = []
+        parts: list[Graded] = []
+        for first in range(0, len(self.held_out), count):
+            run.stop.check(run.runtime)
+            watchdog.touch()
+            some = range(first, min(first + count, len(self.held_out)))
+            found = responder.begin(some, key, samples, first=first)()
+            parts.append(grader.grade(found))
+            responses += found
+        return responses, joined(parts)
 
     def _reference(self, start: Path) -> torch.nn.Module | None:
         """The frozen model of the KL term; None without one."""

@@ -46,6 +46,16 @@ class Graded:
         }
 
 
+def joined(parts: Sequence[Graded]) -> Graded:
+    """Of batches that have no program in common, one behind the other."""
+    return Graded(
+        outcomes=[outcome for part in parts for outcome in part.outcomes],
+        programs=[program for part in parts for program in part.programs],
+        executed=sum(part.executed for part in parts),
+        thoughts=[number for part in parts for number in part.thoughts],
+    )
+
+
 def sandbox_limits(limits: RlvrLimits, problems: Sequence[Problem] = ()) -> Limits:
     """The limits of the sandbox that a configuration asks for, with room for twice the longest output expected."""
     found = Limits(seconds=limits.seconds, memory_mib=limits.memory_mib)

@@ -45,11 +45,12 @@ class Responder:
         key: Sequence[int],
         group: int,
         background: bool = False,
-        greedy: bool = False,
+        first: int = 0,
     ) -> Wait:
         """Begin to sample `group` responses to each of these problems; call the result to wait for them.
 
-        key: names the random stream of this batch. They come problem by problem, the same on every process.
+        key: names the random stream of this batch; first: place of the first problem in it. Responses come problem by
+        problem, the same on every process.
         """
         requests: dict[int, list[GenerateRequest]] = {}
         for place in self.sampling.mine(len(problems)):
@@ -57,10 +58,9 @@ class Responder:
             requests[place] = [
                 GenerateRequest(
                     prompt,
-                    generator((*key, place, number)).random(self._most),
+                    generator((*key, first + place, number)).random(self._most),
                     allowed=self._allowed,
                     stop=self._cuts.ends,
-                    greedy=greedy,
                 )
                 for number in range(group)
             ]

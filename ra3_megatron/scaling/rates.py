@@ -19,8 +19,8 @@ class Rates:
     fp8_matmul: float = 0.498
     """Of the FP8 peak, in products with weights. Fitted."""
     fp32_matmul: float = 0.602
-    """The same of the fp32 peak, taken over from bf16: nobody published it for a GPU. A device that was measured has its
-    own (`rates` of its description)."""
+    """The same of the fp32 peak, taken over from bf16, as it is published for no GPU. A device that was measured has
+    its own (`rates` of its description)."""
     exposed: float = 0.302
     """Share of the messages inside layers and between stages that products do not hide, where they overlap. Fitted."""
     attention_forward: float = 0.60

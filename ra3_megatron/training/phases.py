@@ -9,7 +9,7 @@ With `checkpoint.async_save` the checkpoints of the way are written while steps 
 deleted) when it is complete; a kill before that leaves the one before. `final` is always waited for.
 
 A last checkpoint whose files are damaged is left for the one before it. A signal (`mcore/stopping.py`) saves behind the
-step that it came in, or that is being evaluated on suites of tasks, and stops the run.
+step that it came in, or that is being evaluated, and stops the run.
 """
 
 import shutil
@@ -59,7 +59,8 @@ class Steps(Protocol):
     """What a phase does at each step."""
 
     def step(self, step: int) -> dict[str, float]:
-        """Take step number `step` (from 0); metrics of it, with the key `tokens`."""
+        """Take step number `step` (from 0); metrics of it, with the key `tokens`. Raises StopAsked when a signal came
+        in an evaluation before it, of which nothing is kept."""
 
     def sampling(self, step: int) -> Sampling | None:
         """What samples in this phase, with the model's present weights, which `step` updates lead to, and idle; None:
@@ -159,9 +160,11 @@ def train_phase(
 
     saves = _Saves(run, folder, model, trainer)
 
-    def evaluate(step: int) -> None:
+    @contextmanager
+    def evaluating(step: int) -> Iterator[None]:
+        """A signal that ends an evaluation behind so many steps ends the run, with these saved."""
         try:
-            benchmarks.behind(step)
+            yield
         except StopAsked as asked:
             if step > first and saves.last != step:
                 saves.begin(f"step_{step:06d}", record_at(step))
@@ -172,9 +175,10 @@ def train_phase(
     profiler = Profiler(run.config.profile, run.folder.profile, phase.name, phase.key, run.runtime)
     try:
         for step in range(first, steps):
-            evaluate(step)
+            with evaluating(step):
+                benchmarks.behind(step)
             try:
-                with profiler.step(step + 1, trainer.clock), times.step():
+                with evaluating(step), profiler.step(step + 1, trainer.clock), times.step():
                     metrics = work.step(step)
             except RefusedStep as problem:
                 try:
@@ -206,7 +210,8 @@ def train_phase(
                 saves.wait()
                 run.stopped(signal, f"saved behind step {step + 1} of {phase.key}")
         task.close()
-        evaluate(steps)
+        with evaluating(steps):
+            benchmarks.behind(steps)
         with times.saving():
             saves.wait()
             saves.finish(final, record_at(steps))

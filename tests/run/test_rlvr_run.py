@@ -15,12 +15,15 @@ import pytest
 import torch
 from small_run import Ra3, curves, metrics, weights
 
+from ra3_megatron.config.errors import STOPPED
+
 sys.path.append(str(Path(__file__).parents[1] / "evaluate"))
 
 from made import ADD, write_rows
 
 STEPS = "ra3_megatron.rlvr.steps"
 LOOP = "ra3_megatron.rlvr.loop"
+GOES_ON = "the same command with --resume goes on"
 VERDICTS = ("passed", "wrong", "timeout", "memory", "flood", "crashed")
 
 SETTINGS = (
@@ -140,6 +143,30 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_been(
     names = sorted(path.name for path in (whole / "responses").iterdir())
     assert names == sorted(path.name for path in (run / "responses").iterdir())
     assert all((whole / "responses" / n).read_bytes() == (run / "responses" / n).read_bytes() for n in names)
+
+
+def test_a_signal_ends_an_evaluation_on_held_out_problems(
+    whole: Path, ra3: Ra3, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two of the three are graded at once here. What is found does not depend on that, nor on being begun again."""
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    command = (*arguments, "rlvr.problems_per_step=1", "rlvr.group_size=2", "benchmarks.suites=[]")
+    grade = "ra3_megatron.rlvr.rewards:Grader.grade"
+    places = [
+        (1, "SIGTERM", "in the evaluation behind step 0 of rlvr", []),
+        (5, "SIGUSR1", "in the evaluation behind step 2 of rlvr", ["step_000002"]),
+        (5, "SIGTERM", "in the evaluation of rlvr's end", ["final"]),
+    ]
+    for number, (call, name, said, saved) in enumerate(places):
+        resume = ["--resume"] if number else []
+        outcome = ra3(*command, f"run_dir={run}", *resume, code=STOPPED, signal=[grade, "after", call, name])
+        assert outcome.errors == f"ra3: stopped by {name}: {said}, which begins again; {GOES_ON}\n"
+        assert [path.name for path in (run / "checkpoints" / "rlvr").glob("*")] == saved
+    ra3(*command, f"run_dir={run}", "--resume")
+    ra3(*command, f"run_dir={unbroken}")
+    assert metrics(run) == metrics(unbroken)
+    one, other = (next(line for line in metrics(each) if line["phase"] == "held_out") for each in (whole, run))
+    assert {**one, "global_step": 0} == other and one["step"] == 0 < one["pass_at_1"] < 1
 
 
 def test_it_does_not_go_on_with_other_problems(
