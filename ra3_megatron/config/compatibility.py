@@ -69,6 +69,12 @@ def key_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
         yield "model.fp8.parameter_gather=true needs parallel.distributed_optimizer=true"
     if asked.attention and recipe.attention is None:
         yield f"model.fp8.attention=true does not go with {name}: no hardware has it; {_with_attention()}"
+    if asked.attention and parallel.recompute == "selective" and "core_attn" in parallel.recompute_modules:
+        yield (
+            "model.fp8.attention=true does not go with parallel.recompute_modules=[…, core_attn]: attention would be "
+            "computed again outside of FP8, and its gradients with it; leave core_attn out (fused attention keeps no "
+            "scores), or use parallel.recompute=full"
+        )
     if asked.attention and parallel.context > 1:
         yield f"model.fp8.attention=true does not go with parallel.context={parallel.context}: switch one off"
 

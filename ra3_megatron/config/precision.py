@@ -32,7 +32,8 @@ class Fp8Config(Section):
     The optimizer's own weights stay fp32."""
 
     attention: bool = False
-    """Compute attention in FP8, too (training and scoring; not under `parallel.context`)."""
+    """Compute attention in FP8, too (training and scoring; not under `parallel.context`, nor where it is computed again
+    by itself, `core_attn` of `parallel.recompute_modules`)."""
 
     amax_history: int = Field(default=1024, ge=1)
     """`fp8_delayed`: steps whose largest values the scales are taken from."""

@@ -144,6 +144,18 @@ DISTRIBUTED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "over
             {"context": 2},
             "model.fp8.attention=true does not go with parallel.conte",
         ),
+        (
+            "fp8_delayed",
+            {"attention": True},
+            {"recompute": "selective"},
+            "model.fp8.attention=true does not go with parallel.recompute_modules=[…, core_attn]",
+        ),
+        (
+            "fp8_blockwise",
+            {},
+            {"recompute": "selective", "recompute_modules": ["mlp", "layernorm"]},
+            "parallel.recompute_modules=[…, layernorm] does not go with model.precision=fp8_blockwise",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(precision: str, fp8: dict[str, Any], parallel: dict[str, Any], line: str) -> None:
@@ -157,6 +169,9 @@ def test_keys_that_do_not_go_together(precision: str, fp8: dict[str, Any], paral
         ("fp8_tensorwise", {"first_layers_bf16": 1, "last_layers_bf16": 1}, {"pipeline": 2}),
         ("fp8_blockwise", {"parameter_gather": True}, DISTRIBUTED),
         ("fp8_delayed", {"amax_history": 16, "attention": True}, {"tensor": 2}),
+        ("fp8_delayed", {"attention": True}, {"recompute": "full"}),
+        ("fp8_delayed", {"attention": True}, {"recompute": "selective", "recompute_modules": ["mlp"]}),
+        ("fp8_tensorwise", {}, {"recompute": "selective"}),
     ],
 )
 def test_keys_that_go_together(precision: str, fp8: dict[str, Any], parallel: dict[str, Any]) -> None:
