@@ -144,6 +144,7 @@ def test_where_a_stop_is_complete() -> None:
 
     assert ended("    return 1\n# a thought\ndef g", "comment") == len("    return 1\n# a thought\ndef")
     assert ended("    return 1\n", "comment") is None
+    assert ended("\nclass A", "comment") == len("\nclass"), "at the very beginning"
     marked = "    return 1«\nx»\nde«»f¶"
     assert ended(marked, "tokens") == len("    return 1«\nx»\nde«»f"), "thoughts between are among them"
 
