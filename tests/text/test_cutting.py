@@ -115,6 +115,19 @@ def test_marked_thoughts() -> None:
     assert (stray.text, stray.thoughts, stray.thought_tokens) == ("    y = x\n", 0, 0), "an end alone says nothing"
 
 
+@pytest.mark.parametrize("thoughts", ["comment", "tokens", "none"])
+def test_what_a_token_that_ends_a_completion_is_called_is_no_text(thoughts: Thoughts) -> None:
+    """An end that a model has beside its tokenizer's may be an ordinary token with a text of its own."""
+    named = Bytes()
+    named.token_bytes[259] = b"\ndef end"
+    written = ids("    return 1¶")
+    for ends, text in ((frozenset({259}), "    return 1"), (frozenset(), "    return 1\ndef end")):
+        found = Cutter(named, (), thoughts, True, ends=ends).cut(PROMPT, written)  # type: ignore[arg-type]
+        assert (found.text, found.tokens, found.stopped) == (text, len(written), False)
+    stops = Cutter(named, HUMANEVAL, thoughts, True, ends=frozenset({259}))  # type: ignore[arg-type]
+    assert stops.ended(PROMPT, written) is None and not stops.cut(PROMPT, written).stopped
+
+
 def test_the_first_stop_ends_it_and_what_follows_is_not_counted() -> None:
     found = cut("    return 1\nif x:\n# thought\nclass A", thoughts="comment")
     assert (found.text, found.tokens, found.thought_tokens) == ("    return 1", len("    return 1"), 0)
