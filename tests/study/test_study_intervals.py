@@ -14,7 +14,9 @@ from ra3_megatron.report.held_out import DocumentFigures
 from ra3_megatron.study.intervals import (
     LINE_MEASURES,
     DocumentMeasure,
+    Interval,
     paired_difference,
+    side_of,
     t_interval,
 )
 
@@ -109,3 +111,27 @@ def test_only_what_both_have_counts() -> None:
         paired_difference({1: a[1]}, {1: other}, "line_nll")
     with pytest.raises(ValueError, match="nothing to count"):
         paired_difference(a, b, DocumentMeasure("per thought", "neither", lambda d: (1.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("documents", "seeds", "side"),
+    [
+        ((0.1, 0.3), None, "higher"),
+        ((-0.3, -0.1), None, "lower"),
+        ((-0.1, 0.3), None, None),
+        ((0.0, 0.3), None, None),
+        ((-0.3, 0.0), None, None),
+        ((0.1, 0.3), (0.05, 0.4), "higher"),
+        ((0.1, 0.3), (-0.05, 0.4), None),
+        ((-0.1, 0.3), (0.05, 0.4), None),
+        ((-0.3, -0.1), (-0.4, -0.05), "lower"),
+        ((-0.3, -0.1), (-0.4, 0.05), None),
+        ((-0.3, -0.1), (0.05, 0.4), None),
+    ],
+)
+def test_an_interval_that_holds_0_tells_no_side(
+    documents: tuple[float, float], seeds: tuple[float, float] | None, side: str | None
+) -> None:
+    """Both have to: over documents, and over seeds where there are enough."""
+    low, high = seeds or (None, None)
+    assert side_of(Interval(0.0, *documents, 3, 10, low, high)) == side
