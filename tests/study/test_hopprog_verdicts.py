@@ -115,6 +115,45 @@ def _lines(held_out: list[DocumentFigures]) -> list[Line]:
     return measures.lines_of(held_out, truths.__getitem__)
 
 
+def base(easy: int, hard: int, right: int) -> list[Line]:
+    """First lines of a base, 100 of items of 0 hops and as many of 3: written without a thought, and right thoughts."""
+    lines = [line for line in _lines(documents(thinks=True)) if line.truth.boundary]
+    found = []
+    for hops, written in ((0, easy), (3, hard)):
+        one = next(line for line in lines if line.truth.hops == hops)
+        found += [
+            replace(one, figures=replace(one.figures, raw_greedy=n < written), right_thought=n < right)
+            for n in range(100)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seeds", "word"),
+    [
+        ([(95, 49, 95)], "confirmed"),
+        ([(94, 0, 100)], "refuted"),
+        ([(100, 50, 100)], "refuted"),
+        ([(100, 0, 94)], "refuted"),
+        ([(95, 49, 95), (100, 0, 100), (94, 0, 100)], "refuted"),
+    ],
+)
+def test_a_base_has_to_pass_every_part_of_the_gate(seeds: list[tuple[int, int, int]], word: str) -> None:
+    runs = {seed: base(*each) for seed, each in enumerate(seeds, 1)}
+    found = verdicts({"gate": Group("gate", {}, {}, runs)})[0]
+    assert (found.name, found.word) == ("Gate", word)
+    easy, hard, right = (share / 100 for share in seeds[-1])
+    assert found.seen.endswith(f"h=0 {easy:.3f}, h=3 {hard:.3f}; thoughts right {right:.3f}")
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_base_without_easy_or_hard_items_or_thoughts_fails_the_gate(left: int) -> None:
+    some = [line for line in base(100, 0, 100) if line.truth.hops == left]
+    silent = [replace(line, right_thought=None) for line in base(100, 0, 100)]
+    for lines in (some, silent):
+        assert verdicts({"gate": Group("gate", {}, {}, {1: lines})})[0].word == "refuted"
+
+
 def granular(*arms: str, plain: float = 1.2) -> str:
     """P6's word when these arms think at boundaries and NTP's lines cost `plain` nats."""
     truths = {task.name: task for task in TASKS}

@@ -47,7 +47,7 @@ def test_measures_are_ratios_of_sums() -> None:
     assert expected.keys() == LINE_MEASURES.keys()
     for name, value in expected.items():
         found = paired_difference({1: [thinking, silent]}, nothing, name)
-        assert found.mean == pytest.approx(value), name
+        assert (found.mean, found.low, found.high) == pytest.approx((value, value, value)), name
         assert found.seeds_low is None
 
 

@@ -6,7 +6,15 @@ deep_ra3, and the price sweep `price`. An arm that is missing leaves its predict
 
 from collections.abc import Mapping, Sequence
 
-from ra3_megatron.study.hopprog.groups import PRICE, Group, item_accuracy, price_sweep, recall, recall_by_hops
+from ra3_megatron.study.hopprog.groups import (
+    PRICE,
+    Group,
+    item_accuracy,
+    price_sweep,
+    recall,
+    recall_by_hops,
+    thoughts_right,
+)
 from ra3_megatron.study.predictions import Verdict, Word, above, below, both, decided, estimate
 from ra3_megatron.tasks import measures
 from ra3_megatron.tasks.measures import Line
@@ -40,8 +48,7 @@ def gate(base: Group | None) -> Verdict:
     for seed, lines in base.lines.items():
         plain = measures.first_line_accuracy(lines, raw=True)
         hard = [value for hops, value in plain.items() if hops >= HARD]
-        right = [line.right_thought for line in lines if line.truth.boundary and line.right_thought is not None]
-        thoughts = sum(right) / len(right) if right else 0.0
+        thoughts = thoughts_right(lines) or 0.0
         solved, failed = plain.get(0, 0.0), max(hard, default=1.0)
         words.append(solved >= GATE_SOLVED and failed < GATE_FAILED and thoughts >= GATE_THOUGHTS)
         by_hops = ", ".join(f"h={hops} {value:.3f}" for hops, value in plain.items())
