@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_study import make, study_of
 
@@ -13,7 +14,7 @@ from ra3_megatron.report.run_folder import read_json
 from ra3_megatron.study.hopprog.figures import draw_figures
 from ra3_megatron.study.hopprog.groups import PRICE, Group, groups_of
 from ra3_megatron.study.hopprog.page import TRUTH
-from ra3_megatron.study.hopprog.verdicts import FEW_THOUGHTS, _staircase, verdicts
+from ra3_megatron.study.hopprog.verdicts import FEW_THOUGHTS, _slope, _staircase, verdicts
 from ra3_megatron.study.predictions import Verdict, above, below, both, estimate
 from ra3_megatron.study.report import build_study_report
 from ra3_megatron.study.results import finished
@@ -152,6 +153,29 @@ def test_a_base_without_easy_or_hard_items_or_thoughts_fails_the_gate(left: int)
     silent = [replace(line, right_thought=None) for line in base(100, 0, 100)]
     for lines in (some, silent):
         assert verdicts({"gate": Group("gate", {}, {}, {1: lines})})[0].word == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("apart", "word"), [((0.0, 0.0, 0.0), "confirmed"), ((0.0, 0.1, 0.2), "confirmed"), ((0.0, 1.0, 2.0), "refuted")]
+)
+def test_a_gain_needs_intervals_that_are_disjoint(apart: tuple[float, ...], word: str) -> None:
+    """Seeds differ by so many nats a line, in both arms: the difference is the same in each."""
+    groups = {}
+    for name, thinks in (("ntp", False), ("ra3", True)):
+        lines = _lines(documents(thinks=thinks))
+        runs = {
+            seed: [replace(line, figures=replace(line.figures, nll=line.figures.nll + more)) for line in lines]
+            for seed, more in enumerate(apart, 1)
+        }
+        groups[name] = Group(name, {}, {}, runs)
+    assert words({verdict.name: verdict for verdict in verdicts(groups)})["Gain"] == word
+
+
+def test_the_slope_is_that_of_least_squares() -> None:
+    points = {2: 1.5, 4: 4.0, 5: 3.0, 9: 7.5}
+    assert _slope(points) == pytest.approx(np.polyfit(list(points), list(points.values()), 1)[0])
+    assert _slope({3: 1.0, 5: 2.0}) == 0.5
+    assert _slope({3: 1.0}) is _slope({}) is None
 
 
 def granular(*arms: str, plain: float = 1.2) -> str:
