@@ -171,6 +171,45 @@ def test_a_gain_needs_intervals_that_are_disjoint(apart: tuple[float, ...], word
     assert words({verdict.name: verdict for verdict in verdicts(groups)})["Gain"] == word
 
 
+def costing(nats: dict[str, float]) -> dict[str, Group]:
+    """Arms whose lines cost so many nats each, in three seeds that differ in both arms by as much."""
+    lines = _lines(documents(thinks=False))
+    return {
+        name: Group(
+            name,
+            {},
+            {},
+            {
+                seed: [replace(line, figures=replace(line.figures, nll=value + seed / 1000)) for line in lines]
+                for seed in (1, 2, 3)
+            },
+        )
+        for name, value in nats.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("gain", "word"), [(0.0, "confirmed"), (-0.5, "confirmed"), (0.019, "confirmed"), (0.021, "refuted")]
+)
+def test_nothing_is_gained_where_nothing_can_be_computed(gain: float, word: str) -> None:
+    groups = costing({"null_ntp": 1.0, "null_ra3": 1.0 - gain})
+    assert words({verdict.name: verdict for verdict in verdicts(groups)})["N1"] == word
+    for name in groups:
+        one = {name: groups[name]}
+        assert words({verdict.name: verdict for verdict in verdicts(one)})["N1"] == "not run"
+
+
+@pytest.mark.parametrize(("deep_gain", "word"), [(0.2, "confirmed"), (0.4, "refuted")])
+def test_a_deeper_model_is_to_gain_less(deep_gain: float, word: str) -> None:
+    """The other one gains 0.3 nats a line."""
+    groups = costing({"ntp": 1.0, "ra3": 0.7, "deep_ntp": 0.8, "deep_ra3": 0.8 - deep_gain})
+    found = {verdict.name.split()[0]: verdict for verdict in verdicts(groups)}["N2"]
+    assert found.word == word and found.seen.startswith(f"gain lost {0.3 - deep_gain:.3f}")
+    for name in ("deep_ntp", "deep_ra3"):
+        fewer = {key: group for key, group in groups.items() if key != name}
+        assert words({verdict.name: verdict for verdict in verdicts(fewer)})["N2"] == "not run"
+
+
 def test_the_slope_is_that_of_least_squares() -> None:
     points = {2: 1.5, 4: 4.0, 5: 3.0, 9: 7.5}
     assert _slope(points) == pytest.approx(np.polyfit(list(points), list(points.values()), 1)[0])
@@ -272,6 +311,17 @@ def test_hops_that_the_tasks_of_a_price_do_not_have_are_no_case() -> None:
     assert _staircase(gains, [(0.1, lines[1, 2, 3]), (9.0, lines[1, 2, 3])]) == 3 / 5
     assert _staircase(gains, [(0.5, lines[2,])]) == 1.0 and _staircase(gains, [(9.0, lines[2,])]) == 0.0
     assert _staircase({1: 2.0}, [(0.5, lines[2,])]) is None
+
+
+def test_a_case_is_clear_cut_from_twice_and_from_half_the_price() -> None:
+    """At two hops all think: right where a thought saves more than twice its price, wrong below half of it."""
+    all_think = [line for line in boundaries(FREE) if line.truth.hops == 2]
+    found = {gain: _staircase({2: gain}, [(2.0, all_think)]) for gain in (0.9, 1.1, 3.9, 4.1)}
+    assert found == {0.9: 0.0, 1.1: None, 3.9: None, 4.1: 1.0}
+    silent = replace(all_think[0], figures=replace(all_think[0].figures, thought=None))
+    for gain, thinking, word in ((4.1, 15, 0.0), (4.1, 17, 1.0), (0.9, 5, 0.0), (0.9, 3, 1.0)):
+        mixed = [all_think[0]] * thinking + [silent] * (20 - thinking)
+        assert _staircase({2: gain}, [(2.0, mixed)]) == word, "above 80%, below 20%"
 
 
 def test_the_comparison_with_ntp_is_of_lines_of_items(tmp_path: Path) -> None:
