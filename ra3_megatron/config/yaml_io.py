@@ -35,7 +35,10 @@ _SCALARS: tuple[tuple[str, re.Pattern[str]], ...] = (
 def _number(tag: str, text: str) -> int | float:
     digits = text.replace("_", "")
     if tag.endswith(":int"):
-        return int(digits, 10)
+        try:
+            return int(digits, 10)
+        except ValueError as error:  # Python reads none of thousands of digits
+            raise ValueError("a number of too many digits") from error
     return float(re.sub(r"\.(?=inf|nan)", "", digits, flags=re.IGNORECASE))
 
 
@@ -120,7 +123,10 @@ def parse_override(text: str, override: str) -> Any:
             if kind == "bool":
                 return stripped.lower() == "true"
             if kind in ("int", "float"):
-                return _number(tag, stripped)
+                try:
+                    return _number(tag, stripped)
+                except ValueError as error:
+                    raise UserError(f"{scalar_text(override)}: {error}") from error
     return stripped
 
 

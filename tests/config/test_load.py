@@ -115,6 +115,7 @@ def test_override_values() -> None:
             "corpus.packages=[a, 1]",
             "corpus.packages[1]=1: must be a string (write numbers and words such as true in quotes)",
         ),
+        pytest.param("seed=" + "9" * 5000, "seed=" + "9" * 54 + "…: a number of too many digits", id="5000 digits"),
         ("estep=3", "estep=3: estep is a section; override one of its keys, estep.steps=…"),
         ("estep.groupsize=3", "estep.groupsize: unknown key; did you mean estep.group_size?"),
         ("latent_price=3", "latent_price: unknown key; did you mean estep.latent_price?"),

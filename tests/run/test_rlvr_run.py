@@ -23,7 +23,6 @@ from made import ADD, write_rows
 
 STEPS = "ra3_megatron.rlvr.steps"
 LOOP = "ra3_megatron.rlvr.loop"
-GOES_ON = "the same command with --resume goes on"
 VERDICTS = ("passed", "wrong", "timeout", "memory", "flood", "crashed")
 
 SETTINGS = (
@@ -160,7 +159,8 @@ def test_a_signal_ends_an_evaluation_on_held_out_problems(
     for number, (call, name, said, saved) in enumerate(places):
         resume = ["--resume"] if number else []
         outcome = ra3(*command, f"run_dir={run}", *resume, code=STOPPED, signal=[grade, "after", call, name])
-        assert outcome.errors == f"ra3: stopped by {name}: {said}, which begins again; {GOES_ON}\n"
+        goes_on = "which begins again; the same command with --resume goes on"
+        assert outcome.errors == f"ra3: stopped by {name}: {said}, {goes_on}\n"
         assert [path.name for path in (run / "checkpoints" / "rlvr").glob("*")] == saved
     ra3(*command, f"run_dir={run}", "--resume")
     ra3(*command, f"run_dir={unbroken}")

@@ -88,6 +88,11 @@ def words(found: dict[str, Verdict]) -> dict[str, str]:
     return {name.split()[0]: verdict.word for name, verdict in found.items()}
 
 
+def word_of(name: str, groups: dict[str, Group]) -> str:
+    """The word of one verdict on these groups."""
+    return words({verdict.name: verdict for verdict in verdicts(groups)})[name]
+
+
 def test_what_right_looks_like(tmp_path: Path) -> None:
     verdicts_ = judged(tmp_path)
     found = words(verdicts_)
@@ -155,37 +160,26 @@ def test_a_base_without_easy_or_hard_items_or_thoughts_fails_the_gate(left: int)
         assert verdicts({"gate": Group("gate", {}, {}, {1: lines})})[0].word == "refuted"
 
 
+def costing(nats: dict[str, float], apart: tuple[float, ...] = (0.0, 0.001, 0.002)) -> dict[str, Group]:
+    """Arms whose lines cost so many nats each, and in each seed so many more in all arms."""
+    lines = _lines(documents(thinks=False))
+    groups = {}
+    for name, value in nats.items():
+        runs = {
+            seed: [replace(line, figures=replace(line.figures, nll=value + more)) for line in lines]
+            for seed, more in enumerate(apart, 1)
+        }
+        groups[name] = Group(name, {}, {}, runs)
+    return groups
+
+
 @pytest.mark.parametrize(
     ("apart", "word"), [((0.0, 0.0, 0.0), "confirmed"), ((0.0, 0.1, 0.2), "confirmed"), ((0.0, 1.0, 2.0), "refuted")]
 )
 def test_a_gain_needs_intervals_that_are_disjoint(apart: tuple[float, ...], word: str) -> None:
     """Seeds differ by so many nats a line, in both arms: the difference is the same in each."""
-    groups = {}
-    for name, thinks in (("ntp", False), ("ra3", True)):
-        lines = _lines(documents(thinks=thinks))
-        runs = {
-            seed: [replace(line, figures=replace(line.figures, nll=line.figures.nll + more)) for line in lines]
-            for seed, more in enumerate(apart, 1)
-        }
-        groups[name] = Group(name, {}, {}, runs)
-    assert words({verdict.name: verdict for verdict in verdicts(groups)})["Gain"] == word
-
-
-def costing(nats: dict[str, float]) -> dict[str, Group]:
-    """Arms whose lines cost so many nats each, in three seeds that differ in both arms by as much."""
-    lines = _lines(documents(thinks=False))
-    return {
-        name: Group(
-            name,
-            {},
-            {},
-            {
-                seed: [replace(line, figures=replace(line.figures, nll=value + seed / 1000)) for line in lines]
-                for seed in (1, 2, 3)
-            },
-        )
-        for name, value in nats.items()
-    }
+    groups = costing({"ntp": 1.0, "ra3": 0.5}, apart)
+    assert word_of("Gain", groups) == word
 
 
 @pytest.mark.parametrize(
@@ -193,10 +187,10 @@ def costing(nats: dict[str, float]) -> dict[str, Group]:
 )
 def test_nothing_is_gained_where_nothing_can_be_computed(gain: float, word: str) -> None:
     groups = costing({"null_ntp": 1.0, "null_ra3": 1.0 - gain})
-    assert words({verdict.name: verdict for verdict in verdicts(groups)})["N1"] == word
+    assert word_of("N1", groups) == word
     for name in groups:
         one = {name: groups[name]}
-        assert words({verdict.name: verdict for verdict in verdicts(one)})["N1"] == "not run"
+        assert word_of("N1", one) == "not run"
 
 
 @pytest.mark.parametrize(("deep_gain", "word"), [(0.2, "confirmed"), (0.4, "refuted")])
@@ -207,7 +201,7 @@ def test_a_deeper_model_is_to_gain_less(deep_gain: float, word: str) -> None:
     assert found.word == word and found.seen.startswith(f"gain lost {0.3 - deep_gain:.3f}")
     for name in ("deep_ntp", "deep_ra3"):
         fewer = {key: group for key, group in groups.items() if key != name}
-        assert words({verdict.name: verdict for verdict in verdicts(fewer)})["N2"] == "not run"
+        assert word_of("N2", fewer) == "not run"
 
 
 def test_the_slope_is_that_of_least_squares() -> None:
@@ -225,7 +219,7 @@ def granular(*arms: str, plain: float = 1.2) -> str:
         documents_ = documents(thinks=name != "ntp", plain=plain)
         lines = {seed: measures.lines_of(documents_, truths.__getitem__) for seed in (1, 2, 3)}
         groups[name] = Group(name, {}, {}, lines)
-    return words({verdict.name: verdict for verdict in verdicts(groups)})["P6"]
+    return word_of("P6", groups)
 
 
 @pytest.mark.parametrize(("thinks", "word"), [(True, "confirmed"), (False, "undecided")])
@@ -236,7 +230,7 @@ def test_thoughts_that_are_not_there_mean_nothing(thinks: bool, word: str) -> No
         name: Group(name, {}, {}, {seed: measures.lines_of(held, truths.__getitem__) for seed in (1, 2, 3)})
         for name, held in {"ra3": documents(thinks=thinks), "transplant": documents(thinks=True)}.items()
     }
-    assert words({verdict.name: verdict for verdict in verdicts(groups)})["P3"] == word
+    assert word_of("P3", groups) == word
 
 
 def test_a_handful_of_thoughts_tells_nothing_of_routines() -> None:
@@ -250,7 +244,7 @@ def test_a_handful_of_thoughts_tells_nothing_of_routines() -> None:
             left -= said is not None
             found.append(replace(line, figures=replace(line.figures, thought=said and said[-3:])))
         groups = {"ra3": Group("ra3", {}, {}, dict.fromkeys((1, 2, 3), found)), "transplant": transplant}
-        return words({verdict.name: verdict for verdict in verdicts(groups)})["P3"]
+        return word_of("P3", groups)
 
     assert word(3) == word(FEW_THOUGHTS - 1) == "undecided"
     assert word(FEW_THOUGHTS) == word(80) == "refuted"
@@ -289,7 +283,7 @@ def swept(recall: dict[float, dict[int, bool]], seeds: int = 3, base: dict[int, 
     for price, thinks in recall.items():
         by_seed = {seed: boundaries(thinks) for seed in range(1, seeds + 1)}
         groups[f"price,latent_price={price}"] = Group("price", {PRICE: price}, {}, by_seed)
-    return words({verdict.name: verdict for verdict in verdicts(groups)})["P2"]
+    return word_of("P2", groups)
 
 
 def test_the_price_is_a_staircase_or_not() -> None:

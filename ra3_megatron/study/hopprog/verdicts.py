@@ -5,6 +5,7 @@ deep_ra3, and the price sweep `price`. An arm that is missing leaves its predict
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import linear_regression
 
 from ra3_megatron.study.hopprog.groups import (
     PRICE,
@@ -191,9 +192,7 @@ def _slope(points: Mapping[int, float]) -> float | None:
     """Least-squares slope of the values against the keys; None of fewer than two points."""
     if len(points) < 2:
         return None
-    x, y = list(points), list(points.values())
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return linear_regression(list(points), list(points.values())).slope
 
 
 def _granularity(groups: Mapping[str, Group]) -> Verdict:
