@@ -131,7 +131,8 @@ def write_transcripts(prefix: Path, transcripts: Iterable[Transcript]) -> int:
 def to_document(transcript: Transcript, format: LatentFormat, tokenizer: Tokenizer) -> Document:
     """The document that `transcript` was composed from; its thoughts are the document's `observed` ones.
 
-    `compose(document, document.observed, …)` gives the transcript again.
+    `compose(document, document.observed, …)` gives its tokens and roles again. A line may think where its latent was
+    offered, or where a thought stands (one that a human wrote is not offered where the rest is sampled).
     """
     ids = transcript.ids.tolist()
     complete = ids[-1] == tokenizer.eos and transcript.roles[-1] == Role.LAYOUT
@@ -148,10 +149,11 @@ def to_document(transcript: Transcript, format: LatentFormat, tokenizer: Tokeniz
         indent = tuple(part[position] for position in layout if position < expert[0])
         tail = tuple(part[position] for position in layout if position > expert[0])
         think_set = format.think_set_of(body)
-        lines.append(Line(indent, body, tail, think_set, bool(transcript.offered[index])))
         latent = tuple(part[position] for position in np.flatnonzero(np.isin(roles, _LATENT_ROLES)))
         if latent and format.sets[think_set, latent[0]]:  # else the latent is <act>
             observed[index] = latent
+        may_think = bool(transcript.offered[index]) or index in observed
+        lines.append(Line(indent, body, tail, think_set, may_think))
     prompt = tuple(ids[1 : int(starts[0])])
     return Document(transcript.document, tuple(lines), observed, complete, prompt)
 

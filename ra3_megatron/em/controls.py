@@ -51,9 +51,9 @@ def control_latents(
     documents = [to_document(t, latents, tokenizer) for t in transcripts]
     if how == "filler":
         (nothing, *_) = tokenizer.encode(filler)
-        thoughts = [_silenced(document, nothing, latents) for document in documents]
+        thoughts = [_silenced(d, t, nothing, latents) for d, t in zip(documents, transcripts, strict=True)]
     else:
-        thoughts = _shuffled(documents, generator((*keys[0], 1)) if keys else None)
+        thoughts = _shuffled(documents, transcripts, generator((*keys[0], 1)) if keys else None)
     return [
         _composed(document, mine, transcript, policy, max_tokens)
         for document, mine, transcript in zip(documents, thoughts, transcripts, strict=True)
@@ -69,23 +69,32 @@ def _elsewhere(transcript: Transcript, rng: np.random.Generator) -> np.ndarray:
     return decisions
 
 
-def _silenced(document: Document, nothing: int, latents: LatentFormat) -> dict[int, tuple[int, ...]]:
+def _by_q(document: Document, sampled: Transcript) -> list[int]:
+    """Lines whose thought q wrote: a human's was not offered."""
+    return [line for line in sorted(document.observed) if sampled.offered[line]]
+
+
+def _silenced(
+    document: Document, sampled: Transcript, nothing: int, latents: LatentFormat
+) -> dict[int, tuple[int, ...]]:
     """The thoughts with every token `nothing`, but for the first one and the end; human ones stay."""
     thoughts = dict(document.observed)
-    for line, ids in thoughts.items():
-        if document.lines[line].may_think:
-            end = ids[-1:] if len(ids) > 1 and latents.ends_thought(ids[-1]) else ()
-            thoughts[line] = (*ids[:1], *[nothing] * (len(ids) - 1 - len(end)), *end)
+    for line in _by_q(document, sampled):
+        ids = thoughts[line]
+        end = ids[-1:] if len(ids) > 1 and latents.ends_thought(ids[-1]) else ()
+        thoughts[line] = (*ids[:1], *[nothing] * (len(ids) - 1 - len(end)), *end)
     return thoughts
 
 
-def _shuffled(documents: Sequence[Document], rng: np.random.Generator | None) -> Thoughts:
-    """The thoughts of all documents, each in the place of another one with which it can change places."""
+def _shuffled(
+    documents: Sequence[Document], transcripts: Sequence[Transcript], rng: np.random.Generator | None
+) -> Thoughts:
+    """The thoughts of all documents, each in the place of another one with which it can change places; human ones
+    stay."""
     places: Mapping[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, document in enumerate(documents):
-        for line in sorted(document.observed):
-            if document.lines[line].may_think:  # else a human wrote the thought
-                places[document.lines[line].think_set].append((number, line))
+    for number, (document, sampled) in enumerate(zip(documents, transcripts, strict=True)):
+        for line in _by_q(document, sampled):
+            places[document.lines[line].think_set].append((number, line))
     thoughts: Thoughts = [dict(document.observed) for document in documents]
     for group in places.values():
         assert rng is not None
@@ -104,13 +113,14 @@ def _composed(
     policy: LatentPolicy,
     max_tokens: int,
 ) -> Transcript:
-    """The document with these thoughts, `sampled` otherwise; the last ones are left out where it gets too long."""
-    kept = dict(sorted(thoughts.items()))
-    while True:
+    """The document with these thoughts, `sampled` otherwise; the last ones are left out where it gets too long, but
+    none that a human wrote."""
+    kept = dict(thoughts)
+    spare = _by_q(document, sampled)
+    transcript = compose(document, kept, policy.latents, policy.tokenizer)
+    while transcript.num_tokens > max_tokens:
+        del kept[spare.pop()]
         transcript = compose(document, kept, policy.latents, policy.tokenizer)
-        if transcript.num_tokens <= max_tokens:
-            break
-        kept.popitem()
     return Transcript(
         ids=transcript.ids,
         roles=transcript.roles,
