@@ -160,6 +160,10 @@ class ModelConfig(Section):
                     f"model.expert_ffn_hidden_size={self.expert_ffn_hidden_size} needs model.num_experts "
                     "(dense layers have model.ffn_hidden_size)"
                 )
+            for name in ("experts_per_token", "normalize_expert_weights"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    shown = str(value).lower()
+                    raise ValueError(f"model.{name}={shown} is not read without experts: set model.num_experts")
         elif self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}"

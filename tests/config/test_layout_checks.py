@@ -76,6 +76,11 @@ BAD_MODELS = [
         "expert_ffn_hidden_size=64",
         "model.expert_ffn_hidden_size=64 needs model.num_experts (dense layers have model.ffn_hidden_size)",
     ),
+    ("experts_per_token=1", "model.experts_per_token=1 is not read without experts: set model.num_experts"),
+    (
+        "normalize_expert_weights=false",
+        "model.normalize_expert_weights=false is not read without experts: set model.num_experts",
+    ),
 ]
 """Keys of `model` that do not go together."""
 
