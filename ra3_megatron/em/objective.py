@@ -52,14 +52,19 @@ def truncated_returns(rewards: Tensor, horizon: int, discount: float) -> Tensor:
 
 def group_advantages(returns: Tensor, baseline: Baseline, no_thought: Tensor | None = None) -> Tensor:
     """A_t = R_t minus the baseline: what the other transcripts of the same document got at the same line, or what the
-    document gets without any thought (`no_thought`, [T], as in RLP, arXiv 2510.01265). [G, T] -> [G, T]."""
+    document gets without any thought (`no_thought`, [T], as in RLP, arXiv 2510.01265). [G, T] -> [G, T].
+
+    Over transcripts that got the same, both means give exactly 0: what rounding left would be all that `normalized`
+    sees where q has stopped thinking.
+    """
     if baseline == "none":
         return returns
     if baseline == "no_thought":
         if no_thought is None:
             raise ValueError("baseline=no_thought needs the returns of the document without thoughts")
         return returns - no_thought
-    centered = returns - returns.mean(0, keepdim=True)
+    exact = returns.double()  # G times an fp32 number is one of fp64
+    centered = (exact - exact.mean(0, keepdim=True)).to(returns.dtype)
     if baseline == "leave_one_out":
         size = returns.shape[0]
         return centered * (size / (size - 1))

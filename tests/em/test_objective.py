@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ra3_megatron.em.objective import (
+    Baseline,
     best_of_group,
     group_advantages,
     line_log_likelihood,
@@ -110,6 +111,13 @@ def test_normalized() -> None:
 
 
 # -- the prior (method.md, invariant 2) ---------------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.floats(-50, 50, width=32), st.sampled_from(["group_mean", "leave_one_out"]))
+def test_transcripts_that_got_the_same_have_no_advantage(group: int, value: float, baseline: Baseline) -> None:
+    advantages = group_advantages(torch.full((group, 1), value), baseline)
+    assert advantages.dtype == torch.float32 and (advantages == 0).all()
+    assert (normalized(advantages, torch.ones(group, 1, dtype=torch.bool)) == 0).all()
 
 
 @given(tensors(5, low=-4, high=4), st.integers(2, 5), st.floats(0.0, 0.999))
