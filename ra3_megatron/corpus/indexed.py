@@ -164,17 +164,18 @@ class TranscriptStore(Sequence[Transcript]):
     UserError naming the file when a part is missing, cut short, or not of this store.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, remedy: str = "write the data set again") -> None:
+        """remedy: what to do where it is damaged."""
         self.prefix = prefix
-        meta = _read_meta(prefix)
+        meta = _read_meta(prefix, remedy)
         self.weight_version: int = meta["weight_version"]
         self.num_tokens: int = meta["tokens"]
-        self._parts = {part: _open_part(prefix, part, meta) for part in _PARTS}
+        self._parts = {part: _open_part(prefix, part, meta, remedy) for part in _PARTS}
         self.lengths: npt.NDArray[np.int32] = np.array(self._parts["ids"].sequence_lengths)
         """Tokens of each transcript, [transcripts]."""
         if not np.array_equal(self.lengths, self._parts["marks"].sequence_lengths):
             file = _part_file(prefix, "marks", "idx")
-            raise UserError(f"{file}: lengths differ from those of the ids: write the data set again")
+            raise UserError(f"{file}: lengths differ from those of the ids: {remedy}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -229,35 +230,35 @@ def _marks(transcript: Transcript) -> npt.NDArray[np.uint8]:
     return marks
 
 
-def _open_part(prefix: Path, part: str, meta: dict[str, Any]) -> Any:
+def _open_part(prefix: Path, part: str, meta: dict[str, Any], remedy: str) -> Any:
     for ending in ("bin", "idx"):
         file = _part_file(prefix, part, ending)
         if not file.is_file():
-            raise UserError(f"{file}: missing, though {_meta_file(prefix).name} names it: write the data set again")
+            raise UserError(f"{file}: missing, though {_meta_file(prefix).name} names it: {remedy}")
         size, expected = file.stat().st_size, meta["bytes"].get(file.name)
         if size != expected:
-            raise UserError(f"{file}: {size} bytes instead of {expected}: write the data set again")
+            raise UserError(f"{file}: {size} bytes instead of {expected}: {remedy}")
     file = _part_file(prefix, part, "idx")
     try:
         data = IndexedDataset(str(prefix.with_name(f"{prefix.name}_{part}")))
     except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: not the index of a Megatron data set: write the data set again") from error
+        raise UserError(f"{file}: not the index of a Megatron data set: {remedy}") from error
     if len(data) != meta["transcripts"] or data.index.dtype != _PARTS[part]:
-        raise UserError(f"{file}: not of the data set that {_meta_file(prefix).name} describes: write it again")
+        raise UserError(f"{file}: not of the data set that {_meta_file(prefix).name} describes: {remedy}")
     return data
 
 
-def _read_meta(prefix: Path) -> dict[str, Any]:
+def _read_meta(prefix: Path, remedy: str) -> dict[str, Any]:
     file = _meta_file(prefix)
     try:
         meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = meta["format"]
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no data set here (or its writing was cut short)") from error
+        raise UserError(f"{file}: no data set here, or its writing was cut short: {remedy}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not the description of a data set: write the data set again") from error
+        raise UserError(f"{file}: not the description of a data set: {remedy}") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format {version}, this version reads format {FORMAT_VERSION}: write it again")
+        raise UserError(f"{file}: format {version}, this version reads format {FORMAT_VERSION}: {remedy}")
     return meta
 
 

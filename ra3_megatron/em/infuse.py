@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.corpus.indexed import TranscriptStore, TranscriptWriter
 from ra3_megatron.em.latent_stats import BlankTokens, latent_stats
 from ra3_megatron.em.policy import LatentPolicy
@@ -36,11 +37,16 @@ Arrange = Callable[[Sequence[Transcript], Sequence[Transcript], Sequence[Sequenc
 
 
 class InfusedCorpus:
-    """The infused documents of a folder, in order; `lengths` in tokens."""
+    """The infused documents of a folder, in order; `lengths` in tokens. UserError naming the file that is damaged."""
 
     def __init__(self, folder: Path) -> None:
-        self.record: dict[str, Any] = read_json(folder / RECORD)
-        self._stores = [TranscriptStore(folder / name) for name in self.record["chunks"]]
+        remedy = f"delete {folder} to infuse again"
+        self.record: dict[str, Any] = read_json(folder / RECORD, remedy)
+        try:
+            prefixes = [folder / name for name in self.record["chunks"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / RECORD}: not the record of an infusion: {remedy}") from error
+        self._stores = [TranscriptStore(prefix, remedy) for prefix in prefixes]
         self._ends = list(accumulate(len(store) for store in self._stores))
         self.lengths: npt.NDArray[np.int32] = np.concatenate([store.lengths for store in self._stores])
 
@@ -52,6 +58,11 @@ class InfusedCorpus:
             raise IndexError(f"document {index} of {len(self)}")
         chunk = bisect_right(self._ends, index)
         return self._stores[chunk][index - (self._ends[chunk - 1] if chunk else 0)]
+
+
+def is_infused(folder: Path) -> bool:
+    """Whether an infusion into `folder` is complete."""
+    return (folder / RECORD).is_file()
 
 
 def infuse(
@@ -70,7 +81,7 @@ def infuse(
 
     key: names the random streams (document number k uses `(*key, k)`). advance: told documents and tokens done.
     """
-    if runtime.broadcast(runtime.is_main and (folder / RECORD).is_file()):
+    if runtime.broadcast(runtime.is_main and is_infused(folder)):
         return InfusedCorpus(folder)
     size = max(CHUNK, -(-len(documents) // MAX_CHUNKS))
     starts = range(0, len(documents), size)

@@ -11,6 +11,7 @@ same start (`mstep.start`: pi_{i-1}, the base, or q_i, which without thoughts is
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.controls import control_latents
 from ra3_megatron.em.estep import EStep
 from ra3_megatron.em.evaluation import evaluate
-from ra3_megatron.em.infuse import InfusedCorpus, infuse
+from ra3_megatron.em.infuse import InfusedCorpus, infuse, is_infused
 from ra3_megatron.em.latent_context import InForceOnly
 from ra3_megatron.em.monitors import check_mstep, check_pruning
 from ra3_megatron.em.mstep import MStep
@@ -67,9 +68,8 @@ class EM:
         pi, elbo = base, self.evaluate("base", 0, base)["elbo"]
         for iteration in range(1, self.config.em.iterations + 1):
             q = self.estep(iteration, pi)
-            infused = self.infuse(iteration, q)
             start = {"base": base, "pi": pi, "q": q}[self.config.mstep.start]
-            pi = self.mstep(Phase("mstep", iteration), start, infused)
+            pi = self.mstep(Phase("mstep", iteration), start, partial(self.infuse, iteration, q))
             before, elbo = elbo, self.evaluate("ra3", iteration, pi)["elbo"]
             if self.config.em.stop_without_gain and elbo <= before:
                 self._say(f"iteration {iteration} did not raise the held-out ELBO: stopping (em.stop_without_gain)")
@@ -80,7 +80,7 @@ class EM:
         pi = base
         for iteration in range(1, self.config.em.iterations + 1):
             start = base if self.config.mstep.start == "base" else pi
-            pi = self.mstep(Phase("ntp", iteration), start, self._documents(iteration))
+            pi = self.mstep(Phase("ntp", iteration), start, partial(self._documents, iteration))
             self.evaluate("ntp", iteration, pi)
 
     def _check_policy(self) -> None:
@@ -147,10 +147,11 @@ class EM:
         )
 
     def infuse(self, iteration: int, q: Path) -> InfusedCorpus:
-        """D_i: the documents of the next M-step with latents sampled by q_i."""
+        """D_i: the documents of the next M-step with latents sampled by q_i; once more where they are gone."""
         run, phase = self.run_context, Phase("infuse", iteration)
         folder = run.folder.path / "infused" / f"iteration_{iteration}"
-        if run.has_logged(phase.name, iteration):  # the last thing that an infusion does
+        logged = run.has_logged(phase.name, iteration)  # the last thing that an infusion does
+        if logged and run.runtime.broadcast(run.runtime.is_main and is_infused(folder)):
             return InfusedCorpus(folder)
         self._stop_if_asked(f"before {phase.key}")
         documents = self._documents(iteration)
@@ -181,17 +182,19 @@ class EM:
         if stats["thoughts"]:
             values["mean_thought_tokens"] = stats["thought_tokens"] / stats["thoughts"]
         values |= {"seconds": stats["seconds"], "tokens_per_second": stats["tokens"] / stats["seconds"]}
-        run.log(phase.name, iteration, 1, values)
+        if not logged:
+            run.log(phase.name, iteration, 1, values)
         return corpus
 
-    def mstep(self, phase: Phase, start: Path, documents: Any) -> Path:
-        """pi_i: next-token prediction on these documents."""
+    def mstep(self, phase: Phase, start: Path, documents: Callable[[], Any]) -> Path:
+        """pi_i: next-token prediction on these documents, which nothing asks for when it is done."""
         run, settings = self.run_context, self.config.mstep
         if finished(run, phase):
             return final_of(run, phase)
+        found = documents()
 
         def steps(trainer: Trainer) -> PackedSteps:
-            read = self._as_read(documents)
+            read = self._as_read(found)
             return PackedSteps(MStep(self.config, settings, trainer, read, settings.thought_weight))
 
         return train_phase(run, phase, settings.steps, settings.optimizer, run.new_model(drawn=False), start, steps)

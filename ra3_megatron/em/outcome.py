@@ -4,12 +4,10 @@ from typing import Any, Literal
 
 from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.flops import SAMPLED, SCORED, TRAINED, flops
-from ra3_megatron.em.infuse import RECORD as INFUSED
 from ra3_megatron.mcore.checkpoint import read_record
 from ra3_megatron.report import summary as schema
 from ra3_megatron.report.held_out import read_figures
 from ra3_megatron.report.metrics import read_metrics
-from ra3_megatron.report.run_folder import read_json
 from ra3_megatron.training.phases import Phase, final_of, is_done
 
 MEASURES = (
@@ -32,7 +30,7 @@ def summarize(run: EMContext) -> schema.Summary:
     base_figures = _evaluation(run, "base", 0)
     assert base_figures is not None
     iterations = []
-    phases = _phases(run)
+    phases = _phases(run, records)
     measured: dict[tuple[str, int], schema.Arm] = {}
     arms: tuple[Literal["ntp", "ra3"], ...] = ("ntp", "ra3")
     for arm in arms:
@@ -113,14 +111,14 @@ def _flops(run: EMContext, phase: Phase, tokens: int) -> float:
     return flops(run.config.model, run.corpus.tokenizer.vocab_size, tokens, passes.get(phase.name, TRAINED))
 
 
-def _phases(run: EMContext) -> dict[str, schema.Phase]:
+def _phases(run: EMContext, records: list[dict[str, Any]]) -> dict[str, schema.Phase]:
+    infused = {r["iteration"]: r for r in records if r["phase"] == "infuse"}
     found: dict[str, schema.Phase] = {"warm_start": _cost(run, Phase("warm_start", 0))}
     for iteration in range(1, run.config.em.iterations + 1):
         for name in ("estep", "infuse", "mstep", "ntp"):
             phase = Phase(name, iteration)
-            infused = run.folder.path / "infused" / f"iteration_{iteration}" / INFUSED
-            if name == "infuse" and infused.is_file():
-                record = read_json(infused)
+            if name == "infuse" and iteration in infused:
+                record = infused[iteration]
                 found[phase.key] = schema.Phase(
                     seconds=record["seconds"],
                     tokens=record["tokens"],

@@ -40,7 +40,7 @@ class Recorded(EM):
         return {"elbo": 0.0}
 
     def mstep(self, phase: Phase, start: Path, documents: Any) -> Path:
-        assert documents == phase.iteration
+        assert documents() == phase.iteration
         self.starts[phase.key] = str(start)
         return Path(phase.key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +42,25 @@ def resumed(ra3: Ra3, config: Path, tmp_path_factory: pytest.TempPathFactory) ->
         outcome = ra3(*arguments, *resume, code=None, signal=[target, when, call, name])
         assert outcome.code == STOPPED, f"{place}: exit code {outcome.code}\n{outcome.output}\n{outcome.errors}"
         assert outcome.errors == f"ra3: stopped by {name}: {said}; the same command with --resume goes on\n", place
+    infused = run / "infused" / "iteration_1"
+    part = infused / "chunk_00001_ids.bin"
+    part.write_bytes(part.read_bytes()[:-1])
+    size = part.stat().st_size
+    said = ra3.refuses(*arguments, "--resume")
+    assert said == f"{part}: {size} bytes instead of {size + 1}: delete {infused} to infuse again"
+    shutil.rmtree(infused)  # the M-step that has begun goes on with the same documents, infused once more
     ra3(*arguments, "--resume")
     return run
+
+
+def test_a_finished_run_does_without_its_infused_documents(ra3: Ra3, config: Path, resumed: Path) -> None:
+    kept, before = resumed.with_name("kept"), (resumed / "summary.json").read_text()
+    (resumed / "infused").rename(kept)
+    try:
+        outcome = ra3("train", config, f"run_dir={resumed}", "--resume")
+    finally:
+        kept.rename(resumed / "infused")
+    assert outcome.errors == "" and (resumed / "summary.json").read_text() == before
 
 
 def test_metrics_are_those_of_the_uninterrupted_run(finished: Path, resumed: Path) -> None:
