@@ -230,6 +230,14 @@ def _marks(transcript: Transcript) -> npt.NDArray[np.uint8]:
     return marks
 
 
+class _Data(IndexedDataset):
+    """Megatron's, which speaks up when it is deleted after an index that it could not read."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "index"):
+            super().__del__()
+
+
 def _open_part(prefix: Path, part: str, meta: dict[str, Any], remedy: str) -> Any:
     for ending in ("bin", "idx"):
         file = _part_file(prefix, part, ending)
@@ -240,12 +248,22 @@ def _open_part(prefix: Path, part: str, meta: dict[str, Any], remedy: str) -> An
             raise UserError(f"{file}: {size} bytes instead of {expected}: {remedy}")
     file = _part_file(prefix, part, "idx")
     try:
-        data = IndexedDataset(str(prefix.with_name(f"{prefix.name}_{part}")))
-    except (AssertionError, ValueError, KeyError) as error:
+        data = _Data(str(prefix.with_name(f"{prefix.name}_{part}")))
+    except (AssertionError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{file}: not the index of a Megatron data set: {remedy}") from error
-    if len(data) != meta["transcripts"] or data.index.dtype != _PARTS[part]:
+    if len(data) != meta["transcripts"] or data.index.dtype != _PARTS[part] or not _covers(data, prefix, part):
         raise UserError(f"{file}: not of the data set that {_meta_file(prefix).name} describes: {remedy}")
     return data
+
+
+def _covers(data: Any, prefix: Path, part: str) -> bool:
+    """Whether the sequences that the index names follow each other from the first byte of the data to its last."""
+    lengths = np.array(data.sequence_lengths, dtype=np.int64) * data.index.dtype_size
+    ends = np.cumsum(lengths)
+    size = _part_file(prefix, part, "bin").stat().st_size
+    return bool(
+        (lengths >= 0).all() and ends[-1:].sum() == size and (data.index.sequence_pointers == ends - lengths).all()
+    )
 
 
 def _read_meta(prefix: Path, remedy: str) -> dict[str, Any]:

@@ -172,7 +172,27 @@ def test_damage_is_named(tmp_path: Path, part: str, ending: str) -> None:
         TranscriptStore(prefix)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Megatron's half-made reader
+@pytest.mark.parametrize("part", ["ids", "marks", "names"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_no_bit_of_an_index_changes_what_is_read(tmp_path: Path, part: str) -> None:
+    """Each flipped bit is named, or is in what nothing reads (Megatron's index of documents)."""
+    prefix = tmp_path / "s"
+    write_transcripts(prefix, [A, B])
+    index = tmp_path / f"s_{part}.idx"
+    whole, refused = index.read_bytes(), 0
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        index.write_bytes(flipped)
+        try:
+            assert list(TranscriptStore(prefix)) == [A, B]
+        except UserError as error:
+            assert str(index) in str(error)
+            refused += 1
+    assert refused > 8 * len(whole) / 2
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_wrong_content_of_the_right_size_is_named(tmp_path: Path) -> None:
     prefix = tmp_path / "s"
     write_transcripts(prefix, [A, B])
