@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from ra3_megatron.em.context import EMContext
 from ra3_megatron.em.flops import SAMPLED, SCORED, TRAINED, flops
-from ra3_megatron.mcore.checkpoint import read_record
+from ra3_megatron.mcore.checkpoint_record import read_record
 from ra3_megatron.report import summary as schema
 from ra3_megatron.report.held_out import read_figures
 from ra3_megatron.report.metrics import read_metrics

@@ -24,6 +24,7 @@ from ra3_megatron.hf.weights import Link
 from ra3_megatron.mcore import checkpoint as mcore_checkpoint
 from ra3_megatron.mcore.batch import TokenBatch
 from ra3_megatron.mcore.checkpoint_contents import Contents, read_contents
+from ra3_megatron.mcore.checkpoint_record import check_architecture
 from ra3_megatron.mcore.model import architecture_of, build_model, language_model
 from ra3_megatron.mcore.startup import Runtime
 
@@ -80,7 +81,7 @@ class Check:
         self._source.check(self._links)
         contents: Contents = read_contents(checkpoint)
         architecture = architecture_of(self._model, self._vocab_size)
-        mcore_checkpoint.check_architecture(f"{checkpoint}: does not fit {folder}", contents.record, architecture)
+        check_architecture(f"{checkpoint}: does not fit {folder}", contents.record, architecture)
         self._reader = ShardReader(contents, self._links)
         narrow = contents.record["precision"] == "bf16" or self._source.dtype == torch.bfloat16
         self.dtype = "bf16" if narrow else "fp32"

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.mcore.checkpoint import PARTIAL
 from ra3_megatron.mcore.checkpoint_files import force_to_disk
+from ra3_megatron.mcore.checkpoint_record import PARTIAL
 from ra3_megatron.text.files import lock_file, write_atomic
 
 IDENTITY = "conversion.json"

@@ -28,9 +28,9 @@ from ra3_megatron.hf.origin import Origin, origin_of
 from ra3_megatron.hf.safetensors_files import Writer
 from ra3_megatron.hf.source import INDEX, SINGLE
 from ra3_megatron.hf.weights import Link, by_name, manifest
-from ra3_megatron.mcore.checkpoint import RECORD
 from ra3_megatron.mcore.checkpoint_contents import read_contents
 from ra3_megatron.mcore.checkpoint_files import facts_of
+from ra3_megatron.mcore.checkpoint_record import RECORD
 
 SHARD_BYTES = 5_000_000_000
 _STATE = ("phase", "iteration", "step", "weight_version")

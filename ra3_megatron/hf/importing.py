@@ -26,8 +26,8 @@ from ra3_megatron.hf.families.base import Family
 from ra3_megatron.hf.files import keep_small_files, small_files
 from ra3_megatron.hf.source import Source
 from ra3_megatron.hf.weights import Link
-from ra3_megatron.mcore.checkpoint import RECORD
 from ra3_megatron.mcore.checkpoint_files import facts_of
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.mcore.model import architecture_of
 from ra3_megatron.text.tokenizer import HFTokenizer
 

@@ -17,7 +17,7 @@ from ra3_megatron.hf.families import family_for
 from ra3_megatron.hf.families.base import Family
 from ra3_megatron.hf.files import keep_small_files, write_config
 from ra3_megatron.hf.importing import HF_FOLDER, model_of
-from ra3_megatron.mcore.checkpoint import check_architecture
+from ra3_megatron.mcore.checkpoint_record import check_architecture
 from ra3_megatron.mcore.model import architecture_of
 from ra3_megatron.text.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
 

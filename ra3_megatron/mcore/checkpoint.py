@@ -40,6 +40,7 @@ from ra3_megatron import __version__
 from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.mcore import optimizer_state
 from ra3_megatron.mcore.checkpoint_files import facts_of, force_to_disk, wrong_contents, wrong_sizes
+from ra3_megatron.mcore.checkpoint_record import PARTIAL, RECORD, check_architecture, is_partial, read_record
 from ra3_megatron.mcore.fp8 import keep_exact
 from ra3_megatron.mcore.model import SHARDING, chunks_of
 from ra3_megatron.mcore.names import EXTRA_STATE
@@ -47,8 +48,6 @@ from ra3_megatron.mcore.shard_writer import ShardWriter
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.mcore.trainer import Trainer
 
-RECORD = "checkpoint.json"
-PARTIAL = ".partial"
 CAUSE_LENGTH = 300
 """Characters of Megatron's message that an error quotes."""
 _REPLACED = ".replaced" + PARTIAL
@@ -238,49 +237,6 @@ def load(
 
 def _resident(trainer: Trainer | None) -> AbstractContextManager[None]:
     return nullcontext() if trainer is None else trainer.optimizer_resident()
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The JSON record of a complete checkpoint. Raises UserError when there is none."""
-    path = folder / RECORD
-    try:
-        if folder.name.endswith(PARTIAL) or not path.is_file():
-            raise UserError(_no_checkpoint(folder))
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read: {problem}") from problem
-    needed = ("architecture", "precision", "optimizer", "layout", "files")
-    missing = [key for key in needed if key not in record]
-    if missing:
-        raise UserError(f"{path}: names no {missing[0]}: not a checkpoint of this version of ra3")
-    return record
-
-
-def _no_checkpoint(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
-    below = [path for depth in (1, 2, 3) for path in folder.glob("*/" * depth + RECORD)]  # of a run, or a part of it
-    records = sorted(below, key=lambda path: path.stat().st_mtime)
-    found = [str(path.parent) for path in records if not is_partial(path.parent)]
-    if not found:
-        return f"{folder}: is no complete checkpoint (no {RECORD})"
-    return f"{folder}: is no checkpoint itself; those below it, oldest first: {', '.join(found)}"
-
-
-def check_architecture(name: str, record: dict[str, Any], architecture: dict[str, Any]) -> None:
-    """UserError unless the record is that of a model with this architecture. name: what the user called it."""
-    for key, wanted in architecture.items():
-        held = record["architecture"].get(key)
-        if held != wanted:
-            raise UserError(f"{name}: holds a model with {key}={held}, but this model has {key}={wanted}")
-
-
-def is_partial(path: Path) -> bool:
-    """Whether a folder is a checkpoint that is being written, or that a kill left unfinished."""
-    return path.name.endswith(PARTIAL)
-
-
-# -- what is in a checkpoint ------------------------------------------------------------------------------------------
 
 
 def _chunks(model: torch.nn.Module) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ra3_megatron.mcore.checkpoint import read_record
 from ra3_megatron.mcore.checkpoint_files import wrong_contents, wrong_sizes
+from ra3_megatron.mcore.checkpoint_record import read_record
 from ra3_megatron.mcore.names import EXTRA_STATE
 
 INDEX = ".metadata"

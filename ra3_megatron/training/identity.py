@@ -5,7 +5,7 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.mcore.checkpoint import check_architecture, read_record
+from ra3_megatron.mcore.checkpoint_record import check_architecture, read_record
 from ra3_megatron.mcore.model import architecture_of
 from ra3_megatron.text.tokenizer import Tokenizer
 

@@ -25,6 +25,7 @@ import torch
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.training import OptimizerConfig
 from ra3_megatron.mcore import checkpoint, watchdog
+from ra3_megatron.mcore.checkpoint_record import RECORD, is_partial
 from ra3_megatron.mcore.stopping import StopAsked
 from ra3_megatron.mcore.trainer import RefusedStep, Trainer
 from ra3_megatron.rollout.sampling import Sampling
@@ -88,7 +89,7 @@ def final_of(run: RunContext, phase: Phase) -> Path:
 
 def is_done(run: RunContext, phase: Phase) -> bool:
     """Whether the phase has left its final checkpoint."""
-    return (final_of(run, phase) / checkpoint.RECORD).is_file()
+    return (final_of(run, phase) / RECORD).is_file()
 
 
 def finished(run: RunContext, phase: Phase) -> bool:
@@ -348,8 +349,8 @@ def _load_newest(run: RunContext, folder: Path, model: torch.nn.Module, trainer:
 
 
 def _complete(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step_*") if not checkpoint.is_partial(path))
-    return [path for path in found if (path / checkpoint.RECORD).is_file()]
+    found = (path for path in folder.glob("step_*") if not is_partial(path))
+    return [path for path in found if (path / RECORD).is_file()]
 
 
 def _step_of(path: Path) -> int:
@@ -367,8 +368,8 @@ def _prune(folder: Path, run: RunContext, keep: int | None = None) -> None:
         for path in folder.glob("step_*"):
             if path not in kept:
                 # the record goes first: a half-deleted checkpoint is no checkpoint
-                (path / checkpoint.RECORD).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=checkpoint.is_partial(path))  # its writer may not have died yet
+                (path / RECORD).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=is_partial(path))  # its writer may not have died yet
     run.runtime.barrier()
 
 

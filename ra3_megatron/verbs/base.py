@@ -7,7 +7,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.hf.files import keep_small_files
 from ra3_megatron.hf.importing import HF_FOLDER, import_hf
 from ra3_megatron.hf.origin import RUN_FOLDER
-from ra3_megatron.mcore.checkpoint import RECORD
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.report.progress import bytes_progress
 from ra3_megatron.report.run_folder import RunFolder

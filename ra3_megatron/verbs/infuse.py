@@ -32,7 +32,7 @@ def infuse(checkpoint: Path, out: Path, config: RunConfig | None, overrides: Seq
     Raises UserError when the checkpoint is none, does not fit the configuration, or `out` holds something else.
     """
     import ra3_megatron.mcore  # noqa: F401
-    from ra3_megatron.mcore.checkpoint import read_record
+    from ra3_megatron.mcore.checkpoint_record import read_record
 
     read_record(checkpoint)
     if config is None:
@@ -115,7 +115,7 @@ def run_of(checkpoint: Path) -> RunFolder | None:
 
 def weights_of(checkpoint: Path) -> dict[str, str]:
     """The checksums of its files, as another one may stand in its place by now. Raises UserError when it is none."""
-    from ra3_megatron.mcore.checkpoint import read_record
+    from ra3_megatron.mcore.checkpoint_record import read_record
 
     return {name: facts["sha256"] for name, facts in read_record(checkpoint)["files"].items()}
 

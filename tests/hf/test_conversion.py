@@ -25,6 +25,7 @@ from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.importing import import_hf
 from ra3_megatron.mcore import checkpoint, checkpoint_files
 from ra3_megatron.mcore.checkpoint_contents import read_contents
+from ra3_megatron.mcore.checkpoint_record import read_record
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.text.tokenizer import HFTokenizer
 from ra3_megatron.verbs.convert import parse_size
@@ -63,7 +64,7 @@ def test_a_checkpoint_is_what_megatron_writes(hf: Path, tmp_path: Path, runtime:
         }
 
     assert described(tmp_path / "converted") == described(tmp_path / "saved")
-    mine, theirs = (checkpoint.read_record(tmp_path / name) for name in ("converted", "saved"))
+    mine, theirs = (read_record(tmp_path / name) for name in ("converted", "saved"))
     for key in ("version", "layout", "architecture", "precision", "optimizer"):
         assert mine[key] == theirs[key]
     assert mine["hf"] == {"family": "qwen3_moe", "dtype": "fp32"} and mine["weight_version"] == mine["step"] == 0
@@ -211,7 +212,7 @@ def test_a_killed_conversion_goes_on(
     assert not out.exists() and partial.is_dir()
     assert not (partial / "checkpoint.json").exists() and not (partial / "config.json").exists()
     with pytest.raises(UserError, match="is no complete checkpoint"):
-        checkpoint.read_record(partial)
+        read_record(partial)
     with (partial / "journal.jsonl").open("a") as journal:
         journal.write('{"unit": 2, "resu')  # a torn line
     killed_once = contents(partial)
@@ -388,7 +389,7 @@ def test_two_conversions_to_one_place(moment: str, hf: Path, tmp_path: Path, mon
     assert import_hf(hf, tmp_path / "out", progress=progress)
     assert len(started) == 1
     assert started[0].returncode == 2 and "another process is writing there" in started[0].stderr
-    checkpoint.read_record(tmp_path / "out")
+    read_record(tmp_path / "out")
 
 
 def test_a_conversion_that_another_one_ended(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

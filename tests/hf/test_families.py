@@ -17,6 +17,7 @@ from ra3_megatron.hf.checking import Check
 from ra3_megatron.hf.exporting import export_hf
 from ra3_megatron.hf.importing import import_hf
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import read_record
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.mcore.trainer import Trainer
 from tests.processes import run_processes
@@ -56,7 +57,7 @@ def test_bf16(name: str, tmp_path: Path, runtime: Runtime) -> None:
     """bf16 weights, computed with in fp32, and in bf16; the way back is exact, and so is an export as fp32."""
     hf = make(name, tmp_path / "hf", torch.bfloat16)
     import_hf(hf, tmp_path / "checkpoint")
-    record = checkpoint.read_record(tmp_path / "checkpoint")
+    record = read_record(tmp_path / "checkpoint")
     assert record["precision"] == "bf16"
     theirs = hf_logits(hf)
     found = logits(load(tmp_path / "checkpoint", hf, SINGLE, runtime), runtime)

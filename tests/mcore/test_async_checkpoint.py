@@ -20,6 +20,7 @@ import torch
 
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import RECORD, read_record
 from ra3_megatron.mcore.startup import Runtime, initialize
 from tests.mcore.small_models import MODEL, build, make_trainer, weights
 from tests.mcore.test_distributed_checkpoint import BF16, assert_identical, stored, train
@@ -96,7 +97,7 @@ def test_it_holds_what_was_there_at_the_call(
     assert pending.poll()
     found, expected = stored(tmp_path / "background"), stored(tmp_path / "synchronous")
     assert_identical(found, expected)
-    records = [json.loads((tmp_path / name / checkpoint.RECORD).read_text()) for name in ("background", "synchronous")]
+    records = [json.loads((tmp_path / name / RECORD).read_text()) for name in ("background", "synchronous")]
     for record in records:
         record.pop("files")["__0_0.distcp"]
     assert records[0] == records[1]
@@ -128,7 +129,7 @@ def test_polling_completes_it(runtime: Runtime, tmp_path: Path) -> None:
     end = time.monotonic() + 30
     while not pending.poll() and time.monotonic() < end:
         time.sleep(0.01)
-    assert checkpoint.read_record(tmp_path / "saved")["step"] == 4
+    assert read_record(tmp_path / "saved")["step"] == 4
     pending.wait()
     pending.abandon()
     assert os.listdir(tmp_path) == ["saved"]
@@ -254,7 +255,7 @@ def in_two_processes(folder: Path) -> tuple[Any, str]:
     while not pending.poll():
         polls += 1
         time.sleep(0.02)
-    record = checkpoint.read_record(folder / "background")  # on every process at the same poll
+    record = read_record(folder / "background")  # on every process at the same poll
     assert {"__0_0.distcp", "__1_0.distcp"} <= record["files"].keys()
     # one process cannot write: all hear of it
     if runtime.rank == 1:

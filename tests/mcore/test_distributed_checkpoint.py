@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import RECORD, read_record
 from ra3_megatron.mcore.loss import PolicyLoss
 from ra3_megatron.mcore.model import LanguageModel, build_model, language_model
 from ra3_megatron.mcore.startup import Runtime, initialize
@@ -264,13 +265,27 @@ def test_folders_that_are_no_complete_checkpoint_are_refused(runtime: Runtime, t
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="missing: no such folder"):
-        checkpoint.read_record(tmp_path / "missing")
+        read_record(tmp_path / "missing")
     for folder in (partial, empty):
         with pytest.raises(UserError, match=rf"{folder.name}: is no complete checkpoint"):
             checkpoint.load(folder, model, runtime)
-    (empty / checkpoint.RECORD).write_text("{")
+    (empty / RECORD).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(empty, model, runtime)
+    whole = json.loads((partial / RECORD).read_text())
+    damages = {
+        "names no layout": {key: value for key, value in whole.items() if key != "layout"},
+        "its content: ": 3,
+        "architecture: ": whole | {"architecture": []},
+        r"files\.common\.pt\.bytes: ": whole | {"files": {"common.pt": {"bytes": "9", "sha256": ""}}},
+        "step: ": whole | {"step": 2.5},
+    }
+    for said, content in damages.items():
+        (empty / RECORD).write_text(json.dumps(content))
+        with pytest.raises(
+            UserError, match=rf"empty/checkpoint\.json: {said}.*: not a checkpoint of this version"
+        ):
+            checkpoint.load(empty, model, runtime)
 
 
 def test_files_that_are_not_whole_are_refused(runtime: Runtime, tmp_path: Path) -> None:
@@ -518,7 +533,7 @@ def test_a_full_disk(runtime: Runtime, tmp_path: Path, limit: int) -> None:
     assert checkpoint.load(tmp_path / "good", trainer.model, runtime, trainer)["step"] == 1
     assert_identical(weights(trainer.model, runtime), before)
     checkpoint.save(tmp_path / "bad", trainer.model, runtime, {"step": 2}, trainer)
-    assert checkpoint.read_record(tmp_path / "bad")["step"] == 2
+    assert read_record(tmp_path / "bad")["step"] == 2
 
 
 def test_a_folder_that_cannot_be_made(runtime: Runtime, tmp_path: Path) -> None:
@@ -531,12 +546,12 @@ def test_the_record_says_what_is_in_it(runtime: Runtime, tmp_path: Path) -> None
     trainer = make_trainer(SINGLE, runtime)
     train(trainer, runtime, 0, 1)
     checkpoint.save(tmp_path / "saved", trainer.model, runtime, {"position": {"epoch": 1}}, trainer)
-    record = json.loads((tmp_path / "saved" / checkpoint.RECORD).read_text())
+    record = json.loads((tmp_path / "saved" / RECORD).read_text())
     sizes = dict.fromkeys(("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data"), 1)
     assert record["layout"] == {**sizes, "distributed_optimizer": False} and record["position"] == {"epoch": 1}
     assert record["architecture"]["model.hidden_size"] == 32
     assert record["optimizer"] == "replicated" and record["precision"] == "fp32"
-    files = {path.name: path for path in (tmp_path / "saved").iterdir() if path.name != checkpoint.RECORD}
+    files = {path.name: path for path in (tmp_path / "saved").iterdir() if path.name != RECORD}
     assert record["files"].keys() == files.keys() == {"__0_0.distcp", ".metadata", "common.pt", "metadata.json"}
     for name, path in files.items():
         content = path.read_bytes()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ra3_megatron.cli import app
 from ra3_megatron.config.model import ParallelConfig
-from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore import checkpoint, checkpoint_record
 from ra3_megatron.mcore.startup import Runtime
 from tests.mcore.small_models import make_trainer
 from tests.mcore.test_distributed_checkpoint import BF16, train
@@ -101,7 +101,7 @@ def test_json(saved: Path) -> None:
     assert {key: content[key] for key in RECORD} == RECORD
     (tensor,) = [tensor for tensor in content["tensors"] if tensor["name"] == QKV]
     assert tensor == {"name": QKV, "shape": [2, 96, 32], "dtype": "bfloat16", "shards": 2, "bytes": 2 * 96 * 32 * 2}
-    sizes = sum(path.stat().st_size for path in saved.iterdir() if path.name != checkpoint.RECORD)
+    sizes = sum(path.stat().st_size for path in saved.iterdir() if path.name != checkpoint_record.RECORD)
     assert content["bytes"] == sizes and content["parameters"] == 34976
     assert json.loads(inspect(saved, "--json", "--verify", "--no-tensors"))["problems"] == []
 
@@ -169,5 +169,5 @@ def test_other_folders(saved: Path, tmp_path: Path) -> None:
     assert "no such folder" in inspect(tmp_path / "missing", code=2)
     assert "is no complete checkpoint (no checkpoint.json)" in inspect(tmp_path, code=2)
     foreign: dict[str, Any] = {"version": 1}
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(foreign))
+    (tmp_path / checkpoint_record.RECORD).write_text(json.dumps(foreign))
     assert "names no architecture" in inspect(tmp_path, code=2)

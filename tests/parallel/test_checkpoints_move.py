@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import read_record
 from ra3_megatron.mcore.startup import Runtime, initialize
 from tests.mcore.small_models import make_documents, make_trainer, micro_batches, put_in_rows, weights
 from tests.parallel.comparison import TOLERANCES, Tolerance, without_padding
@@ -167,7 +168,7 @@ def test_what_a_layout_passes_on_is_the_same_bit_for_bit(moves: Moves, name: str
 def test_any_layouts_checkpoint_goes_on_in_one_process(moves: Moves, name: str) -> None:
     moves.found(name)
     topology = TOPOLOGIES[name]
-    record = checkpoint.read_record(moves.folder / name)
+    record = read_record(moves.folder / name)
     for key, size in record["layout"].items():
         asked = getattr(topology.parallel, key)
         assert size == (topology.parallel.tensor if asked is None else asked), key

@@ -53,7 +53,7 @@ def test_folders_that_cannot_be_looked_at() -> None:
     """A name that is too long stands for a folder of somebody else's, which root may look into."""
     from ra3_megatron.config.load import load_config
     from ra3_megatron.config.run import RunConfig
-    from ra3_megatron.mcore.checkpoint import read_record
+    from ra3_megatron.mcore.checkpoint_record import read_record
     from ra3_megatron.verbs.run_dir import check_folder
 
     name = "x" * 300

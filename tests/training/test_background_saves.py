@@ -15,6 +15,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.config.runtime import CheckpointConfig
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.mcore.startup import Runtime
 from ra3_megatron.training.phases import _Saves, latest_checkpoint
 from tests.mcore.small_models import make_trainer
@@ -69,7 +70,7 @@ def test_older_ones_are_kept_until_a_newer_one_is_complete(saves: _Saves, tmp_pa
     assert os.listdir(folder) == ["step_000002"]
     saves.begin("step_000003", {"step": 3})
     saves.begin("step_000004", {"step": 4})  # waits for the one before
-    assert (folder / "step_000003" / checkpoint.RECORD).is_file()
+    assert (folder / "step_000003" / RECORD).is_file()
     saves.wait()
     saves.finish(folder / "final", {"step": 5})
     assert os.listdir(folder) == ["final"]

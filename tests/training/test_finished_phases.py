@@ -11,7 +11,7 @@ import pytest
 
 from ra3_megatron.config.runtime import CheckpointConfig
 from ra3_megatron.em.loop import EM
-from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.training.phases import Phase, train_phase
 
 
@@ -22,7 +22,7 @@ def test_what_a_kill_behind_final_left_is_deleted(skipped_by: str, tmp_path: Pat
     folder = tmp_path / phase.key
     for name in ("final", "step_000100", "step_000200", "damaged_step_000150"):
         (folder / name).mkdir(parents=True)
-        (folder / name / checkpoint.RECORD).write_text("{}")
+        (folder / name / RECORD).write_text("{}")
     run: Any = SimpleNamespace(
         folder=SimpleNamespace(checkpoints=tmp_path),
         config=SimpleNamespace(checkpoint=CheckpointConfig(keep=2), mstep=None),
@@ -33,5 +33,5 @@ def test_what_a_kill_behind_final_left_is_deleted(skipped_by: str, tmp_path: Pat
     else:
         loop: Any = SimpleNamespace(run_context=run, config=run.config)
         final = EM.mstep(loop, phase, tmp_path, nothing)
-    assert final == folder / "final" and (final / checkpoint.RECORD).is_file()
+    assert final == folder / "final" and (final / RECORD).is_file()
     assert sorted(os.listdir(folder)) == ["damaged_step_000150", "final"]

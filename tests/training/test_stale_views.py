@@ -21,6 +21,7 @@ from ra3_megatron.em.infuse import infuse
 from ra3_megatron.em.latent_stats import BlankTokens
 from ra3_megatron.em.loop import EM
 from ra3_megatron.mcore import checkpoint
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.mcore.startup import Runtime, initialize
 from ra3_megatron.report.held_out import figures_file
 from ra3_megatron.report.run_folder import write_json
@@ -84,7 +85,7 @@ def test_phases_and_their_checkpoints(tmp_path: Path) -> None:
     for view, folders in names.items():
         for name in folders:
             (tmp_path / view / name).mkdir(parents=True)
-            (tmp_path / view / name / checkpoint.RECORD).write_text("{}")
+            (tmp_path / view / name / RECORD).write_text("{}")
     assert run_processes(2, go_by_main, tmp_path) == [(True, False, "step_000002")] * 2
 
 

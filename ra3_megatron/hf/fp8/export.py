@@ -28,9 +28,9 @@ from ra3_megatron.hf.importing import model_of
 from ra3_megatron.hf.origin import origin_of
 from ra3_megatron.hf.source import Source
 from ra3_megatron.hf.weights import manifest
-from ra3_megatron.mcore.checkpoint import RECORD
 from ra3_megatron.mcore.checkpoint_contents import read_contents
 from ra3_megatron.mcore.checkpoint_files import facts_of
+from ra3_megatron.mcore.checkpoint_record import RECORD
 from ra3_megatron.text.files import write_atomic
 from ra3_megatron.text.tokenizer import HFTokenizer
 
