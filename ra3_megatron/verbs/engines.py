@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -56,4 +57,6 @@ def host_engines(run_dir: Path, engines: int | None, address: str | None, say: C
     """Host engines of the run in `run_dir`, on this node, until it is finished; see rollout/nodes/host.py."""
     from ra3_megatron.rollout.nodes.host import Host
 
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: is a file: give the folder of the run")
     Host(run_dir.absolute() / FOLDER, engines, address, say).run()

@@ -100,6 +100,10 @@ def test_layouts_that_do_not_fit(ra3: Ra3, config: Path, tmp_path: Path) -> None
         assert not (tmp_path / "run").exists()
 
 
+def test_a_host_of_engines_does_not_wait_for_a_file(ra3: Ra3, config: Path) -> None:
+    assert ra3.refuses("engines", "--run-dir", config) == f"--run-dir {config}: is a file: give the folder of the run"
+
+
 # -- the run folder -----------------------------------------------------------------------------------------------
 
 
