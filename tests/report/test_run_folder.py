@@ -44,6 +44,9 @@ def test_unreadable_json_is_a_user_error(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match=r"y\.json: cannot be read"):
         read_json(tmp_path / "y.json")
+    (tmp_path / "z.json").write_text('{"elbo": -Infinity, "code_ce": NaN}')
+    with pytest.raises(UserError, match=r"z\.json: not valid JSON \(-Infinity is no number of JSON\)$"):
+        read_json(tmp_path / "z.json")
 
 
 def test_only_a_folder_with_a_configuration_is_a_run(tmp_path: Path) -> None:
