@@ -239,6 +239,9 @@ def _resident(trainer: Trainer | None) -> AbstractContextManager[None]:
     return nullcontext() if trainer is None else trainer.optimizer_resident()
 
 
+# -- what is in a checkpoint ------------------------------------------------------------------------------------------
+
+
 def _chunks(model: torch.nn.Module) -> dict[str, Any]:
     """The chunks of this pipeline stage under Megatron's keys."""
     chunks = chunks_of(model)

@@ -77,6 +77,3 @@ def check_architecture(name: str, record: dict[str, Any], architecture: dict[str
 def is_partial(path: Path) -> bool:
     """Whether a folder is a checkpoint that is being written, or that a kill left unfinished."""
     return path.name.endswith(PARTIAL)
-
-
-# -- what is in a checkpoint ------------------------------------------------------------------------------------------

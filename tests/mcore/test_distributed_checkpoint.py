@@ -282,9 +282,7 @@ def test_folders_that_are_no_complete_checkpoint_are_refused(runtime: Runtime, t
     }
     for said, content in damages.items():
         (empty / RECORD).write_text(json.dumps(content))
-        with pytest.raises(
-            UserError, match=rf"empty/checkpoint\.json: {said}.*: not a checkpoint of this version"
-        ):
+        with pytest.raises(UserError, match=rf"empty/checkpoint\.json: {said}.*: not a checkpoint of this version"):
             checkpoint.load(empty, model, runtime)
 
 
