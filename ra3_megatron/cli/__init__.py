@@ -21,13 +21,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from ra3_megatron import __version__
-from ra3_megatron.cli import checkpoints, evaluation, nodes, planning, runs, settings, studies
+from ra3_megatron.cli import checkpoints, evaluation, mistakes, nodes, planning, runs, settings, studies
 from ra3_megatron.config.errors import STOPPED, UNAVAILABLE, StoppedBySignal, Unavailable, UserError
 
 _PACKAGES = (("torch", "torch"), ("megatron-core", "megatron-core"), ("transformer-engine", "transformer-engine"))
@@ -36,9 +36,27 @@ _PACKAGES = (("torch", "torch"), ("megatron-core", "megatron-core"), ("transform
 class _Verbs(TyperGroup):
     """Turns a user's mistake and an interruption into an exit code, for every verb at one place."""
 
+    words: tuple[str, ...] = ()
+    """Of the command line, without `ra3`."""
+
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> Any:
+        self.words = tuple(args)
+        try:
+            return super().make_context(info_name, args, *others, **extra)
+        except mistakes.UsageError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: Any) -> NoReturn:
+        if mistakes.shows_help(error):
+            raise error
+        _say([mistakes.one_line(error, self.words)])
+        raise typer.Exit(2) from error
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except mistakes.UsageError as error:
+            self._refuse(error)
         except UserError as error:
             _say(str(error).splitlines())
             raise typer.Exit(2) from error

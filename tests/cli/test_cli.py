@@ -151,6 +151,37 @@ def test_refusals(arguments: tuple[str, ...], line: str) -> None:
     assert refusal(*arguments) == [line]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "start", "command"),
+    [
+        (("--sedd",), "No such option: --sedd", "ra3"),
+        (("trian", QUICKSTART), "No such command 'trian'", "ra3"),
+        (("train",), "Missing argument 'CONFIG'", "ra3 train"),
+        (("train", QUICKSTART, "--resum"), "No such option: --resum", "ra3 train"),
+        (("plan", "--gpus", "many"), "--gpus many: ", "ra3 plan"),
+        (("preflight", "--max-skew=-1"), "--max-skew -1: ", "ra3 preflight"),
+        (("convert", "check", "--hf", "a"), "Missing option '--checkpoint'", "ra3 convert check"),
+        (
+            ("study", "price", "a.yaml", "--folder", "f", "--seeds", "2", "--seeds", "0"),
+            "--seeds 0: ",
+            "ra3 study price",
+        ),
+        (("inspect", "a", "b"), "Got unexpected extra argument", "ra3 inspect"),
+    ],
+)
+def test_mistaken_words_are_one_line(arguments: tuple[str, ...], start: str, command: str) -> None:
+    """The option, its value, what would be right, and whose help says more."""
+    (line,) = refusal(*arguments)
+    assert line.startswith(f"ra3: {start}") and line.endswith(f" ({command} --help)"), line
+
+
+@pytest.mark.parametrize("verb", [(), ("convert",), ("study",)])
+def test_no_words_show_the_help(verb: tuple[str, ...]) -> None:
+    result = ra3(*verb)
+    assert f"Usage: ra3 {' '.join(verb)}".rstrip() in result.output and "Commands" in result.output
+    assert "ra3: " not in result.output
+
+
 def test_a_users_mistake_found_by_a_room(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     def train(config: RunConfig, resume: bool) -> int:
         raise UserError("corpus.path=x: holds no documents")

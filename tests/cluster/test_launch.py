@@ -248,7 +248,7 @@ def test_a_cpu_job_has_a_layout_and_no_plan(monkeypatch: pytest.MonkeyPatch) -> 
         (["8b"], {"RA3_DATA": ""}, "ra3_8b.sh: RA3_DATA is not set: files with the code to train on"),
         (["8b"], {"RA3_MODEL": "/nowhere"}, "model.hf=/nowhere: "),
         (["70b", "--nodes", "3"], {}, "ra3_70b.sh: 24 processes on 3 nodes hold no whole number of replicas of 32"),
-        (["8b", "--nodes", "few"], {}, "Invalid value for '--nodes'"),
+        (["8b", "--nodes", "few"], {}, "--nodes few: "),
         (["8b", "--sbatch", "nodes=few"], {}, "ra3_8b.sh: job_num_nodes=few: must be a number"),
         (["8b", "parallel.data=4"], {}, "the layout needs 8 processes, and the job has 32 on 4 nodes; "),
         (
