@@ -8,6 +8,7 @@
 # parallel.data is set here: as many replicas of the model as the job's processes hold.
 #
 # Sites differ in what site.sh (from site.example.sh) or the environment sets; everything else has a default:
+#   RA3_HOME        this checkout                                       (found by the script's path)
 #   RA3_MODEL       folder of the Hugging Face model                    ($RA3_MODELS/$MODEL)
 #   RA3_MODELS      folder of such folders
 #   RA3_DATA        corpus.path: files with the expert's code           (none: what the configuration says)
@@ -15,7 +16,7 @@
 #   RA3_PROBLEMS    (rlvr) rlvr.problems.path: jsonl file of problems   (none: what the configuration says)
 #   RA3_CONFIG      configuration instead of the script's
 #   RA3_ROLLOUT_NODES  the last nodes of the job run vLLM alone         (0: vLLM runs on the trainer's GPUs)
-#   RA3_ENGINES_PER_NODE  engines that each of them takes               (as many as its GPUs allow; without GPUs 1)
+#   RA3_ENGINES_PER_NODE  engines that each of them takes               (tasks of a node / rollout.vllm.tensor)
 #   RA3_VENV        virtual environment with ra3                        (the checkout's .venv, if it is there)
 #   RA3_MODULES     modules to load before, separated by spaces
 #   RA3_CONTAINER   image for srun --container-image (pyxis); RA3_MOUNTS for --container-mounts
@@ -74,7 +75,8 @@ REPLICA=$(($(setting parallel.tensor 1) * $(setting parallel.pipeline 1) * $(set
 [ $((TRAINERS % REPLICA)) -eq 0 ] || mistake "$TRAINERS processes on $TRAIN_NODES nodes hold no whole number of replicas of $REPLICA (parallel.tensor * pipeline * context): change --nodes or the layout"
 [ -n "$(setting parallel.data "")" ] || SETTINGS+=("parallel.data=$((TRAINERS / REPLICA))")
 if [ "$ROLLOUT_NODES" -gt 0 ]; then
-  ENGINES=$((ROLLOUT_NODES * ${RA3_ENGINES_PER_NODE:-$((PER_NODE / $(setting rollout.vllm.tensor 1)))}))
+  ENGINES_PER_NODE=${RA3_ENGINES_PER_NODE:-$((PER_NODE / $(setting rollout.vllm.tensor 1)))}
+  ENGINES=$((ROLLOUT_NODES * ENGINES_PER_NODE))
   [ "$ENGINES" -gt 0 ] || mistake "rollout.vllm.tensor=$(setting rollout.vllm.tensor 1): an engine needs more than the $PER_NODE GPUs of a node"
   SETTINGS+=(rollout.engine=vllm rollout.placement=nodes)
   [ -n "$(setting rollout.replicas "")" ] || SETTINGS+=("rollout.replicas=$ENGINES")
@@ -156,7 +158,7 @@ host_engines() { # host_engines LOGS: a process on each rollout node, until the 
   # one process, and all of its node's CPUs
   env -u SRUN_CPUS_PER_TASK "${SRUN[@]}" --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES" --ntasks-per-node=1 --relative="$TRAIN_NODES" \
     --cpu-bind=none --output="$1/engines-%t.txt" \
-    ra3 engines --run-dir "$RA3_RUN_DIR" ${RA3_ENGINES_PER_NODE:+--engines-per-node "$RA3_ENGINES_PER_NODE"} &
+    ra3 engines --run-dir "$RA3_RUN_DIR" --engines-per-node "$ENGINES_PER_NODE" &
   HOSTS=$!
 }
 end_engines() { # they end by themselves when the run is finished; else srun ends its step on SIGTERM, at once

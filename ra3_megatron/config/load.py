@@ -65,6 +65,9 @@ def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     from ra3_megatron.hf.families import read_folder  # the one arrow that points back: it reads JSON only
 
     folder = model["hf"]
+    warm_start = given.get("warm_start") or {}
+    if isinstance(warm_start, dict) and "steps" not in warm_start:
+        values["warm_start"]["steps"] = 0  # the base model is there already
     try:
         _, keys, longest = read_folder(Path(folder))
     except UserError as error:
@@ -94,9 +97,6 @@ def _apply_hf(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         values["tokenizer"] = RunConfig().tokenizer.model_dump() | {"kind": "hf", "path": folder}
     elif isinstance(own, dict) and own.get("path") is None:
         values["tokenizer"]["path"] = folder
-    warm_start = given.get("warm_start")
-    if not isinstance(warm_start, dict) or "steps" not in warm_start:
-        values["warm_start"]["steps"] = 0  # the base model is there already
     return wrong
 
 

@@ -14,7 +14,8 @@ Every arm is measured on the same documents with the same random streams. Figure
 Comments of held-out documents that stand for thoughts (`corpus.human_comments=as_thoughts`) are left out, so that all
 thoughts are the policy's own; with `evaluation.observed_thoughts` they stay, and q decides at the other lines only.
 
-A line's first visible token is renormalised over the tokens that start no thought in both cases (method.md, Objective).
+A line's first visible token is renormalised over the tokens that start no thought in both cases (method.md, What is
+scored).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Signs of failure, each with its name, what was seen, and what to change (method.md, "Signs of failure").
+"""Signs of failure, each with its name, what was seen, and what to change (docs/troubleshooting.md).
 
 Pure functions of figures that are logged anyway; the loop reports what they return in the log, in `metrics.jsonl`,
 in TensorBoard and in the report.

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.evaluate.data import Tasks, load_tasks
 from ra3_megatron.evaluate.generation import Settings, Writer
@@ -152,7 +152,7 @@ class TrainingSuites:
                 try:
                     return each.scorer.score(samples, ours, lambda count: task.advance(count))
                 except SandboxError as error:
-                    raise UserError(f"sandbox={self.config.sandbox}: {error}") from error
+                    raise Unavailable(f"sandbox={self.config.sandbox}: {error}") from error
 
         with watchdog.paused():
             return self.runtime.on_main(score)

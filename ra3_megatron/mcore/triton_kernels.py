@@ -1,8 +1,8 @@
 """Kernels of this project for GPUs, in Triton: one pass over memory where torch's operations take several.
 
-Each has a plain form in torch that computes the same (`elementwise`, `log_probs`), which CPUs and machines without a C
-compiler take. Arithmetic is fp32, whatever the tensors are; results are rounded once. Nothing here adds up in an order
-that differs from run to run.
+Each has a plain form in torch that computes the same (`elementwise`, `target_log_probs`, `vocab_parallel`), which CPUs
+and machines without a C compiler take. Arithmetic is fp32, whatever the tensors are; results are rounded once. Nothing
+here adds up in an order that differs from run to run.
 
 Importing this needs Triton, which CUDA builds of torch bring: see `hardware.has_triton`.
 """

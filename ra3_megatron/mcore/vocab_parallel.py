@@ -7,7 +7,7 @@ An *event* at a position is "the next token is in A, given that it is in B", A a
 This one form covers next-token prediction (A = {target}, B = everything), a thought token sampled from the allowed
 tokens (A = {target}, B = allowed), the decision <act> of the comment format (A = tokens that start no thought, B =
 everything) and the expert's first visible token renormalised over tokens that start no thought (A = {target}, B =
-those tokens): see method.md, Objective.
+those tokens): see method.md, What is scored.
 
 The entropy of a choice at a position is that of the distribution over B in which the tokens of a *merged* set M are
 one outcome ("no thought"): H = -P_M log P_M - sum_{v in B \\ M} p_v log p_v.

@@ -25,7 +25,9 @@ esac
 """
 SRUN = """
 for word in "$@"; do case $word in --output=*) out=${word#--output=}; out=${out//%t/0} ;; esac; done
-case "$*" in *"ra3 engines"*) echo "engines ${SRUN_CPUS_PER_TASK:-none}" >"$out"; exec sleep 60 ;; esac
+case "$*" in *"ra3 engines"*)
+  all=$*; echo "engines ${SRUN_CPUS_PER_TASK:-none}, ${all##*--engines-per-node } a node" >"$out"; exec sleep 60 ;;
+esac
 THE_STEP
 """
 STOPPED = """echo "stopped by SIGUSR1: saved" >"$out"; exit 75"""
@@ -144,4 +146,4 @@ def test_processes_get_the_cpus_that_the_job_asks_for(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     logs = tmp_path / "run.logs" / "attempt-001"
     assert (logs / "rank-0.txt").read_text() == "trainer 3\n"
-    assert (logs / "engines-0.txt").read_text() == "engines none\n"
+    assert (logs / "engines-0.txt").read_text() == "engines none, 2 a node\n"

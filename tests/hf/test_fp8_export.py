@@ -456,6 +456,7 @@ def test_vllm_loads_it(exported: tuple[Path, Path, str], tmp_path: Path) -> None
         vllm.append(torch.tensor([tokens[str(token)] for token in range(VOCAB)]))
     moved, difference = (torch.stack(a) - torch.stack(b) for a, b in ((ours, original), (vllm, ours)))
     together = torch.corrcoef(torch.stack([moved.flatten(), (moved + difference).flatten()]))[0, 1]
-    # vLLM computes in bf16, which moves inputs over the edges of e4m3; still FP8's error is recognisably the same one.
-    # Measured: 0.061 and 0.030 nats in the mean, correlation 0.88
+    # vLLM computes in 16 bits, which moves inputs over the edges of e4m3; still FP8's error is recognisably the
+    # same one. Measured on an AMD EPYC: FP8 moved them by 0.061 nats in the mean; vLLM is off by 0.016, correlation
+    # 0.95. (In bf16 by 0.030 to 0.041, 0.88 to 0.78: it depends on the processor's kernels.)
     assert float(together) > 0.8 and float(difference.abs().mean()) < 0.7 * float(moved.abs().mean())

@@ -36,7 +36,7 @@ def main(folder: str, result: str) -> None:
     if current_platform.is_cpu():
         del fused_act_quant._FUSED_ACT_QUANT[SiluAndMul, kFp8StaticTensorSym]
     llm = LLM(
-        folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, block_size=32, max_model_len=128,
+        folder, skip_tokenizer_init=True, dtype="float16", enforce_eager=True, block_size=32, max_model_len=128,
         logprobs_mode="processed_logprobs", max_logprobs=-1,
     )  # fmt: skip
     found = llm.collective_rpc(held)[0]

@@ -1,6 +1,6 @@
 """What every topology of the table runs, and everything it computes on the way, in a form that knows no layout.
 
-Five parts, from one seed:
+Six parts, from one seed:
 - `streams`: train steps on made-up documents whose every second token carries both losses, with clipped ratios;
 - `scores`: rollouts of untrained weights; log-probabilities and entropies of every token; whole distributions;
 - `grpo`: responses to prompts, made-up rewards, and policy gradient with a KL term, from the warm start's weights;
