@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.model import ParallelConfig
 from ra3_megatron.mcore.launch import adopt_slurm
 
@@ -177,18 +177,20 @@ class Runtime:
             pause = min(1.0, 2 * pause)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action`, which may take hours, returns on rank 0; its UserError is raised on every process."""
+        """What `action`, which may take hours, returns on rank 0; its UserError or Unavailable is raised on every
+        process."""
         found: T | None = None
+        kind: type[UserError | Unavailable] | None = None
         message = ""
         if self.is_main:
             try:
                 found = action()
-            except UserError as error:
-                message = str(error)
+            except (UserError, Unavailable) as error:
+                kind, message = UserError if isinstance(error, UserError) else Unavailable, str(error)
         self.wait_for_main()
-        message, found = self.broadcast((message, found))
-        if message:
-            raise UserError(message)
+        kind, message, found = self.broadcast((kind, message, found))
+        if kind is not None:
+            raise kind(message)
         return cast(T, found)
 
     def barrier(self) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.errors import Unavailable, UserError
 from ra3_megatron.config.model import ModelConfig, ParallelConfig
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.mcore.launch import SLURM, launched
@@ -238,10 +238,11 @@ def _main_is_slow() -> tuple[float, str]:
     begin, said = time.monotonic(), ""
     on_main(runtime, lambda: time.sleep(4))
     taken = time.monotonic() - begin
-    try:
-        on_main(runtime, _mistaken)
-    except UserError as error:
-        said = str(error)
+    for action in (_mistaken, _failed):
+        try:
+            on_main(runtime, action)
+        except (UserError, Unavailable) as error:
+            said += f"{type(error).__name__}: {error}; "
     return taken, said
 
 
@@ -249,10 +250,14 @@ def _mistaken() -> None:
     raise UserError("a mistake")
 
 
+def _failed() -> None:
+    raise Unavailable("a sandbox that does not start")
+
+
 @pytest.mark.multiprocess
 def test_what_the_main_process_does_alone_may_take_longer_than_any_timeout() -> None:
     for taken, said in run_processes(2, _main_is_slow):
-        assert taken >= 4 and said == "a mistake"
+        assert taken >= 4 and said == "UserError: a mistake; Unavailable: a sandbox that does not start; "
 
 
 def test_starting_again_leaves_no_groups_behind() -> None:
