@@ -19,7 +19,7 @@
 #   RA3_ENGINES_PER_NODE  engines that each of them takes               (tasks of a node / rollout.vllm.tensor)
 #   RA3_VENV        virtual environment with ra3                        (the checkout's .venv, if it is there)
 #   RA3_MODULES     modules to load before, separated by spaces
-#   RA3_CONTAINER   image for srun --container-image (pyxis); RA3_MOUNTS for --container-mounts
+#   RA3_CONTAINER   image for srun --container-image (pyxis); RA3_MOUNTS for --container-mounts ($RA3_HOME,$RA3_RUNS)
 #   RA3_SRUN        further options of srun, separated by spaces
 #   RA3_RUNS        shared folder of runs                               (runs in the checkout)
 #   RA3_RUN_DIR     folder of this run                                  ($RA3_RUNS/NAME-JOB)

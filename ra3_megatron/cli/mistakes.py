@@ -18,12 +18,12 @@ def shows_help(error: Exception) -> bool:
 
 def one_line(error: Any, words: Sequence[str]) -> str:
     """What is wrong with `words`, and whose help says more. error: a `UsageError`."""
-    said = " ".join(error.format_message().split()).rstrip(".")
+    said = error.format_message()
     given = _given(getattr(getattr(error, "param", None), "opts", ()), words)
     if given is not None and error.message:
-        said = f"{' '.join(given)}: {error.message.rstrip('.')}"
+        said = f"{' '.join(given)}: {error.message}"
     command = error.ctx.command_path if error.ctx is not None else "ra3"
-    return f"{said} ({command} --help)"
+    return f"{' '.join(said.split()).rstrip('.')} ({command} --help)"
 
 
 def _given(options: Sequence[str], words: Sequence[str]) -> tuple[str, str] | None:

@@ -35,6 +35,13 @@ def problems(error: ValidationError) -> list[str]:
     return [line for details in error.errors(include_url=False) for line in _lines(details)]
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Of what is no configuration but a file's content: the key of the first problem, dotted ("": the whole), and what
+    pydantic says of it."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+
+
 def _lines(details: ErrorDetails) -> list[str]:
     kind, location = details["type"], details["loc"]
     key = dotted(location)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ra3_megatron import __version__
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.model import ModelConfig
+from ra3_megatron.config.problems import first_problem
 from ra3_megatron.hf.config_json import FILE
 from ra3_megatron.hf.conversion import OnBytes, Progress, convert
 from ra3_megatron.hf.distcp import ShardFile, stored_shape, write_index
@@ -74,9 +75,7 @@ def model_of(folder: Path) -> tuple[Family, ModelConfig, int]:
     try:
         model = ModelConfig(**keys, context_length=longest)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        reason = problem["msg"].removeprefix("Value error, ")
+        name, reason = first_problem(error)
         raise UserError(
             f"{folder / FILE}: cannot be represented: {f'model.{name}: ' if name else ''}{reason}"
         ) from error

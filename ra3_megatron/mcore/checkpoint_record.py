@@ -7,9 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.problems import first_problem
 
 RECORD = "checkpoint.json"
 PARTIAL = ".partial"
+_MISSING = "Field required"
+"""What pydantic says of a field that is not there."""
 
 
 class _File(BaseModel, extra="allow", strict=True):
@@ -48,9 +51,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         _Record.model_validate(record)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        wrong = f"names no {key}" if first["type"] == "missing" else f"{key or 'its content'}: {first['msg']}"
+        key, said = first_problem(problem)
+        wrong = f"names no {key}" if said == _MISSING else f"{key or 'its content'}: {said}"
         raise UserError(f"{path}: {wrong}: not a checkpoint of this version of ra3") from problem
     return record
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.problems import first_problem
 from ra3_megatron.report.run_folder import read_json, read_json_lines, write_text
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -98,7 +99,6 @@ def read_held_out(path: Path) -> list[DocumentFigures]:
         try:
             documents.append(_DOCUMENT.validate_python(row))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "line"
-            raise UserError(f"{path}, line {number}: {key}: {first['msg']}") from error
+            key, said = first_problem(error)
+            raise UserError(f"{path}, line {number}: {key or 'line'}: {said}") from error
     return documents

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.problems import first_problem
 from ra3_megatron.report.run_folder import RunFolder, read_json, write_json
 
 REMEDY = "delete it, and the run's command with --resume writes it again"
@@ -191,9 +192,8 @@ def read_summary(run_dir: Path | str) -> Summary:
     try:
         return _ADAPTER.validate_python(read_json(path, REMEDY))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        what = f"{key}: {first['msg']}" if key else "is no summary of a run"
+        key, said = first_problem(error)
+        what = f"{key}: {said}" if key else "is no summary of a run"
         raise UserError(f"{path}: {what}: {REMEDY}") from error
 
 

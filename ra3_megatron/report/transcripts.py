@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.problems import first_problem
 from ra3_megatron.report.run_folder import RunFolder, read_json_lines, write_text
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -87,9 +88,8 @@ def read_transcripts(path: Path | str) -> Iterator[TranscriptRecord]:
         try:
             yield _ADAPTER.validate_python(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "line"
-            raise UserError(f"{path}, line {number}: {key}: {first['msg']}") from error
+            key, said = first_problem(error)
+            raise UserError(f"{path}, line {number}: {key or 'line'}: {said}") from error
 
 
 def transcript_files(run_dir: Path | str) -> list[Path]:

@@ -152,7 +152,8 @@ def _signals_passed_on() -> Iterator[list[int]]:
 
 
 def on_main(runtime: "Runtime", action: Callable[[], object]) -> None:
-    """Run `action`, which may take hours, on the main process; its UserError is raised on every process."""
+    """Run `action`, which may take hours, on the main process; its UserError or Unavailable is raised on
+    every process."""
 
     def alone() -> None:  # what it returns stays there
         action()

@@ -159,6 +159,7 @@ def test_refusals(arguments: tuple[str, ...], line: str) -> None:
         (("train",), "Missing argument 'CONFIG'", "ra3 train"),
         (("train", QUICKSTART, "--resum"), "No such option: --resum", "ra3 train"),
         (("plan", "--gpus", "many"), "--gpus many: ", "ra3 plan"),
+        (("plan", "--gpus", "a\nb"), "--gpus a b: ", "ra3 plan"),
         (("preflight", "--max-skew=-1"), "--max-skew -1: ", "ra3 preflight"),
         (("convert", "check", "--hf", "a"), "Missing option '--checkpoint'", "ra3 convert check"),
         (

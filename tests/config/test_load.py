@@ -349,3 +349,13 @@ def test_fp8_engines_need_a_correction_and_weights_that_vllm_quantises() -> None
     assert line == f"{fp8} does not go with model.num_experts=4: refits of experts are untested"
     (line,) = problems(fp8, bf16, "estep.importance_cap=2")
     assert line == "rollout.vllm.quantization=fp8 needs rollout.engine=vllm"
+
+
+def test_a_folder_that_cannot_be_read_has_one_line(tmp_path: Path) -> None:
+    """Not a second one, on a warm start that `model.hf` switches off."""
+    layout = ("parallel.data=4", "warm_start.global_batch_size=24")
+    missing = f"model.hf={tmp_path / 'none'}"
+    (line,) = problems(missing, *layout)
+    assert line.startswith(f"{missing}: ") and "no such folder" in line
+    assert len(problems(missing, *layout, "warm_start.steps=3")) == 2
+    assert len(problems(missing, path=written(tmp_path, "warm_start: 3\n"))) == 2

@@ -164,4 +164,6 @@ def test_a_context_that_is_full_loses_its_last_thoughts(toy: Toy, how: Control, 
 def test_thoughts_are_moved_within_the_context(toy: Toy) -> None:
     tight = 24
     made = Sampled(toy, tight)
-    assert all(t.num_tokens <= tight for t in made.changed("moved", tight))
+    moved = made.changed("moved", tight)
+    assert all(t.num_tokens <= tight for t in moved)
+    assert sum(t.think.sum() for t in moved) <= sum(t.think.sum() for t in made.transcripts)
